@@ -1,0 +1,86 @@
+"""The Python standard library's own source: text that every machine with Python has.
+
+The hub cannot be assumed at first contact, so the bundled model is trained, and the demo runs,
+on the modules of the running interpreter. A module belongs to the held-out split by a hash of its
+path, not by its place in a list: the model bundled from one Python version has never seen the
+held-out modules of another.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset
+
+from lnfree_interp.errors import DataError
+
+Split = Literal["train", "heldout"]
+
+HELDOUT_ONE_IN = 10
+"""One module in this many is held out."""
+
+MIN_DOCUMENTS = 100
+"""Fewer modules than this means a Python without its library's source, not a small library."""
+
+# Not the library's own source (site-packages), its tests, or tables that a generator wrote.
+_SKIPPED_FOLDERS = frozenset(
+    {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+    }
+)
+
+
+def split_of(module_path: str) -> Split:
+    """The split that a module belongs to, by a hash of its path.
+
+    Args:
+        module_path: Path below the library's root with forward slashes, e.g. `json/decoder.py`.
+    """
+    digest = hashlib.sha256(module_path.encode()).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
+
+
+def _modules(root: Path) -> Iterator[tuple[str, str]]:
+    for file in sorted(root.rglob("*.py")):
+        relative = file.relative_to(root)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):  # a handful of sources declare another encoding
+                continue
+            if text.strip():
+                yield relative.as_posix(), text
+
+
+def stdlib_corpus(split: Split, root: Path | None = None) -> Dataset:
+    """The standard library's modules as documents.
+
+    Args:
+        split: `"train"` or `"heldout"`; a module's split never depends on the Python version.
+        root: The library's folder. Default: that of the running interpreter.
+
+    Returns:
+        A `datasets.Dataset` with the columns `path` and `text`, sorted by path.
+
+    Raises:
+        DataError: if the folder holds (almost) no source, as on a Python shipped without it.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    documents = [
+        {"path": path, "text": text} for path, text in _modules(root) if split_of(path) == split
+    ]
+    if len(documents) * (HELDOUT_ONE_IN if split == "heldout" else 1) < MIN_DOCUMENTS:
+        raise DataError(
+            f"only {len(documents)} {split} modules of the standard library below {root}: this "
+            "Python came without its source; use another interpreter or pass your own text"
+        )
+    return Dataset.from_list(documents)

@@ -1,0 +1,37 @@
+"""Every error that a caller can meet. All derive from `LnfreeError`.
+
+The message is one line that says what was found and what to do about it; the command line prints
+it and exits with 2.
+"""
+
+
+class LnfreeError(Exception):
+    """Base class."""
+
+
+class DataError(LnfreeError):
+    """Text that cannot be read or packed."""
+
+
+class CheckpointError(LnfreeError):
+    """A checkpoint that is missing, incomplete or broken."""
+
+
+class UnsupportedModelError(LnfreeError):
+    """A model that is not approximated because it cannot be represented faithfully."""
+
+
+class InexactError(LnfreeError):
+    """Two things that must be equal differ by more than the tolerance, or would if computed."""
+
+
+class NormSiteError(LnfreeError):
+    """A norm site that does not exist, or is not in the state that was asked for."""
+
+
+class RecipeError(LnfreeError):
+    """A removal recipe that does not fit itself, the model or the data."""
+
+
+class OutputExistsError(LnfreeError):
+    """An output folder that already holds something."""

@@ -1,0 +1,122 @@
+"""The maps that can stand at a norm site: LayerNorm, live or frozen.
+
+Live, a norm divides by each token's own standard deviation. Frozen, it divides by one constant:
+
+    x -> ((x - mean(x)) / sigma) * w + b
+
+which is affine in x, and so folds into the weights that read it (`models.folding`). The hook names
+are TransformerLens': `hook_scale` [batch, pos, 1] is what is divided by, `hook_normalized`
+[batch, pos, d_model] the quotient before gain and bias. A frozen norm fires both, with the
+constant at full shape.
+
+Source of the frozen form: "You can remove GPT2's LayerNorm by fine-tuning", arXiv 2409.13710.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformer_lens.hook_points import HookPoint
+
+from lnfree_interp.errors import NormSiteError
+
+
+class LayerNormLike(Protocol):
+    """What `Norm` takes over: TransformerLens' `LayerNorm`, or a `Norm`."""
+
+    w: nn.Parameter
+    b: nn.Parameter
+    eps: float
+
+
+class Norm(nn.Module):
+    """A LayerNorm that can be frozen.
+
+    Attributes:
+        w: Gain, [d_model].
+        b: Bias, [d_model].
+        eps: Added to the variance while live.
+        sigma: The constant that a frozen norm divides by, a scalar; NaN while live.
+    """
+
+    def __init__(self, norm: LayerNormLike):
+        super().__init__()
+        self.w = norm.w
+        self.b = norm.b
+        self.eps = norm.eps
+        self.register_buffer("sigma", torch.full((), torch.nan, dtype=torch.float64))
+        self._frozen = False
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    sigma: Tensor
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the norm divides by a constant."""
+        return self._frozen
+
+    def freeze(self, sigma: float) -> None:
+        """Divide by `sigma` from now on.
+
+        Raises:
+            NormSiteError: if sigma is not a positive finite number.
+        """
+        if not 0 < sigma < float("inf"):
+            raise NormSiteError(f"sigma must be positive and finite, not {sigma}")
+        self.sigma.fill_(sigma)
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """Divide by each token's own standard deviation again."""
+        self.sigma.fill_(torch.nan)
+        self._frozen = False
+
+    @property
+    def hooked(self) -> bool:
+        """Whether anybody reads or changes an activation inside this norm."""
+        return self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if not self.hooked:
+            if not self._frozen:
+                return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+            return (x - x.mean(-1, keepdim=True)) * (self.w / self.sigma.to(self.w)) + self.b
+        centred = x - x.mean(-1, keepdim=True)
+        if self._frozen:
+            scale = self.sigma.to(x).expand(*x.shape[:-1], 1)
+        else:
+            scale = (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return self.hook_normalized(centred / self.hook_scale(scale)) * self.w + self.b
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._frozen = not bool(self.sigma.isnan())
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma.item():.4g}" if self._frozen else "live"
+
+
+class SplitNorm(nn.Module):
+    """A block's `ln1` as two sites, one read by queries and keys, one by values.
+
+    Gain and bias are shared, as they are in the pretrained norm; what can differ is whether a site
+    is frozen, and its sigma. The published order freezes `qk` in every layer before the first `v`.
+    """
+
+    def __init__(self, norm: LayerNormLike):
+        super().__init__()
+        self.qk = Norm(norm)
+        self.v = Norm(norm)
+
+    def forward(
+        self, x: Float[Tensor, "*batch d_model"]
+    ) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch d_model"]]:
+        """The input of queries and keys, and that of values; one tensor while they are the same."""
+        x_qk = self.qk(x)
+        both_live = not (self.qk.frozen or self.v.frozen)
+        if both_live and not (self.qk.hooked or self.v.hooked):
+            return x_qk, x_qk
+        return x_qk, self.v(x)

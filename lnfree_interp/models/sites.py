@@ -1,0 +1,146 @@
+"""Norm sites: the places where a normalisation acts, by name.
+
+A site is named by TransformerLens' own module path, with `ln1` split by who reads it:
+`blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`, ..., `ln_final`. Whatever touches norms does so
+through sites.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformer_lens import HookedTransformer
+from transformer_lens.components import LayerNorm
+
+from lnfree_interp.errors import NormSiteError, UnsupportedModelError
+from lnfree_interp.models.block import SiteBlock, TiedUnembed
+from lnfree_interp.models.norms import Norm
+
+SiteKind = Literal["ln1.qk", "ln1.v", "ln2", "ln_final"]
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """The name of a place where a norm acts."""
+
+    kind: SiteKind
+    layer: int | None = None
+    """Block index; None for `ln_final`."""
+
+    @property
+    def name(self) -> str:
+        """The module path, e.g. `blocks.3.ln1.qk`."""
+        return self.kind if self.layer is None else f"blocks.{self.layer}.{self.kind}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _site_order(n_layers: int) -> Iterator[NormSite]:
+    kinds: tuple[SiteKind, ...] = ("ln1.qk", "ln1.v", "ln2")
+    for layer in range(n_layers):
+        for kind in kinds:
+            yield NormSite(kind, layer)
+    yield NormSite("ln_final")
+
+
+def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
+    """The model's norm sites in the order of computation.
+
+    A stock LayerNorm model lists the sites that `with_norm_sites` would give it; an LN-free
+    (folded) model has none.
+
+    Raises:
+        UnsupportedModelError: for norms that are not LayerNorms before each sublayer.
+    """
+    if model.cfg.normalization_type is None:
+        return ()
+    if not has_norm_sites(model):
+        _require_pre_layernorm(model)
+    return tuple(_site_order(model.cfg.n_layers))
+
+
+def has_norm_sites(model: HookedTransformer) -> bool:
+    """Whether the norms are `Norm` modules, which can be frozen one by one."""
+    return all(isinstance(block, SiteBlock) for block in model.blocks)
+
+
+def _require_pre_layernorm(model: HookedTransformer) -> None:
+    cfg = model.cfg
+    unsupported = {
+        f"normalization_type={cfg.normalization_type!r}": cfg.normalization_type != "LN",
+        "attn_only": cfg.attn_only,
+        "parallel attention and MLP": cfg.parallel_attn_mlp,
+        "norms after the sublayers": cfg.use_normalization_before_and_after,
+        "a norm after the embedding": cfg.post_embedding_ln,
+        f"{cfg.positional_embedding_type!r} positions": cfg.positional_embedding_type != "standard",
+        "grouped-query attention": cfg.n_key_value_heads is not None,
+        "local attention": cfg.use_local_attn,
+        "several devices": cfg.n_devices > 1,
+    }
+    found = [what for what, is_so in unsupported.items() if is_so]
+    if found:
+        raise UnsupportedModelError(
+            f"norm sites are there for sequential pre-LayerNorm models; this one has {', '.join(found)}"
+        )
+
+
+def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
+    """A copy of a stock LayerNorm model whose norms can be frozen one by one.
+
+    Same function, same hook names, except that `blocks.{l}.ln1` is split into `ln1.qk` and `ln1.v`.
+    Embeddings that are equal to the transposed unembedding are tied to it, as in GPT-2.
+
+    Raises:
+        UnsupportedModelError: as `list_norm_sites`.
+    """
+    if has_norm_sites(model):
+        return copy.deepcopy(model)
+    _require_pre_layernorm(model)
+    model = copy.deepcopy(model)
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = SiteBlock.from_stock(block, index)
+    final: LayerNorm = model.ln_final
+    model.ln_final = Norm(final)
+    if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
+        model.unembed = TiedUnembed(model.unembed, model.embed)
+    model.setup()
+    return model
+
+
+def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:
+    """The module at a site.
+
+    Raises:
+        NormSiteError: if the model has no such site.
+    """
+    name = str(site)
+    try:
+        norm: nn.Module | None = model.get_submodule(name)
+    except AttributeError:
+        norm = None
+    if not isinstance(norm, Norm):
+        known = ", ".join(map(str, list_norm_sites(model))) or "none: its norms are folded"
+        hint = "" if has_norm_sites(model) else "; call with_norm_sites(model) first"
+        raise NormSiteError(f"no norm site {name!r}; the model's sites: {known}{hint}")
+    return norm
+
+
+def freeze_site(model: HookedTransformer, site: NormSite | str, sigma: float) -> None:
+    """Turn a live site into the affine map that divides by `sigma`.
+
+    Raises:
+        NormSiteError: if there is no such site, or sigma is not positive and finite.
+    """
+    get_norm(model, site).freeze(sigma)
+
+
+def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
+    """The sites that still normalise. Empty means that the residual stream is linear."""
+    sites = list_norm_sites(model)
+    if not has_norm_sites(model):
+        return sites
+    return tuple(site for site in sites if not get_norm(model, site).frozen)

@@ -1,0 +1,70 @@
+"""One way to say how far two tensors are apart, for every check in the package."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lnfree_interp.errors import InexactError
+
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
+"""Largest relative error that rounding may cause in one forward pass, by dtype."""
+
+
+@dataclass(frozen=True)
+class MeasuredError:
+    """How far `found` is from `expected`."""
+
+    absolute: float
+    """Largest absolute difference, in the unit of the values compared."""
+    relative: float
+    """The same divided by the largest absolute expected value."""
+    dtype: torch.dtype
+    """The coarser of the two dtypes compared: what the error must be judged by."""
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error that rounding in `dtype` explains."""
+        return TOLERANCE[self.dtype]
+
+    def require(self, what: str, tolerance: float | None = None) -> "MeasuredError":
+        """Return self if the relative error is within the tolerance.
+
+        Args:
+            what: What was compared, for the message.
+            tolerance: Largest relative error allowed. Default: by dtype.
+
+        Raises:
+            InexactError: if it is larger, or not a number.
+        """
+        tolerance = self.tolerance if tolerance is None else tolerance
+        if not self.relative <= tolerance:
+            raise InexactError(
+                f"{what}: largest relative error {self.relative:.2e} is above {tolerance:.0e} "
+                f"({str(self.dtype).removeprefix('torch.')}, {self.absolute:.2e} absolute)"
+            )
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.relative:.1e} relative ({self.absolute:.1e} absolute)"
+
+
+def measure_error(found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> MeasuredError:
+    """The largest difference between two tensors, computed in float64.
+
+    Args:
+        found: Any shape.
+        expected: The same shape; its largest magnitude is what `relative` divides by.
+    """
+    coarser = max(found.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    found, expected = found.detach().double(), expected.detach().double()
+    absolute = (found - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    relative = absolute / scale if scale > 0 else (0.0 if absolute == 0 else float("inf"))
+    return MeasuredError(absolute, relative, coarser)
