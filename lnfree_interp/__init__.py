@@ -1,0 +1,92 @@
+"""Remove a transformer's LayerNorms, and read its logits as exact sums of parts.
+
+    import lnfree_interp as lf
+
+    model = lf.load("gpt2")
+    run = lf.remove_norms(model, lf.recipes.demo(n_layers=12), data)
+    free = lf.fold(run.model)
+    lf.attribute_logits(free, "The Eiffel Tower is in", " Paris", by="head").verify()
+
+The names below are imported on first use: `import lnfree_interp` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lnfree_interp import errors, plots
+    from lnfree_interp.analysis.contributions import Component, Contributions
+    from lnfree_interp.analysis.logits import attribute_logits, attribute_next_tokens
+    from lnfree_interp.bundled import bundled_checkpoint
+    from lnfree_interp.checkpoints.exporting import export, to_transformers
+    from lnfree_interp.checkpoints.loading import load
+    from lnfree_interp.checkpoints.source import open_in_transformers
+    from lnfree_interp.data.packing import pack
+    from lnfree_interp.data.stdlib import stdlib_corpus
+    from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
+    from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
+    from lnfree_interp.models.agreement import compare_logits
+    from lnfree_interp.models.folding import fold
+    from lnfree_interp.models.sites import (
+        NormSite,
+        freeze_site,
+        get_norm,
+        list_norm_sites,
+        live_sites,
+        with_norm_sites,
+    )
+    from lnfree_interp.numerics import MeasuredError
+    from lnfree_interp.removal import recipes
+    from lnfree_interp.removal.recipes import Recipe
+    from lnfree_interp.removal.trainer import Run, remove_norms
+
+# Where each public name lives; the imports above are the same table for type checkers.
+_HOME = {
+    "Component": "lnfree_interp.analysis.contributions",
+    "Contributions": "lnfree_interp.analysis.contributions",
+    "attribute_logits": "lnfree_interp.analysis.logits",
+    "attribute_next_tokens": "lnfree_interp.analysis.logits",
+    "bundled_checkpoint": "lnfree_interp.bundled",
+    "export": "lnfree_interp.checkpoints.exporting",
+    "to_transformers": "lnfree_interp.checkpoints.exporting",
+    "load": "lnfree_interp.checkpoints.loading",
+    "open_in_transformers": "lnfree_interp.checkpoints.source",
+    "pack": "lnfree_interp.data.packing",
+    "stdlib_corpus": "lnfree_interp.data.stdlib",
+    "DirectEffects": "lnfree_interp.evaluation.direct_effects",
+    "direct_effects": "lnfree_interp.evaluation.direct_effects",
+    "CrossEntropy": "lnfree_interp.evaluation.loss",
+    "evaluate_loss": "lnfree_interp.evaluation.loss",
+    "compare_logits": "lnfree_interp.models.agreement",
+    "fold": "lnfree_interp.models.folding",
+    "NormSite": "lnfree_interp.models.sites",
+    "freeze_site": "lnfree_interp.models.sites",
+    "get_norm": "lnfree_interp.models.sites",
+    "list_norm_sites": "lnfree_interp.models.sites",
+    "live_sites": "lnfree_interp.models.sites",
+    "with_norm_sites": "lnfree_interp.models.sites",
+    "MeasuredError": "lnfree_interp.numerics",
+    "Recipe": "lnfree_interp.removal.recipes",
+    "Run": "lnfree_interp.removal.trainer",
+    "remove_norms": "lnfree_interp.removal.trainer",
+}
+
+_MODULES = {
+    "errors": "lnfree_interp.errors",
+    "plots": "lnfree_interp.plots",
+    "recipes": "lnfree_interp.removal.recipes",
+}
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'lnfree_interp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -35,3 +35,7 @@ class RecipeError(LnfreeError):
 
 class OutputExistsError(LnfreeError):
     """An output folder that already holds something."""
+
+
+class TrainingError(LnfreeError):
+    """A run that cannot go on."""

@@ -55,7 +55,9 @@ class MeasuredError:
         return f"{self.relative:.1e} relative ({self.absolute:.1e} absolute)"
 
 
-def measure_error(found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> MeasuredError:
+def measure_error(
+    found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]
+) -> MeasuredError:
     """The largest difference between two tensors, computed in float64.
 
     Args:

@@ -9,7 +9,6 @@ tokens seen and the held-out curve.
 """
 
 import json
-import math
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lnfree_interp.data.packing import pack, token_stream
 from lnfree_interp.data.stdlib import stdlib_corpus
+from lnfree_interp.removal.schedule import cosine_with_warmup
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -88,15 +88,6 @@ def heldout_loss(model: GPT2LMHeadModel, blocks: Int[Tensor, "blocks pos"], batc
     return torch.cat(losses).mean().item()
 
 
-def learning_rate(step: int, settings: Pretraining) -> float:
-    """Linear warm-up, then cosine down to `final_lr` of the peak."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)
-
-
 def new_model(settings: Pretraining, end_of_text: int) -> GPT2LMHeadModel:
     """A randomly initialised GPT-2 of the settings' shape, dropout off."""
     config = GPT2Config(
@@ -154,7 +145,9 @@ def main(out: tyro.conf.Positional[Path], settings: Pretraining = Pretraining())
     began = time.monotonic()
     for step in (bar := tqdm(range(settings.steps), desc="pretraining")):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = settings.lr * cosine_with_warmup(
+                step, steps=settings.steps, warmup=settings.warmup, floor=settings.final_lr
+            )
         starts = torch.randint(len(stream) - settings.n_ctx + 1, (settings.batch, 1))
         loss = next_token_loss(model, stream[starts + window])
         loss.backward()

@@ -72,13 +72,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(config: PretrainedConfig) -> tuple[str, Architecture]:
+def architecture_of(
+    config: PretrainedConfig, hf_model: PreTrainedModel | None = None
+) -> tuple[str, Architecture]:
     """The name of a checkpoint's architecture and how to convert it.
+
+    Args:
+        config: Names the architecture in a file.
+        hf_model: Names it by its class when it was made in memory.
 
     Raises:
         UnsupportedModelError: if it is not one that can be represented faithfully.
     """
-    names = config.architectures or []
+    names = config.architectures or ([] if hf_model is None else [type(hf_model).__name__])
     for name in names:
         if name in ARCHITECTURES:
             return name, ARCHITECTURES[name]
@@ -97,7 +103,7 @@ def hooked_config(
         UnsupportedModelError: as `architecture_of`, or for a variant that is not supported.
         CheckpointError: if the config contradicts itself.
     """
-    architecture_name, architecture = architecture_of(hf_model.config)
+    architecture_name, architecture = architecture_of(hf_model.config, hf_model)
     return HookedTransformerConfig(
         **architecture.config(hf_model.config),
         original_architecture=architecture_name,
@@ -111,5 +117,5 @@ def hooked_config(
 
 def hooked_weights(hf_model: PreTrainedModel, cfg: HookedTransformerConfig) -> dict[str, Tensor]:
     """The model's weights in TransformerLens' layout, nothing folded or centred."""
-    _, architecture = architecture_of(hf_model.config)
+    _, architecture = architecture_of(hf_model.config, hf_model)
     return {name: W.detach() for name, W in architecture.weights(hf_model, cfg).items()}

@@ -17,7 +17,7 @@ from lnfree_interp.models.sites import freeze_site, list_norm_sites, with_norm_s
 
 LNFREE_EPSILON = 1e8
 """From this epsilon on a LayerNorm divides by sqrt(epsilon), whatever its input: the published
-trick (epsilon 1e12, gains multiplied by 1e6) for an LN-free model in `GPT2LMHeadModel`'s clothes."""
+trick (epsilon 1e12, gains multiplied by 1e6) for an LN-free `GPT2LMHeadModel`."""
 
 
 def load(

@@ -67,7 +67,9 @@ def open_in_transformers(
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: config.json cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{name}: config.json cannot be read: {_first_line(error)}"
+        ) from error
     architecture_of(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -127,7 +129,9 @@ def _require_on_hub(
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{name}: no such folder here and no such model on the hub") from error
+        raise CheckpointError(
+            f"{name}: no such folder here and no such model on the hub"
+        ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{name}: the hub answered: {_first_line(error)}") from error
     except Exception as error:  # no route, no name service, proxy, offline mode

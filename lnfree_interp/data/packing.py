@@ -1,6 +1,7 @@
 """Documents to fixed blocks of tokens."""
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import DataError
+
+_DOCUMENTS_PER_CALL = 64  # a call tokenizes its documents in parallel
 
 
 def token_stream(
@@ -29,12 +32,15 @@ def token_stream(
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-text token (eos_token): set one to pack text")
     stream: list[int] = []
-    for row in documents:
-        if column not in row:
-            raise DataError(f"no column {column!r} in the data; its columns are {list(row)}")
-        # Long documents are expected here: they are cut into blocks afterwards.
-        stream += tokenizer.encode(row[column], add_special_tokens=False, verbose=False)
-        stream.append(tokenizer.eos_token_id)
+    rows = iter(documents)
+    while batch := list(islice(rows, _DOCUMENTS_PER_CALL)):
+        for row in batch:
+            if column not in row:
+                raise DataError(f"no column {column!r} in the data; its columns are {list(row)}")
+        # Long documents are expected here (verbose=False): they are cut into blocks afterwards.
+        encoded = tokenizer([row[column] for row in batch], add_special_tokens=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            stream += [*ids, tokenizer.eos_token_id]
     if not stream:
         raise DataError("the data holds no documents")
     return torch.tensor(stream, dtype=torch.long)

@@ -13,7 +13,9 @@ LanguageModel = Callable[..., Any]
 """A `HookedTransformer` or a Hugging Face causal language model."""
 
 
-def logits_of(model: LanguageModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+def logits_of(
+    model: LanguageModel, tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of a `HookedTransformer` or a Hugging Face model, without gradient or dropout."""
     module = model if isinstance(model, nn.Module) else None
     was_training = module is not None and module.training

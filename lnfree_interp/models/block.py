@@ -3,9 +3,10 @@
 TransformerLens' own block and attention, with two differences: `ln1` is two sites
 (`SplitNorm`), and what nobody looks at is computed fused: one q/k/v product, and
 `scaled_dot_product_attention` when no hook reads scores or patterns. Any hook brings the explicit
-computation back for its module, so that it sees and can change what it would see in TransformerLens.
+computation back for its module, so that it sees and can change what TransformerLens shows.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -43,14 +44,15 @@ class FusedAttention(Attention):
 
     def forward(  # type: ignore[override]
         self,
-        query_input: Float[Tensor, "batch pos d_model"],
-        key_input: Float[Tensor, "batch pos d_model"],
-        value_input: Float[Tensor, "batch pos d_model"],
+        query_input: Float[Tensor, "batch pos *head d_model"],
+        key_input: Float[Tensor, "batch pos *head d_model"],
+        value_input: Float[Tensor, "batch pos *head d_model"],
         past_kv_cache_entry: object = None,
         additive_attention_mask: object = None,
         attention_mask: object = None,
         position_bias: object = None,
     ) -> Float[Tensor, "batch pos d_model"]:
+        """As `Attention.forward`; `attn_out` before it is added to the stream."""
         unusual = (past_kv_cache_entry, additive_attention_mask, attention_mask, position_bias)
         if not self._fusible(query_input, *unusual):
             return super().forward(query_input, key_input, value_input, *unusual)  # type: ignore[arg-type]
@@ -70,7 +72,7 @@ class FusedAttention(Attention):
         """q, k, v by one product for each run of projections that read the same input."""
         n_heads = self.cfg.n_heads
 
-        def project(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+        def project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
             W = rearrange(
                 torch.stack(weights), "path head d_model d_head -> (path head d_head) d_model"
             )
@@ -118,6 +120,7 @@ class SiteBlock(TransformerBlock):
         past_kv_cache_entry: object = None,
         attention_mask: object = None,
     ) -> Float[Tensor, "batch pos d_model"]:
+        """As `TransformerBlock.forward`: `resid_pre` to `resid_post`."""
         cfg = self.cfg
         resid_pre = self.hook_resid_pre(resid_pre)
         if cfg.use_split_qkv_input or cfg.use_attn_in:
@@ -154,9 +157,11 @@ class TiedUnembed(Unembed):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # type: ignore[override]
+        """The transposed embedding, a view."""
         return self.W_E.T
 
     def forward(
         self, residual: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
+        """As `Unembed.forward`, without its copy of the transposed weight."""
         return self.hook_out(F.linear(self.hook_in(residual), self.W_E, self.b_U))

@@ -1,5 +1,6 @@
 """The one place where a `HookedTransformer` is built from a config and a state dict."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 
@@ -26,6 +27,10 @@ def hooked_transformer(
     Raises:
         CheckpointError: if a weight is missing, unexpected or of another shape.
     """
+    if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
+        # Made in memory: TransformerLens could not reopen it from a file to make it prepend BOS.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.init_kwargs |= {"name_or_path": "", "add_bos_token": True}
     with warnings.catch_warnings():
         # HookedTransformer is what this package is for; its deprecation is known.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)

@@ -12,23 +12,14 @@ constant at full shape.
 Source of the frozen form: "You can remove GPT2's LayerNorm by fine-tuning", arXiv 2409.13710.
 """
 
-from typing import Protocol
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformer_lens.components import LayerNorm
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError
-
-
-class LayerNormLike(Protocol):
-    """What `Norm` takes over: TransformerLens' `LayerNorm`, or a `Norm`."""
-
-    w: nn.Parameter
-    b: nn.Parameter
-    eps: float
 
 
 class Norm(nn.Module):
@@ -41,7 +32,7 @@ class Norm(nn.Module):
         sigma: The constant that a frozen norm divides by, a scalar; NaN while live.
     """
 
-    def __init__(self, norm: LayerNormLike):
+    def __init__(self, norm: LayerNorm):
         super().__init__()
         self.w = norm.w
         self.b = norm.b
@@ -80,6 +71,7 @@ class Norm(nn.Module):
         return self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Normalise over the last dimension; in one kernel when nobody looks inside."""
         if not self.hooked:
             if not self._frozen:
                 return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
@@ -96,6 +88,7 @@ class Norm(nn.Module):
         self._frozen = not bool(self.sigma.isnan())
 
     def extra_repr(self) -> str:
+        """Live, or the constant."""
         return f"sigma={self.sigma.item():.4g}" if self._frozen else "live"
 
 
@@ -106,7 +99,7 @@ class SplitNorm(nn.Module):
     is frozen, and its sigma. The published order freezes `qk` in every layer before the first `v`.
     """
 
-    def __init__(self, norm: LayerNormLike):
+    def __init__(self, norm: LayerNorm):
         super().__init__()
         self.qk = Norm(norm)
         self.v = Norm(norm)

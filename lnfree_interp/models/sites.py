@@ -84,7 +84,7 @@ def _require_pre_layernorm(model: HookedTransformer) -> None:
     found = [what for what, is_so in unsupported.items() if is_so]
     if found:
         raise UnsupportedModelError(
-            f"norm sites are there for sequential pre-LayerNorm models; this one has {', '.join(found)}"
+            f"norm sites need sequential pre-LayerNorm blocks; this model has {', '.join(found)}"
         )
 
 

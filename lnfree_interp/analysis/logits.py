@@ -1,0 +1,206 @@
+"""Direct logit attribution: a logit as a sum over the parts of the model.
+
+On an LN-free model the logit is linear in the residual stream, so the parts add up to it and
+taking one away changes it by exactly that part. With a live final norm both need the scale frozen
+at the value it had, and only the adding up survives.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.contributions import Component, Contributions, Level
+from lnfree_interp.analysis.residual import cached_names, project_residual, require_decomposable
+from lnfree_interp.errors import DataError, InexactError
+from lnfree_interp.models.norms import Norm
+
+Answer = str | int
+
+
+def attribute_logits(
+    model: HookedTransformer,
+    prompt: str | Sequence[str],
+    answer: Answer | Sequence[Answer],
+    against: Answer | Sequence[Answer] | None = None,
+    *,
+    by: Level = "head",
+    prepend_bos: bool = True,
+    frozen_scale: bool = False,
+) -> Contributions:
+    """What each part of the model adds to the next token's logit, or logit difference.
+
+    Args:
+        model: LN-free, folded or with frozen norm sites.
+        prompt: One prompt, or several; they need not be equally long.
+        answer: The next token: a string that is one token (mind the leading space) or a token id.
+            One for all prompts, or one each.
+        against: Subtract this token's logit. As `answer`.
+        by: `"block"`, `"head"` or `"neuron"`; see `project_residual`.
+        prepend_bos: Start each prompt with the beginning-of-sequence token.
+        frozen_scale: Answer for a model with a live final norm too, holding its scale.
+
+    Returns:
+        Values [component] for one prompt, [component, prompt] for several, in logits.
+
+    Raises:
+        InexactError: if the final norm is live and `frozen_scale` is False.
+        DataError: if an answer is not one token, or the numbers of prompts and answers differ.
+        UnsupportedModelError: for a model whose stream has other parts.
+
+    Example:
+        >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")  # doctest: +SKIP
+        >>> dla.verify()  # doctest: +SKIP
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    answers = _one_each(model, answer, len(prompts), "answers")
+    foils = None if against is None else _one_each(model, against, len(prompts), "foils")
+    names = [model.to_single_str_token(token) for token in answers]
+    if foils is not None:
+        foil_names = [model.to_single_str_token(token) for token in foils]
+        if same := [repr(a) for a, b in zip(names, foil_names, strict=True) if a == b]:
+            raise DataError(f"{same[0]} against itself: the logit difference is zero by definition")
+        of = tuple(f"{a!r} - {b!r}" for a, b in zip(names, foil_names, strict=True))
+    else:
+        of = tuple(map(repr, names))
+    # Prompt by prompt: padding would have to be masked out of everything that follows.
+    parts: list[Contributions] = []
+    for i, text in enumerate(prompts):
+        tokens = model.to_tokens(text, prepend_bos=prepend_bos)
+        targets = torch.tensor([[answers[i]]], device=tokens.device)
+        minus = None if foils is None else torch.tensor([[foils[i]]], device=tokens.device)
+        parts.append(_attribute(model, tokens, slice(-1, None), targets, minus, by, frozen_scale))
+    strings = tuple(tuple(model.to_str_tokens(text, prepend_bos=prepend_bos)) for text in prompts)
+    whole = Contributions(
+        values=torch.cat([part.values[..., 0] for part in parts], dim=1),
+        components=parts[0].components,
+        total=torch.cat([part.total[..., 0] for part in parts]),
+        level=by,
+        of=of,
+        prompts=strings,
+        frozen_scale=parts[0].frozen_scale,
+    )
+    return whole.select(0) if isinstance(prompt, str) else whole
+
+
+def attribute_next_tokens(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    by: Level = "head",
+    frozen_scale: bool = False,
+) -> Contributions:
+    """What each part adds to the logit of the true next token, at every position.
+
+    Args:
+        model: As for `attribute_logits`.
+        tokens: [batch, pos].
+        by: As for `attribute_logits`.
+        frozen_scale: As for `attribute_logits`.
+
+    Returns:
+        Values [component, batch, pos - 1], in logits.
+
+    Raises:
+        InexactError, UnsupportedModelError: as `attribute_logits`.
+    """
+    return _attribute(model, tokens, slice(0, -1), tokens[:, 1:], None, by, frozen_scale)
+
+
+@torch.no_grad()
+def _attribute(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "batch pos"],
+    positions: slice,
+    targets: Int[Tensor, "batch kept"],
+    against: Int[Tensor, "batch kept"] | None,
+    by: Level,
+    frozen_scale: bool,
+) -> Contributions:
+    require_decomposable(model)
+    live = final_norm_is_live(model)
+    if live and not frozen_scale:
+        raise InexactError(
+            "the final norm is live, so no part of the stream has a logit of its own: pass "
+            "frozen_scale=True to hold its scale, or remove the norms first"
+        )
+    names = [*cached_names(model, by), "ln_final.hook_scale"]
+    logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names)
+    kept = {name: activation[:, positions] for name, activation in cache.items()}
+    direction, bias = logit_direction(model, targets)
+    total = logits[:, positions].gather(-1, targets[..., None])[..., 0]
+    if against is not None:
+        minus, minus_bias = logit_direction(model, against)
+        direction, bias = direction - minus, bias - minus_bias
+        total = total - logits[:, positions].gather(-1, against[..., None])[..., 0]
+    values, components = [], []
+    if hasattr(model, "ln_final"):
+        direction, norm_bias = through_final_norm(model, direction, kept["ln_final.hook_scale"])
+        if norm_bias is not None:
+            values.append(norm_bias[None])
+            components.append(Component("ln_final.b"))
+    parts, part_components = project_residual(model, kept, direction, by)
+    return Contributions(
+        values=torch.cat([parts, *values, bias[None]]),
+        components=(*part_components, *components, Component("b_U")),
+        total=total,
+        level=by,
+        frozen_scale=live,
+    )
+
+
+def final_norm_is_live(model: HookedTransformer) -> bool:
+    """Whether the logits depend on the stream's own scale."""
+    norm = getattr(model, "ln_final", None)
+    return norm is not None and not (isinstance(norm, Norm) and norm.frozen)
+
+
+def logit_direction(
+    model: HookedTransformer, targets: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos"]]:
+    """The column of W_U and the entry of b_U for each target token."""
+    return model.W_U.T[targets], model.b_U[targets]
+
+
+def through_final_norm(
+    model: HookedTransformer,
+    direction: Float[Tensor, "batch pos d_model"],
+    scale: Float[Tensor, "batch pos one"],
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos"] | None]:
+    """A direction behind `ln_final` carried to its input, at a given scale; and what its bias adds.
+
+    Args:
+        model: With an `ln_final`, live or frozen, with or without gain and bias.
+        direction: [batch, pos, d_model], read from the norm's output.
+        scale: `ln_final.hook_scale`, [batch, pos, 1]; a constant if the norm is frozen.
+    """
+    norm = model.ln_final
+    bias = direction @ norm.b if hasattr(norm, "b") else None
+    direction = direction * norm.w if hasattr(norm, "w") else direction
+    if (model.cfg.normalization_type or "").startswith("LN") and not model.cfg.final_rms:
+        direction = direction - direction.mean(-1, keepdim=True)
+    return direction / scale, bias
+
+
+def _one_each(
+    model: HookedTransformer, given: Answer | Sequence[Answer], n_prompts: int, what: str
+) -> list[int]:
+    """Token ids, one per prompt."""
+    answers = [given] * n_prompts if isinstance(given, str | int) else list(given)
+    if len(answers) != n_prompts:
+        raise DataError(f"{n_prompts} prompts, but {len(answers)} {what}")
+    return [_token(model, answer) for answer in answers]
+
+
+def _token(model: HookedTransformer, answer: Answer) -> int:
+    if isinstance(answer, int):
+        if not 0 <= answer < model.cfg.d_vocab:
+            raise DataError(f"token id {answer} is outside the vocabulary of {model.cfg.d_vocab}")
+        return answer
+    tokens = model.to_tokens(answer, prepend_bos=False)[0].tolist()
+    if len(tokens) != 1:
+        pieces = model.to_str_tokens(answer, prepend_bos=False)
+        raise DataError(f"{answer!r} is {len(tokens)} tokens, {pieces}: an answer is one token")
+    return tokens[0]

@@ -1,0 +1,53 @@
+"""Direct logit attribution against measured direct effects."""
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+
+from lnfree_interp.evaluation.direct_effects import DirectEffects
+from lnfree_interp.plots.style import MODEL_COLOURS, MODEL_NAMES, styled
+
+
+def direct_effects(results: Mapping[str, DirectEffects], points: int = 1500) -> go.Figure:
+    """One scatter per model: attribution against measured direct effect, on the diagonal if equal.
+
+    Args:
+        results: By model name, in the order of the panels.
+        points: How many (head, token) pairs each panel samples.
+    """
+    figure = make_subplots(
+        cols=len(results),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[
+            f"{MODEL_NAMES.get(name, name)}: NMAE {100 * result.nmae:.3g} %"
+            for name, result in results.items()
+        ],
+    )
+    generator = torch.Generator().manual_seed(0)
+    for column, (name, result) in enumerate(results.items(), start=1):
+        x, y = result.measured.flatten(), result.attribution.flatten()
+        sample = torch.randperm(len(x), generator=generator)[:points]
+        x, y = x[sample], y[sample]
+        ends = [min(x.min().item(), y.min().item()), max(x.max().item(), y.max().item())]
+        figure.add_scatter(
+            x=ends, y=ends, mode="lines", line={"color": "#999999", "width": 1}, row=1, col=column
+        )
+        figure.add_scatter(
+            x=x.tolist(),
+            y=y.tolist(),
+            mode="markers",
+            marker={"size": 4, "opacity": 0.5, "color": MODEL_COLOURS.get(name, "#333333")},
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(title="measured effect (logit)", row=1, col=column)
+    figure.update_yaxes(title="attribution (logit)", row=1, col=1)
+    figure.update_layout(showlegend=False)
+    return styled(
+        figure,
+        "Does direct logit attribution predict what removing a head does?",
+        "one point: one head at one held-out token, on the true next token",
+    )

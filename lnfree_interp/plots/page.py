@@ -1,0 +1,83 @@
+"""One self-contained HTML page from figures and tables."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
+p { max-width: 46rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+footer { color: #666; font-size: .85rem; margin: 3rem 0 1rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table; every cell is text."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_html(self) -> str:
+        """As an HTML table, cells escaped."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+    def to_text(self) -> str:
+        """Aligned for a terminal: first column left, the others right."""
+        lines = [list(self.header), *map(list, self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a paragraph of plain text, and what to look at."""
+
+    heading: str
+    text: str = ""
+    content: Sequence[Table | go.Figure] = ()
+
+
+def page(title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:
+    """The page as HTML; it opens without a network, plotly's script included once."""
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<script>{get_plotlyjs()}</script></head><body>",
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>",
+    ]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+        if section.text:
+            parts.append(f"<p>{html.escape(section.text)}</p>")
+        for item in section.content:
+            parts.append(
+                item.to_html()
+                if isinstance(item, Table)
+                else item.to_html(
+                    full_html=False, include_plotlyjs=False, config={"responsive": True}
+                )
+            )
+    parts.append(f"<footer>{html.escape(footer)}</footer></body></html>")
+    return "\n".join(parts)

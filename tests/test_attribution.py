@@ -1,0 +1,200 @@
+"""Attributions add up, equal brute force and measured effects, and fail when they should."""
+
+import pytest
+import torch
+from transformer_lens.utilities import get_act_name
+
+import lnfree_interp as lf
+from lnfree_interp.analysis import logits as logits_module
+from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
+
+LEVELS = ["block", "head", "neuron"]
+PROMPTS = ["def add(self, other", "for i in range(", "return"]
+ANSWERS, FOILS = ["r", "i", "s"], ["e", "n", "d"]
+
+
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_parts_add_up(request, form, level, dtype):
+    model = request.getfixturevalue(form)
+    result = lf.attribute_logits(model, PROMPTS, ANSWERS, FOILS, by=level).verify()
+    assert result.error.relative <= {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+    for i, prompt in enumerate(PROMPTS):
+        logits = model(prompt)[0, -1]
+        answer, foil = (model.to_single_token(x[i]) for x in (ANSWERS, FOILS))
+        torch.testing.assert_close(result.total[i], logits[answer] - logits[foil])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_next_token_parts_add_up_at_every_position(folded, tokens, level):
+    result = lf.attribute_next_tokens(folded, tokens, by=level).verify()
+    expected = folded(tokens)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(result.total, expected)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_live_model_adds_up_at_frozen_scale_only(live, level):
+    with pytest.raises(InexactError, match="frozen_scale=True"):
+        lf.attribute_logits(live, PROMPTS[0], "r", by=level)
+    result = lf.attribute_logits(live, PROMPTS[0], "r", by=level, frozen_scale=True).verify()
+    assert result.frozen_scale
+    assert "ln_final.b" in result.labels
+
+
+def test_levels_refine_one_another(folded, tokens):
+    block, head, neuron = (lf.attribute_next_tokens(folded, tokens, by=level) for level in LEVELS)
+    layers = folded.cfg.n_layers
+    heads = head.of_kind("head").unflatten(0, (layers, -1)).sum(1) + head.of_kind("b_O")
+    torch.testing.assert_close(heads, block.of_kind("attn_out"), rtol=1e-4, atol=1e-5)
+    mlps = neuron.of_kind("neuron").unflatten(0, (layers, -1)).sum(1) + neuron.of_kind("b_out")
+    torch.testing.assert_close(mlps, block.of_kind("mlp_out"), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_and_neurons_equal_brute_force(folded, tokens):
+    """Against TransformerLens' own stacks, which do materialise every part."""
+    result = lf.attribute_next_tokens(folded, tokens, by="neuron")
+    _, cache = folded.run_with_cache(tokens)
+    directions = folded.W_U.T[tokens[:, 1:]]
+    for kind, stack in (
+        ("head", cache.stack_head_results()),
+        ("neuron", cache.stack_neuron_results(-1)),
+    ):
+        expected = (stack[:, :, :-1] * directions).sum(-1)
+        torch.testing.assert_close(result.of_kind(kind), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attribution_is_the_measured_effect_without_norms_only(folded, live, tokens, dtype):
+    free, bearing = lf.direct_effects(folded, tokens), lf.direct_effects(live, tokens)
+    assert free.nmae <= {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
+    assert free.pooled_nmae <= {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
+    assert bearing.nmae > 0.02
+    # Measured once more: ablate z in the last layer, hold what reads it, run the whole model.
+    layer, head = folded.cfg.n_layers - 1, 2
+    mlp_out = folded.run_with_cache(tokens)[1]["mlp_out", layer]
+
+    def ablate(z, hook):
+        z[:, :, head] = 0
+        return z
+
+    hooks = [
+        (get_act_name("z", layer), ablate),
+        (get_act_name("mlp_out", layer), lambda x, hook: mlp_out),
+    ]
+    ablated = folded.run_with_hooks(tokens, fwd_hooks=hooks)
+    effect = (folded(tokens) - ablated)[:, :-1].gather(-1, tokens[:, 1:, None]).flatten()
+    torch.testing.assert_close(free.measured[layer, head], effect, rtol=1e-3, atol=1e-4)
+
+
+def test_nmae_by_hand():
+    attribution = torch.tensor([[[1.0, 2.0], [3.0, 3.0]]])
+    measured = torch.tensor([[[1.0, 1.0], [-2.0, 4.0]]])
+    result = lf.DirectEffects(attribution, measured)
+    assert result.nmae_per_head.tolist() == [[0.5, 1.0]]
+    assert result.nmae == 0.75
+    assert result.pooled_nmae == pytest.approx(7 / 8)
+
+
+def patched_projection(change):
+    """`project_residual` with a change to its inputs or outputs."""
+    right = logits_module.project_residual
+
+    def mutated(model, cache, direction, level):
+        return change(right, model, cache, direction, level)
+
+    return mutated
+
+
+def drop(kind):
+    def change(right, model, cache, direction, level):
+        values, components = right(model, cache, direction, level)
+        values = values.clone()
+        values[[i for i, c in enumerate(components) if c.kind == kind]] = 0
+        return values, components
+
+    return change
+
+
+def drop_b_V(right, model, cache, direction, level):
+    cache = {
+        name: x - model.blocks[int(name.split(".")[1])].attn.b_V if name.endswith("hook_z") else x
+        for name, x in cache.items()
+    }
+    return right(model, cache, direction, level)
+
+
+def swap_heads(right, model, cache, direction, level):
+    cache = {n: x.flip(2) if n.endswith("hook_z") else x for n, x in cache.items()}
+    return right(model, cache, direction, level)
+
+
+def shift_positions(right, model, cache, direction, level):
+    cache = {**cache, "hook_pos_embed": model.W_pos[: cache["hook_embed"].shape[1]][None] * 0.9}
+    return right(model, cache, direction, level)
+
+
+MUTATIONS = {
+    "drop embed": drop("embed"),
+    "drop b_O": drop("b_O"),
+    "drop b_out": drop("b_out"),
+    "drop one kind of part": drop("neuron"),
+    "drop b_V": drop_b_V,
+    "swap heads": swap_heads,
+    "wrong positions": shift_positions,
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda name: name.replace(" ", "-"))
+def test_every_mutation_of_the_sum_is_caught(folded, monkeypatch, mutation):
+    monkeypatch.setattr(logits_module, "project_residual", patched_projection(MUTATIONS[mutation]))
+    with pytest.raises(InexactError, match="sum over neurons"):
+        lf.attribute_logits(folded, PROMPTS, ANSWERS, FOILS, by="neuron").verify()
+
+
+@pytest.mark.parametrize("mutation", ["centring", "scale", "bias"])
+def test_every_mutation_of_the_final_norm_is_caught(frozen, monkeypatch, mutation):
+    right = logits_module.through_final_norm
+
+    def mutated(model, direction, scale):
+        carried, bias = right(model, direction, scale)
+        if mutation == "centring":
+            return direction * model.ln_final.w / scale, bias
+        return (carried * 1.001, bias) if mutation == "scale" else (carried, bias * 0)
+
+    monkeypatch.setattr(logits_module, "through_final_norm", mutated)
+    with pytest.raises(InexactError):
+        lf.attribute_logits(frozen, PROMPTS, ANSWERS, by="head").verify()
+
+
+def test_missing_b_U_is_caught(folded, monkeypatch):
+    right = logits_module.logit_direction
+    monkeypatch.setattr(
+        logits_module, "logit_direction", lambda *a: (right(*a)[0], 0 * right(*a)[1])
+    )
+    with pytest.raises(InexactError):
+        lf.attribute_logits(folded, PROMPTS, ANSWERS).verify()
+
+
+def test_one_prompt_has_no_batch_dimension(folded):
+    one = lf.attribute_logits(folded, PROMPTS[0], "r", "e")
+    batch = lf.attribute_logits(folded, PROMPTS, ["r", "i", "s"], ["e", "n", "d"])
+    assert one.values.shape == (len(one.components),)
+    torch.testing.assert_close(one.values, batch.select(0).values)
+    assert one.of == ("'r' - 'e'",)
+    frame = one.to_frame()
+    assert list(frame["component"]) == one.labels
+    assert frame["value"].sum() == pytest.approx(one.total.item(), rel=1e-4)
+    assert batch.to_frame().shape == (len(one.components), 4 + 3)
+
+
+def test_wrong_questions_are_refused(folded):
+    with pytest.raises(DataError, match="an answer is one token"):
+        lf.attribute_logits(folded, "return", "zzz qqq")
+    with pytest.raises(DataError, match="3 prompts, but 2 answers"):
+        lf.attribute_logits(folded, PROMPTS, ["r", "i"])
+    with pytest.raises(DataError, match="against itself"):
+        lf.attribute_logits(folded, "return", "r", "r")
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        lf.attribute_logits(folded, "return", 300)
+    folded.cfg.output_logits_soft_cap = 30.0
+    with pytest.raises(UnsupportedModelError, match="soft cap"):
+        lf.attribute_logits(folded, "return", "r")

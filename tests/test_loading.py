@@ -1,0 +1,155 @@
+"""A checkpoint comes in with the same logits, or is refused with the reason."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_gpt2, make_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+import lnfree_interp as lf
+from lnfree_interp.checkpoints import architectures, source
+from lnfree_interp.errors import CheckpointError, InexactError, UnsupportedModelError
+
+TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"n_head": 2, "n_layer": 1},
+        {"n_inner": 40},
+        {"layer_norm_epsilon": 0.1},
+        {"activation_function": "relu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"tie_word_embeddings": False},
+    ],
+    ids=lambda config: ",".join(f"{k}={v}" for k, v in config.items()) or "plain",
+)
+def test_logits_equal_transformers(config, dtype):
+    hf_model = make_gpt2(**config).to(dtype)
+    model = lf.load(hf_model, dtype=dtype)
+    assert lf.compare_logits(model, hf_model).relative <= TIGHT[dtype]
+
+
+def test_folder_gives_unprocessed_weights_and_its_tokenizer(gpt2_folder):
+    model = lf.load(gpt2_folder, dtype=torch.float64)
+    hf_model = GPT2LMHeadModel.from_pretrained(gpt2_folder, dtype=torch.float64)
+    assert model.cfg.normalization_type == "LN"
+    assert torch.equal(model.W_E, hf_model.transformer.wte.weight)
+    assert torch.equal(model.W_U, hf_model.lm_head.weight.T)
+    assert torch.equal(model.blocks[1].ln1.w, hf_model.transformer.h[1].ln_1.weight)
+    assert torch.equal(model.b_out[2], hf_model.transformer.h[2].mlp.c_proj.bias)
+    assert model.to_string(model.to_tokens("return self", prepend_bos=False)[0]) == "return self"
+
+
+def test_wrong_epsilon_is_caught(gpt2_folder, monkeypatch):
+    right = architectures._gpt2_config
+    wrong = architectures.Architecture(
+        lambda hf: right(hf) | {"eps": 1e-3}, architectures.convert_gpt2_weights
+    )
+    monkeypatch.setitem(architectures.ARCHITECTURES, "GPT2LMHeadModel", wrong)
+    with pytest.raises(InexactError, match="against transformers"):
+        lf.load(gpt2_folder)
+    assert lf.load(gpt2_folder, check=False).cfg.eps == 1e-3
+
+
+def copy_without(folder, tmp_path, *names):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for name in names:
+        for file in copy.glob(name):
+            file.unlink()
+    return copy
+
+
+def test_missing_files_are_named(gpt2_folder, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        lf.load(copy_without(gpt2_folder, tmp_path / "a", "config.json"))
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        lf.load(copy_without(gpt2_folder, tmp_path / "b", "*.safetensors"))
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        lf.load(copy_without(gpt2_folder, tmp_path / "c", "tokenizer*"))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        lf.load(tmp_path / "nowhere")
+
+
+def test_pickle_only_checkpoint_is_refused(gpt2_folder, tmp_path):
+    folder = copy_without(gpt2_folder, tmp_path, "*.safetensors")
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
+        lf.load(folder)
+
+
+def test_broken_files_are_refused(gpt2_folder, tmp_path):
+    folder = copy_without(gpt2_folder, tmp_path / "truncated")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="weights cannot be loaded"):
+        lf.load(folder)
+
+    folder = copy_without(gpt2_folder, tmp_path / "json")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        lf.load(folder)
+
+    folder = copy_without(gpt2_folder, tmp_path / "missing")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_fc\.bias"):
+        lf.load(folder)
+
+
+def test_nan_weights_are_refused():
+    hf_model = make_gpt2()
+    with torch.no_grad():
+        hf_model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"not finite: blocks\.0\.mlp\.W_in"):
+        lf.load(hf_model)
+
+
+def test_config_that_does_not_divide_is_refused(gpt2_folder, tmp_path):
+    folder = copy_without(gpt2_folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_head": 5}))
+    with pytest.raises(CheckpointError, match="divisible"):
+        lf.load(folder)
+
+
+def test_tokenizer_of_another_model_is_refused(gpt2_folder):
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        other = make_tokenizer()
+        other.add_tokens([f"<{i}>" for i in range(30)])
+        lf.load(gpt2_folder, tokenizer=other)
+
+
+def test_model_and_tokenizer_in_memory():
+    model = lf.load(make_gpt2(), tokenizer=make_tokenizer())
+    assert model.to_str_tokens("return")[0] == "<|endoftext|>"
+    assert model.to_tokens("return")[0, 1:].tolist() == make_tokenizer()("return")["input_ids"]
+
+
+def test_unknown_architecture_is_refused_by_name(tmp_path, tokenizer):
+    config = GPTNeoXConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"GPTNeoXForCausalLM.*GPT2LMHeadModel"):
+        lf.load(tmp_path)
+
+
+def test_unreachable_hub_names_the_offline_ways(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(source.HfApi, "model_info", no_network)
+    with pytest.raises(CheckpointError, match=r"cannot be reached; pass a local folder"):
+        lf.load("openai-community/no-such-model")
