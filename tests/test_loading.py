@@ -123,9 +123,9 @@ def test_config_that_does_not_divide_is_refused(gpt2_folder, tmp_path):
 
 
 def test_tokenizer_of_another_model_is_refused(gpt2_folder):
+    other = make_tokenizer()
+    other.add_tokens([f"<{i}>" for i in range(30)])
     with pytest.raises(CheckpointError, match="do not belong together"):
-        other = make_tokenizer()
-        other.add_tokens([f"<{i}>" for i in range(30)])
         lf.load(gpt2_folder, tokenizer=other)
 
 

@@ -1,0 +1,36 @@
+# `make demo` and `make test` each do all of their own set-up, once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   install, then remove every LayerNorm from the bundled GPT-2 (lnfree-demo/)"
+	@echo "make test   install, then run the tests"
+	@echo "make lint   install, then ruff"
+	@echo "make bench  install, then the benchmark behind docs/benchmarks.md (about 20 minutes)"
+	@echo "make clean  remove .venv and what the demo wrote"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/lnfree demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/removal_gap.py
+
+clean:
+	rm -rf .venv lnfree-demo

@@ -1,0 +1,69 @@
+"""Text to blocks: nothing lost, nothing mixed."""
+
+import hashlib
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+import lnfree_interp as lf
+from lnfree_interp.data.packing import token_stream
+from lnfree_interp.data.stdlib import split_of
+from lnfree_interp.errors import DataError
+
+
+def test_split_depends_on_the_path_alone():
+    """These modules were held out when the bundled checkpoint was trained; they must stay so."""
+    assert [split_of(p) for p in ("netrc.py", "asyncio/queues.py", "_pydecimal.py")] == [
+        "heldout"
+    ] * 3
+    assert [split_of(p) for p in ("json/decoder.py", "os.py", "typing.py")] == ["train"] * 3
+    paths = [f"package/module_{i}.py" for i in range(4000)]
+    share = sum(split_of(path) == "heldout" for path in paths) / len(paths)
+    assert 0.08 < share < 0.12
+
+
+def test_corpus_is_split_and_free_of_tests(tmp_path):
+    train, heldout = (lf.stdlib_corpus(split) for split in ("train", "heldout"))
+    assert not set(train["path"]) & set(heldout["path"])
+    assert "netrc.py" in heldout["path"]
+    assert "json/decoder.py" in train["path"]
+    everything = [*train["path"], *heldout["path"]]
+    assert not [p for p in everything if {"test", "tests", "site-packages"} & set(p.split("/"))]
+    texts = {hashlib.sha256(t.encode()).hexdigest() for t in train["text"]}
+    copies = [t for t in heldout["text"] if hashlib.sha256(t.encode()).hexdigest() in texts]
+    assert sum(map(len, copies)) < 0.01 * sum(map(len, heldout["text"]))
+    with pytest.raises(DataError, match="came without its source"):
+        lf.stdlib_corpus("train", root=tmp_path)
+
+
+def test_packing_loses_nothing(tokenizer):
+    texts = ["def add(self):\n", "x", "return " * 30]
+    documents = Dataset.from_list([{"text": text} for text in texts])
+    stream = token_stream(documents, tokenizer)
+    expected = []
+    for text in texts:
+        expected += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert stream.tolist() == expected
+    blocks = lf.pack(documents, tokenizer, block=8)
+    assert blocks.shape == (len(expected) // 8, 8)
+    assert blocks.flatten().tolist() == expected[: len(expected) // 8 * 8]
+    assert torch.equal(lf.pack(iter(documents), tokenizer, block=8), blocks)
+
+
+def test_the_loaded_model_s_tokenizer_packs_without_bos(gpt2_folder):
+    """TransformerLens makes its tokenizer prepend BOS; documents must not start with two."""
+    model = lf.load(gpt2_folder)
+    plain = AutoTokenizer.from_pretrained(gpt2_folder)
+    documents = [{"text": "def add(self):\n"}]
+    assert torch.equal(token_stream(documents, model.tokenizer), token_stream(documents, plain))
+
+
+def test_unusable_text_is_refused(tokenizer):
+    with pytest.raises(DataError, match=r"no column 'text'.*'code'"):
+        lf.pack([{"code": "x"}], tokenizer, 8)
+    with pytest.raises(DataError, match="no documents"):
+        lf.pack([], tokenizer, 8)
+    with pytest.raises(DataError, match="do not fill one block of 64"):
+        lf.pack([{"text": "x"}], tokenizer, 64)

@@ -1,0 +1,249 @@
+"""The fine-tuning: events fire when they should, sigma is what was measured, hooks stay active."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_gpt2
+
+import lnfree_interp as lf
+from lnfree_interp.errors import NormSiteError, RecipeError, TrainingError
+from lnfree_interp.models.sites import NormSite
+from lnfree_interp.removal import trainer
+from lnfree_interp.removal.objectives import next_token_loss, scale_anchor_loss
+from lnfree_interp.removal.recipes import Recipe
+from lnfree_interp.removal.schedule import Event, cosine_with_warmup, published_order
+from lnfree_interp.removal.statistics import measure_sigma
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lf.load(make_gpt2(n_layer=2), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return torch.randint(300, (40, 24), generator=torch.Generator().manual_seed(3))
+
+
+def small_recipe(**changes):
+    settings = {
+        "events": published_order(2, start=2, ln2_gap=1, qk_gap=1, v_gap=2),
+        "steps": 16,
+        "batch": 4,
+        "lr": 1e-3,
+        "warmup": 2,
+        "final_lr": 0.1,
+    }
+    return Recipe(**(settings | changes))
+
+
+def test_published_order():
+    events = published_order(3, start=20, ln2_gap=2, qk_gap=2, v_gap=3)
+    steps = {str(event.site): event.step for event in events}
+    assert steps == {
+        "blocks.0.ln2": 20, "blocks.1.ln2": 22, "blocks.2.ln2": 24,
+        "blocks.0.ln1.qk": 26, "blocks.1.ln1.qk": 28, "blocks.2.ln1.qk": 30,
+        "blocks.0.ln1.v": 32, "blocks.1.ln1.v": 35, "blocks.2.ln1.v": 38,
+        "ln_final": 41,
+    }  # fmt: skip
+
+
+def test_order_reproduces_the_published_steps_of_gpt2_small():
+    """gpt2_aux of 2507.02559: ln2 20 (2), qk 44 (2), v 68 (3), ln_f 104."""
+    events = published_order(12, start=20, ln2_gap=2, qk_gap=2, v_gap=3)
+    first = {kind: min(e.step for e in events if e.site.kind == kind) for kind in
+             ("ln2", "ln1.qk", "ln1.v", "ln_final")}  # fmt: skip
+    assert first == {"ln2": 20, "ln1.qk": 44, "ln1.v": 68, "ln_final": 104}
+
+
+def test_learning_rate():
+    rates = [cosine_with_warmup(s, steps=100, warmup=10, floor=0.1) for s in range(101)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert rates[10] == pytest.approx(1)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert rates[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("steps", [15, 40, 300, 1000])
+@pytest.mark.parametrize("n_layers", [1, 4, 12])
+def test_demo_recipe_leaves_half_the_steps_to_recover(steps, n_layers):
+    recipe = lf.recipes.demo(n_layers, steps=steps)
+    assert len(recipe.events) == 3 * n_layers + 1
+    assert max(event.step for event in recipe.events) <= steps // 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 6}, "would be frozen at step"),
+        ({"batch": 0}, "batch must be positive"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"warmup": 16}, "warmup must lie in"),
+    ],
+)
+def test_impossible_recipes_are_refused(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        small_recipe(**changes)
+    with pytest.raises(RecipeError, match="negative"):
+        published_order(2, start=-1, ln2_gap=1, qk_gap=1, v_gap=1)
+
+
+def test_all_norms_are_gone_and_the_model_learned(model, data):
+    run = lf.remove_norms(model, small_recipe(steps=60, lr=3e-3), data, progress=False)
+    assert lf.live_sites(run.model) == ()
+    assert lf.fold(run.model).cfg.normalization_type is None
+    assert run.history[-1].loss < run.history[0].loss - 0.1
+    assert [r.step for r in run.history] == list(range(60))
+
+
+def test_events_fire_before_their_step_with_measured_sigma(model, data, monkeypatch):
+    recipe = small_recipe(sigma_blocks=len(data))
+    in_training = []
+
+    def keep(stock):
+        in_training.append(lf.with_norm_sites(stock))
+        return in_training[0]
+
+    monkeypatch.setattr(trainer, "with_norm_sites", keep)
+    live = []
+
+    def watch(embed, hook):
+        if torch.is_grad_enabled():  # not the engine's own measuring passes
+            live.append({str(site) for site in lf.live_sites(in_training[0])})
+
+    run = lf.remove_norms(model, recipe, data, fwd_hooks=[("hook_embed", watch)], progress=False)
+    for event in recipe.events:
+        name = str(event.site)
+        assert name in live[event.step - 1]
+        assert name not in live[event.step]
+        sigma = run.history[event.step].frozen[name]
+        assert lf.get_norm(run.model, name).sigma.item() == pytest.approx(sigma)
+
+
+def test_sigma_is_the_mean_standard_deviation(model, data):
+    split = lf.with_norm_sites(model)
+    sites = ["blocks.1.ln2", "blocks.0.ln1.qk", "ln_final"]
+    sigmas = measure_sigma(split, sites, data)
+    _, cache = model.run_with_cache(data)
+    inputs = [cache["resid_mid", 1], cache["resid_pre", 0], cache["resid_post", 1]]
+    for site, resid in zip(sites, inputs, strict=True):
+        expected = (resid.var(-1, correction=0) + model.cfg.eps).sqrt().mean().item()
+        assert sigmas[site] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(NormSiteError):
+        measure_sigma(split, ["blocks.7.ln2"], data)
+
+
+def test_losses_by_hand(model, data):
+    logits = model(data[:2])
+    expected = -logits.log_softmax(-1)[:, :-1].gather(-1, data[:2, 1:, None])
+    torch.testing.assert_close(next_token_loss(logits, data[:2]), expected.mean())
+
+    resid = torch.tensor([[[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]]], requires_grad=True)
+    ordinary = torch.tensor([[False, True, True]])
+    loss = scale_anchor_loss(resid, ordinary)  # sigma 1, 2, 4; target 3
+    assert loss.item() == pytest.approx((4 + 1 + 1) / 3, rel=1e-4)
+    loss.backward()
+    # Each token is pulled towards the target, position 0 too; the target itself is not pulled.
+    assert resid.grad[0, 0, 0].item() == pytest.approx(2 / 3 * (1 - 3) * 0.5, rel=1e-4)
+
+
+def batches_of(run_recipe, model, data):
+    seen = []
+
+    def keep(embed, hook):
+        if torch.is_grad_enabled():
+            seen.append(embed.detach().clone() if not seen else None)
+
+    run = lf.remove_norms(model, run_recipe, data, fwd_hooks=[("hook_embed", keep)], progress=False)
+    return run, seen
+
+
+def test_control_sees_the_same_data_and_rates_but_keeps_its_norms(model, data):
+    recipe = small_recipe()
+    run, run_seen = batches_of(recipe, model, data)
+    control, control_seen = batches_of(recipe.vanilla(), model, data)
+    assert torch.equal(run_seen[0], control_seen[0])
+    assert [r.lr for r in run.history] == [r.lr for r in control.history]
+    # Before the first event the two differ by the scale anchor alone.
+    assert run.history[0].loss == control.history[0].loss
+    assert len(lf.live_sites(control.model)) == 7
+    same = lf.remove_norms(model, recipe, data, progress=False)
+    assert [r.loss for r in same.history] == [r.loss for r in run.history]
+    other = lf.remove_norms(model, small_recipe(seed=1), data, progress=False)
+    assert other.history[0].loss != run.history[0].loss
+
+
+def test_every_block_is_seen_once_an_epoch(model, data):
+    data = data.clone()
+    data[:, 0] = torch.arange(len(data))  # position 0 names the block
+    seen = []
+
+    def keep(embed, hook):
+        if torch.is_grad_enabled():
+            nearest = torch.cdist(embed[:, 0].detach(), stock_embedding).argmin(-1)
+            seen.extend(nearest.tolist())
+
+    stock_embedding = model.W_E[: len(data)].detach().clone()
+    # A learning rate of nothing keeps the embedding readable.
+    recipe = small_recipe(steps=10, events=(), lr=1e-12)
+    lf.remove_norms(model, recipe, data, fwd_hooks=[("hook_embed", keep)], progress=False)
+    assert sorted(seen) == list(range(40))
+
+
+def test_hooks_fire_on_every_forward_and_backward_and_may_change_activations(model, data):
+    forward, backward = [], []
+
+    def is_mlp_out(name):
+        return name.endswith("0.hook_mlp_out")
+
+    hooks = {
+        "fwd_hooks": [("blocks.0.attn.hook_pattern", lambda x, hook: forward.append(x.shape))],
+        "bwd_hooks": [(is_mlp_out, lambda gradient, hook: backward.append(1))],
+    }
+    recipe = small_recipe(events=())
+    run = lf.remove_norms(model, recipe, data, progress=False, **hooks)
+    assert forward == [(4, 4, 24, 24)] * recipe.steps
+    assert len(backward) == recipe.steps
+
+    def silence(mlp_out, hook):
+        return mlp_out * 0
+
+    silenced = lf.remove_norms(
+        model, recipe, data, fwd_hooks=[("blocks.0.hook_mlp_out", silence)], progress=False
+    )
+    assert silenced.history[0].loss != run.history[0].loss
+    # Nothing is left behind on either model.
+    assert not any(point.has_hooks() for point in silenced.model.hook_points())
+    assert not any(point.has_hooks() for point in model.hook_points())
+
+
+def test_weight_decay_spares_biases_and_gains(model, data):
+    """Per head, TransformerLens' b_Q is a matrix: shape must not decide."""
+    recipe = small_recipe(events=(), weight_decay=50.0, lr=1e-2, steps=5, warmup=0)
+    plain = small_recipe(events=(), weight_decay=0.0, lr=1e-2, steps=5, warmup=0)
+    decayed, kept = (lf.remove_norms(model, r, data, progress=False).model for r in (recipe, plain))
+    assert decayed.blocks[0].attn.W_Q.norm() < 0.5 * kept.blocks[0].attn.W_Q.norm()
+    assert decayed.W_E.norm() < 0.5 * kept.W_E.norm()
+    for name in ("blocks.0.attn.b_Q", "blocks.1.mlp.b_in", "blocks.0.ln2.w", "ln_final.b"):
+        ours, theirs = (m.get_parameter(name) for m in (decayed, kept))
+        assert (ours - theirs).norm() < 0.2 * theirs.norm(), name
+
+
+def test_refusals(model, data):
+    with pytest.raises(RecipeError, match="40 blocks, one batch takes 64"):
+        lf.remove_norms(model, small_recipe(batch=64), data, progress=False)
+    elsewhere = small_recipe(events=(Event(0, NormSite("ln2", 9)),))
+    with pytest.raises(NormSiteError, match=r"blocks\.9\.ln2"):
+        lf.remove_norms(model, elsewhere, data, progress=False)
+
+
+def test_a_run_that_blows_up_says_so(model, data):
+    def explode(resid, hook):
+        return resid * float("inf")
+
+    with pytest.raises(TrainingError, match="at step 0: lower lr, or widen the gaps"):
+        lf.remove_norms(
+            model, small_recipe(), data, fwd_hooks=[("blocks.1.hook_resid_post", explode)],
+            progress=False,
+        )  # fmt: skip
