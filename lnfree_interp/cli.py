@@ -13,7 +13,9 @@ from lnfree_interp.errors import LnfreeError
 
 
 def demo(
-    checkpoint: Annotated[str | None, tyro.conf.Positional] = None,
+    checkpoint: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CHECKPOINT]")
+    ] = None,
     /,
     out: Path = Path("lnfree-demo"),
     steps: int = 300,

@@ -75,7 +75,8 @@ class Norm(nn.Module):
         if not self.hooked:
             if not self._frozen:
                 return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
-            return (x - x.mean(-1, keepdim=True)) * (self.w / self.sigma.to(self.w)) + self.b
+            gain = self.w / self.sigma.to(self.w)
+            return torch.addcmul(self.b, x - x.mean(-1, keepdim=True), gain)
         centred = x - x.mean(-1, keepdim=True)
         if self._frozen:
             scale = self.sigma.to(x).expand(*x.shape[:-1], 1)
