@@ -1,6 +1,6 @@
 """What does removing every norm cost? LN-free minus vanilla control, over several seeds.
 
-    python benchmarks/removal_gap.py [--seeds 0 1 2] [--steps 300] [--json FILE]
+    python benchmarks/removal_gap.py [--seeds 0 1 2] [--steps 250] [--json FILE]
 
 For each seed: remove all norms from the bundled checkpoint, run the control (same steps, data order
 and learning rates, nothing removed), and evaluate both on the held-out modules of the standard
@@ -57,7 +57,7 @@ def run_seed(model: HookedTransformer, text: dict[str, torch.Tensor], steps: int
 
 def main(
     seeds: tuple[int, ...] = (0, 1, 2),
-    steps: int = 300,
+    steps: int = 250,
     out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Run the benchmark.

@@ -18,7 +18,7 @@ def demo(
     ] = None,
     /,
     out: Path = Path("lnfree-demo"),
-    steps: int = 300,
+    steps: int = 250,
     seed: int = 0,
 ) -> None:
     """Remove every LayerNorm from a pretrained model and show what that buys.
@@ -34,9 +34,9 @@ def demo(
         steps: Optimiser steps, for the removal and again for its control.
         seed: Of the order of the training text.
     """
-    from lnfree_interp.files import require_free
+    from lnfree_interp.files import require_writable
 
-    require_free(out)
+    require_writable(out)
     print("importing torch, transformers and transformer_lens ...", flush=True)
     _quiet_libraries()
     from lnfree_interp.demo import run_demo

@@ -22,9 +22,10 @@ from lnfree_interp.checkpoints.loading import load
 from lnfree_interp.checkpoints.source import open_in_transformers
 from lnfree_interp.data.packing import pack
 from lnfree_interp.data.stdlib import stdlib_corpus
+from lnfree_interp.errors import DataError, RecipeError
 from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
 from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
-from lnfree_interp.files import new_folder, require_free
+from lnfree_interp.files import new_folder, require_writable
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.folding import fold
 from lnfree_interp.numerics import MeasuredError
@@ -101,7 +102,7 @@ def run_demo(
     out: str | os.PathLike[str] = "lnfree-demo",
     checkpoint: str | os.PathLike[str] | None = None,
     *,
-    steps: int = 300,
+    steps: int = 250,
     seed: int = 0,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -121,7 +122,9 @@ def run_demo(
         LnfreeError: whatever `load`, `remove_norms`, `fold`, `attribute_logits` and `export` raise.
     """
     began = time.monotonic()
-    require_free(out)
+    require_writable(out)
+    if steps < 1:
+        raise RecipeError(f"steps must be positive, not {steps}")
     source = bundled_checkpoint() if checkpoint is None else checkpoint
     errors: dict[str, MeasuredError] = {}
 
@@ -130,6 +133,10 @@ def run_demo(
     hf_model, _ = open_in_transformers(source, device=original.W_E.device)
     errors["load"] = compare_logits(original, hf_model)
     say(f"    largest logit difference from transformers: {errors['load']}")
+    del hf_model
+    questions = readable_prompts(original)
+    if not questions:
+        raise DataError(f"{source}: its tokenizer cannot tell the demo's answers apart")
     block = min(original.cfg.n_ctx, 256)
     text = {
         split: pack(stdlib_corpus(split), original.tokenizer, block)
@@ -157,13 +164,13 @@ def run_demo(
         name: direct_effects(model, sample[:DIRECT_EFFECT_BLOCKS]) for name, model in models.items()
     }
 
-    say(f"5/6 taking {len(PROMPTS)} logit differences apart by block, head and neuron")
-    attributions = decompose_prompts(lnfree)
+    say(f"5/6 taking {len(questions)} logit differences apart by block, head and neuron")
+    attributions = decompose_prompts(lnfree, questions)
     errors["decomposition"] = _worst(attributions)
     frozen64 = copy.deepcopy(run.model).to(torch.float64, print_details=False)
     lnfree64 = fold(frozen64)
     errors["fold_float64"] = compare_logits(lnfree64, frozen64)
-    errors["decomposition_float64"] = _worst(decompose_prompts(lnfree64))
+    errors["decomposition_float64"] = _worst(decompose_prompts(lnfree64, questions))
 
     say("6/6 writing the model and the report")
     with new_folder(out) as folder:
@@ -180,21 +187,36 @@ def run_demo(
     return demo
 
 
-def decompose_prompts(model: HookedTransformer) -> dict[Level, Contributions]:
-    """The demo's prompts taken apart at each level, each sum verified.
+def readable_prompts(model: HookedTransformer) -> list[tuple[str, int, int]]:
+    """The demo's prompts with the first token of answer and foil, where the tokenizer tells them
+    apart and the prompt fits into the context."""
+
+    def tokens(text: str) -> list[int]:
+        return model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
+
+    found = [(prompt, tokens(answer)[0], tokens(foil)[0]) for prompt, answer, foil in PROMPTS]
+    return [
+        (prompt, answer, foil)
+        for prompt, answer, foil in found
+        if answer != foil and len(tokens(prompt)) < model.cfg.n_ctx
+    ]
+
+
+def decompose_prompts(
+    model: HookedTransformer, questions: list[tuple[str, int, int]]
+) -> dict[Level, Contributions]:
+    """Logit differences taken apart at each level, each sum verified.
+
+    Args:
+        model: LN-free.
+        questions: Prompt, answer and foil.
 
     Raises:
         InexactError: if the parts do not add up to the logits.
     """
-    prompts, answers, foils = (list(column) for column in zip(*PROMPTS, strict=True))
-
-    def first_token(text: str) -> int:  # another checkpoint's tokenizer may need several
-        return int(model.to_tokens(text, prepend_bos=False)[0, 0])
-
+    prompts, answers, foils = (list(column) for column in zip(*questions, strict=True))
     return {
-        level: attribute_logits(
-            model, prompts, list(map(first_token, answers)), list(map(first_token, foils)), by=level
-        ).verify()
+        level: attribute_logits(model, prompts, answers, foils, by=level).verify()
         for level in LEVELS
     }
 
@@ -242,7 +264,7 @@ def report(demo: Demo) -> str:
     """The demo's findings as one self-contained HTML page."""
     tables = demo.tables()
     figures = []
-    for prompt in range(len(PROMPTS)):
+    for prompt in range(len(demo.attributions["block"].of)):
         for level in LEVELS:
             figures.append(plots.attribution(demo.attributions[level].select(prompt)))
     n_sites, recipe = len(demo.run.recipe.events), demo.run.recipe

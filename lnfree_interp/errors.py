@@ -33,8 +33,8 @@ class RecipeError(LnfreeError):
     """A removal recipe that does not fit itself, the model or the data."""
 
 
-class OutputExistsError(LnfreeError):
-    """An output folder that already holds something."""
+class OutputError(LnfreeError):
+    """An output folder that already holds something, or cannot be written."""
 
 
 class TrainingError(LnfreeError):

@@ -7,18 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lnfree_interp.errors import OutputExistsError
+from lnfree_interp.errors import OutputError
 
 
-def require_free(out: str | os.PathLike[str]) -> None:
-    """Refuse an output folder that already holds something.
+def require_writable(out: str | os.PathLike[str]) -> Path:
+    """Refuse, before the work, an output folder that could not be written after it.
+
+    Returns:
+        The path, absolute.
 
     Raises:
-        OutputExistsError: unless nothing or an empty folder stands there.
+        OutputError: unless nothing or an empty folder stands there, and its parent can be written.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} already exists: choose another folder or remove it")
+    path = Path(out).absolute()
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{out} already exists: choose another folder or remove it")
+    if path == Path.cwd():
+        raise OutputError(f"{out} is the current folder: name one inside it")
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: {parent} is not a writable folder")
+    if len(os.fsencode(path.name)) > 200:
+        raise OutputError(f"the name {path.name[:40]}... is too long for a folder")
+    return path
 
 
 @contextmanager
@@ -26,16 +37,23 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an exception.
 
     Raises:
-        OutputExistsError: if something other than an empty folder stands there already.
+        OutputError: as `require_writable`, or if the disk refuses.
     """
-    require_free(out)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    path = require_writable(out)
+    made = [folder for folder in path.parents if not folder.exists()]
+    partial = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
         yield partial
         partial.chmod(0o755)  # mkdtemp makes it private
-        os.replace(partial, out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(partial, path)
+    except BaseException as error:  # Ctrl-C too
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise OutputError(f"{out} cannot be written: {error}") from error
         raise

@@ -24,7 +24,7 @@ class MeasuredError:
     absolute: float
     """Largest absolute difference, in the unit of the values compared."""
     relative: float
-    """The same divided by the largest absolute expected value."""
+    """The same divided by the largest absolute expected value, unless another scale is named."""
     dtype: torch.dtype
     """The coarser of the two dtypes compared: what the error must be judged by."""
 
@@ -56,17 +56,20 @@ class MeasuredError:
 
 
 def measure_error(
-    found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]
+    found: Float[Tensor, "*shape"],
+    expected: Float[Tensor, "*shape"],
+    scale: float | None = None,
 ) -> MeasuredError:
-    """The largest difference between two tensors, computed in float64.
+    """The largest difference between two tensors, computed in float64 on the CPU.
 
     Args:
         found: Any shape.
-        expected: The same shape; its largest magnitude is what `relative` divides by.
+        expected: The same shape.
+        scale: What `relative` divides by. Default: the largest absolute expected value.
     """
     coarser = max(found.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    found, expected = found.detach().double(), expected.detach().double()
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     absolute = (found - expected).abs().max().item()
-    scale = expected.abs().max().item()
+    scale = expected.abs().max().item() if scale is None else scale
     relative = absolute / scale if scale > 0 else (0.0 if absolute == 0 else float("inf"))
     return MeasuredError(absolute, relative, coarser)

@@ -85,6 +85,11 @@ def test_attribution_is_the_measured_effect_without_norms_only(folded, live, tok
     torch.testing.assert_close(free.measured[layer, head], effect, rtol=1e-3, atol=1e-4)
 
 
+def test_a_dead_head_has_no_error():
+    result = lf.DirectEffects(torch.zeros(1, 2, 3), torch.tensor([[[0.0] * 3, [1.0] * 3]]))
+    assert result.nmae_per_head.tolist() == [[0.0, 1.0]]
+
+
 def test_nmae_by_hand():
     attribution = torch.tensor([[[1.0, 2.0], [3.0, 3.0]]])
     measured = torch.tensor([[[1.0, 1.0], [-2.0, 4.0]]])
@@ -186,6 +191,36 @@ def test_one_prompt_has_no_batch_dimension(folded):
     assert batch.to_frame().shape == (len(one.components), 4 + 3)
 
 
+def test_prompts_may_be_token_ids(folded):
+    text = lf.attribute_logits(folded, PROMPTS[:2], ["r", "i"])
+    for i, prompt in enumerate(PROMPTS[:2]):
+        ids = lf.attribute_logits(folded, folded.to_tokens(prompt)[0], ["r", "i"][i])
+        torch.testing.assert_close(ids.values, text.select(i).values)
+        assert ids.prompts == text.select(i).prompts
+    plain = lf.attribute_logits(folded, PROMPTS[0], "r", prepend_bos=False)
+    assert plain.prompts[0] == text.prompts[0][1:]
+    assert not torch.allclose(plain.values, text.select(0).values)
+
+
+def test_a_small_difference_of_large_parts_is_not_an_error(folded):
+    """Rounding goes with the parts: two nearly equal logits must not fail."""
+    logits = folded("def add(")[0, -1]
+    order = logits.argsort()
+    gaps = logits[order].diff()
+    closest = int(gaps.argmin())
+    answer, foil = int(order[closest + 1]), int(order[closest])
+    lf.attribute_logits(folded, "def add(", answer, foil, by="neuron").verify()
+
+
+def test_long_prompts_are_refused_not_cut(folded):
+    with pytest.raises(DataError, match="the model's context is 48"):
+        lf.attribute_logits(folded, "return self + other " * 40, "r")
+    with pytest.raises(DataError, match="tokens in a row"):
+        lf.attribute_next_tokens(folded, torch.zeros(1, 60, dtype=torch.long))
+    with pytest.raises(DataError, match="no next token"):
+        lf.attribute_next_tokens(folded, torch.zeros(3, 1, dtype=torch.long))
+
+
 def test_wrong_questions_are_refused(folded):
     with pytest.raises(DataError, match="an answer is one token"):
         lf.attribute_logits(folded, "return", "zzz qqq")
@@ -193,6 +228,8 @@ def test_wrong_questions_are_refused(folded):
         lf.attribute_logits(folded, PROMPTS, ["r", "i"])
     with pytest.raises(DataError, match="against itself"):
         lf.attribute_logits(folded, "return", "r", "r")
+    with pytest.raises(DataError, match="empty"):
+        lf.attribute_logits(folded, [], "r")
     with pytest.raises(DataError, match="outside the vocabulary"):
         lf.attribute_logits(folded, "return", 300)
     folded.cfg.output_logits_soft_cap = 30.0

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import lnfree_interp as lf
-from lnfree_interp.errors import OutputExistsError, UnsupportedModelError
+from lnfree_interp.errors import OutputError, UnsupportedModelError
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -43,7 +43,7 @@ def test_tokenizer_goes_along_unchanged(folded, gpt2_folder, tmp_path):
 
 def test_existing_folder_is_left_alone(folded, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         lf.export(folded, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 

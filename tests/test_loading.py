@@ -7,11 +7,16 @@ import pytest
 import torch
 from conftest import make_gpt2, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoTokenizer, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lnfree_interp as lf
 from lnfree_interp.checkpoints import architectures, source
-from lnfree_interp.errors import CheckpointError, InexactError, UnsupportedModelError
+from lnfree_interp.errors import (
+    CheckpointError,
+    InexactError,
+    LnfreeError,
+    UnsupportedModelError,
+)
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -104,6 +109,76 @@ def test_broken_files_are_refused(gpt2_folder, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_fc\.bias"):
         lf.load(folder)
+
+
+def test_weights_that_the_config_has_no_place_for_are_refused(gpt2_folder, tmp_path):
+    """A config that lies about the number of layers would otherwise drop the rest unnoticed."""
+    folder = copy_without(gpt2_folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    with pytest.raises(CheckpointError, match=r"transformer\.h\.2\..*no place"):
+        lf.load(folder)
+
+
+def test_the_oldest_gpt2_layout_loads(gpt2_folder, tmp_path):
+    """Like the hub's own `gpt2`: no `transformer.` prefix, causal masks stored as weights."""
+    folder = copy_without(gpt2_folder, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for layer in range(3):
+        old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    lf.compare_logits(lf.load(folder), lf.load(gpt2_folder)).require("old layout", 0.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["bad thing", "a..b", "gpt2/", "foo--bar", "é", "x" * 200, "a/b/c"]
+)
+def test_names_that_are_neither_folder_nor_hub_id(name):
+    with pytest.raises(CheckpointError):
+        lf.load(name)
+
+
+def test_a_file_is_not_a_checkpoint(gpt2_folder):
+    with pytest.raises(CheckpointError, match="a file; a checkpoint is a folder"):
+        lf.load(gpt2_folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_embd": "x"},
+        {"layer_norm_epsilon": None},
+        {"dtype": "foo"},
+        {"n_head": -4},
+        {"vocab_size": 299},
+        {"add_cross_attention": True},
+        {"activation_function": "mish"},
+    ],
+    ids=str,
+)
+def test_configs_that_lie_are_refused(gpt2_folder, tmp_path, change):
+    folder = copy_without(gpt2_folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(LnfreeError):
+        lf.load(folder)
+
+
+def test_float16_is_refused_where_it_overflows(folded, tmp_path):
+    lf.export(folded, tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="overflow float16"):
+        lf.load(tmp_path / "model", dtype=torch.float16)
+
+
+def test_added_tokens_survive_and_encodings_have_no_bos(gpt2_folder):
+    """TransformerLens would reopen the tokenizer from its folder, without what was added since."""
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    short = make_gpt2(vocab_size=320)
+    tokenizer.add_tokens(["foo_bar"])
+    model = lf.load(short, tokenizer=tokenizer)
+    assert model.to_str_tokens("foo_bar") == ["<|endoftext|>", "foo_bar"]
+    assert model.to_tokens("foo_bar", prepend_bos=False).shape == (1, 1)
 
 
 def test_nan_weights_are_refused():

@@ -1,16 +1,21 @@
 """The fine-tuning: events fire when they should, sigma is what was measured, hooks stay active."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_gpt2
 
 import lnfree_interp as lf
-from lnfree_interp.errors import NormSiteError, RecipeError, TrainingError
+from lnfree_interp.errors import DataError, NormSiteError, RecipeError, TrainingError
+from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.sites import NormSite
 from lnfree_interp.removal import trainer
-from lnfree_interp.removal.objectives import next_token_loss, scale_anchor_loss
+from lnfree_interp.removal.objectives import (
+    distillation_loss,
+    scale_anchor_loss,
+)
 from lnfree_interp.removal.recipes import Recipe
 from lnfree_interp.removal.schedule import Event, cosine_with_warmup, published_order
 from lnfree_interp.removal.statistics import measure_sigma
@@ -65,18 +70,31 @@ def test_learning_rate():
     assert rates[100] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("steps", [15, 40, 300, 1000])
 @pytest.mark.parametrize("n_layers", [1, 4, 12])
-def test_demo_recipe_leaves_half_the_steps_to_recover(steps, n_layers):
-    recipe = lf.recipes.demo(n_layers, steps=steps)
-    assert len(recipe.events) == 3 * n_layers + 1
-    assert max(event.step for event in recipe.events) <= steps // 2
+@pytest.mark.parametrize("steps", [130, 200, 1000])
+def test_demo_recipe_spreads_its_events_and_leaves_time_to_recover(steps, n_layers):
+    events = lf.recipes.demo(n_layers, steps=steps).events
+    assert (
+        len({event.site for event in events}) == len({e.step for e in events}) == 3 * n_layers + 1
+    )
+    if steps >= 40 * n_layers:
+        assert max(event.step for event in events) <= steps // 4
+
+
+def test_demo_recipe_needs_a_step_for_every_event():
+    assert max(event.step for event in lf.recipes.demo(4, steps=13).events) == 12
+    with pytest.raises(RecipeError, match="12 steps are too few for 13 norm sites"):
+        lf.recipes.demo(4, steps=12)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 6}, "would be frozen at step"),
+        ({"steps": 6}, "would be frozen at step 6, outside the 6 steps"),
+        ({"events": (Event(-1, NormSite("ln_final")),)}, "would be frozen at step -1"),
+        ({"events": (Event(1, NormSite("ln_final")),) * 2}, "ln_final would be frozen twice"),
+        ({"micro_batch": 0}, "micro_batch must be positive"),
+        ({"distillation": 1.5}, "distillation must lie"),
         ({"batch": 0}, "batch must be positive"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"warmup": 16}, "warmup must lie in"),
@@ -121,6 +139,19 @@ def test_events_fire_before_their_step_with_measured_sigma(model, data, monkeypa
         assert lf.get_norm(run.model, name).sigma.item() == pytest.approx(sigma)
 
 
+def test_sigma_is_that_of_the_model_at_the_event_under_the_users_hooks(model, data):
+    recipe = small_recipe(events=(Event(0, NormSite("ln2", 1)),), sigma_blocks=len(data), steps=3)
+
+    def tenfold(resid, hook):
+        return 10 * resid
+
+    for factor, hooks in ((1, []), (10, [("blocks.1.hook_resid_mid", tenfold)])):
+        run = lf.remove_norms(model, recipe, data, fwd_hooks=hooks, progress=False)
+        resid = factor * model.run_with_cache(data)[1]["resid_mid", 1]
+        expected = (resid.var(-1, correction=0) + model.cfg.eps).sqrt().mean().item()
+        assert run.history[0].frozen["blocks.1.ln2"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_sigma_is_the_mean_standard_deviation(model, data):
     split = lf.with_norm_sites(model)
     sites = ["blocks.1.ln2", "blocks.0.ln1.qk", "ln_final"]
@@ -148,47 +179,111 @@ def test_losses_by_hand(model, data):
     assert resid.grad[0, 0, 0].item() == pytest.approx(2 / 3 * (1 - 3) * 0.5, rel=1e-4)
 
 
-def batches_of(run_recipe, model, data):
+def test_distillation_by_hand(model, data):
+    logits, teacher = model(data[:2]), 0.5 * model(data[:2]) + 1
+    p, q = teacher.softmax(-1)[:, :-1], logits.softmax(-1)[:, :-1]
+    expected = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(logits, teacher), expected, rtol=1e-4, atol=1e-6)
+    assert distillation_loss(logits, logits).abs() < 1e-6
+
+
+def test_distillation_keeps_the_model_closer_to_its_original(model, data):
+    def distance(distillation):
+        recipe = small_recipe(steps=40, distillation=distillation)
+        run = lf.remove_norms(model, recipe, data, progress=False)
+        with torch.no_grad():
+            return distillation_loss(run.model(data), model(data)).item()
+
+    assert distance(1.0) < 0.8 * distance(0.0)
+    assert small_recipe(distillation=1.0).vanilla().distillation == 0
+
+
+def test_learning_rate_reaches_the_optimizer_and_gradients_are_clipped(model, data, monkeypatch):
+    clipped = []
+    right = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        norm = right(parameters, max_norm)
+        clipped.append(max_norm)
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    recipe = small_recipe(events=(), steps=4, warmup=2, clip=0.25, scale_anchor=0.0)
+    one_step = replace(recipe, steps=3)
+    moved = []
+
+    def stop(embed, hook):  # the second step's forward: one update has been made
+        moved.append(1)
+
+    run = lf.remove_norms(model, one_step, data, fwd_hooks=[("hook_embed", stop)], progress=False)
+    assert clipped == [0.25] * 3
+    assert [record.lr for record in run.history][:2] == [5e-4, 1e-3]
+    # AdamW moves a parameter with a steady gradient by at most about its learning rate a step.
+    moved = (run.model.blocks[0].mlp.b_in - model.blocks[0].mlp.b_in).abs()
+    total = sum(record.lr for record in run.history)
+    assert 0.5 * total < moved.max() < 1.1 * total
+
+
+def test_the_anchor_holds_the_scale_together(model, data):
+    def last(weight):
+        recipe = small_recipe(steps=40, scale_anchor=weight)
+        return lf.remove_norms(model, recipe, data, progress=False).history[-1].anchor
+
+    assert last(5.0) < 0.7 * last(0.0)
+
+
+def test_position_0_and_end_of_text_are_not_ordinary(gpt2_folder):
+    model = lf.load(gpt2_folder)
+    tokens = torch.tensor([[5, model.tokenizer.eos_token_id, 7]])
+    assert trainer._ordinary(tokens, model).tolist() == [[False, False, True]]
+
+
+def test_micro_batches_add_up(model, data):
+    """The same gradient in one forward or four; only the anchor's target is per forward."""
+    whole = small_recipe(events=(), scale_anchor=0.0, steps=2, warmup=0)
+    runs = [
+        lf.remove_norms(model, replace(whole, micro_batch=n), data, progress=False)
+        for n in (4, 1, 3)
+    ]
+    for run in runs[1:]:
+        assert run.history[0].loss == pytest.approx(runs[0].history[0].loss, rel=1e-3)
+        assert run.history[1].loss == pytest.approx(runs[0].history[1].loss, rel=1e-3)
+
+
+def batches_of(recipe, model, data):
+    """The first position of every batch tells the blocks apart: no two blocks start alike."""
+    data = data.clone()
+    data[:, 0] = torch.arange(len(data))
+    start = model.W_E[: len(data)].detach().clone()
     seen = []
 
     def keep(embed, hook):
         if torch.is_grad_enabled():
-            seen.append(embed.detach().clone() if not seen else None)
+            seen.append(torch.cdist(embed[:, 0].detach(), start).argmin(-1).tolist())
 
-    run = lf.remove_norms(model, run_recipe, data, fwd_hooks=[("hook_embed", keep)], progress=False)
+    run = lf.remove_norms(model, recipe, data, fwd_hooks=[("hook_embed", keep)], progress=False)
     return run, seen
 
 
 def test_control_sees_the_same_data_and_rates_but_keeps_its_norms(model, data):
-    recipe = small_recipe()
+    recipe = small_recipe(lr=1e-5)
     run, run_seen = batches_of(recipe, model, data)
     control, control_seen = batches_of(recipe.vanilla(), model, data)
-    assert torch.equal(run_seen[0], control_seen[0])
+    assert run_seen == control_seen
+    assert len(run_seen) == recipe.steps
     assert [r.lr for r in run.history] == [r.lr for r in control.history]
     # Before the first event the two differ by the scale anchor alone.
     assert run.history[0].loss == control.history[0].loss
     assert len(lf.live_sites(control.model)) == 7
-    same = lf.remove_norms(model, recipe, data, progress=False)
-    assert [r.loss for r in same.history] == [r.loss for r in run.history]
-    other = lf.remove_norms(model, small_recipe(seed=1), data, progress=False)
-    assert other.history[0].loss != run.history[0].loss
+    again, again_seen = batches_of(recipe, model, data)
+    assert again_seen == run_seen
+    assert [r.loss for r in again.history] == [r.loss for r in run.history]
+    assert batches_of(replace(recipe, seed=1), model, data)[1] != run_seen
 
 
 def test_every_block_is_seen_once_an_epoch(model, data):
-    data = data.clone()
-    data[:, 0] = torch.arange(len(data))  # position 0 names the block
-    seen = []
-
-    def keep(embed, hook):
-        if torch.is_grad_enabled():
-            nearest = torch.cdist(embed[:, 0].detach(), stock_embedding).argmin(-1)
-            seen.extend(nearest.tolist())
-
-    stock_embedding = model.W_E[: len(data)].detach().clone()
-    # A learning rate of nothing keeps the embedding readable.
-    recipe = small_recipe(steps=10, events=(), lr=1e-12)
-    lf.remove_norms(model, recipe, data, fwd_hooks=[("hook_embed", keep)], progress=False)
-    assert sorted(seen) == list(range(40))
+    _, seen = batches_of(small_recipe(steps=10, events=(), lr=1e-5), model, data)
+    assert sorted(block for batch in seen for block in batch) == list(range(40))
 
 
 def test_hooks_fire_on_every_forward_and_backward_and_may_change_activations(model, data):
@@ -233,6 +328,12 @@ def test_weight_decay_spares_biases_and_gains(model, data):
 def test_refusals(model, data):
     with pytest.raises(RecipeError, match="40 blocks, one batch takes 64"):
         lf.remove_norms(model, small_recipe(batch=64), data, progress=False)
+    with pytest.raises(DataError, match="100 tokens in a row; the model's context is 48"):
+        lf.remove_norms(model, small_recipe(), data.new_zeros(40, 100), progress=False)
+    with pytest.raises(DataError, match="tokenized for another model"):
+        lf.remove_norms(model, small_recipe(), data + 300, progress=False)
+    with pytest.raises(RecipeError, match="no next token"):
+        lf.remove_norms(model, small_recipe(), data[:, :1], progress=False)
     elsewhere = small_recipe(events=(Event(0, NormSite("ln2", 9)),))
     with pytest.raises(NormSiteError, match=r"blocks\.9\.ln2"):
         lf.remove_norms(model, elsewhere, data, progress=False)

@@ -5,7 +5,7 @@ import torch
 from conftest import freeze_all
 
 import lnfree_interp as lf
-from lnfree_interp.errors import NormSiteError, UnsupportedModelError
+from lnfree_interp.errors import InexactError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.block import TiedUnembed
 
 
@@ -66,6 +66,41 @@ def test_gradients_equal_stock(live, tokens):
             # b_K's true gradient is zero: softmax does not see it. Hence one scale for all.
             assert (parameter.grad - expected).abs().max() <= 1e-5 * largest, name
     assert set(stock) <= {"unembed.b_U"}
+
+
+def test_what_is_not_trained_stays_so_and_hooks_stay_behind(live, tokens):
+    live.requires_grad_(False)
+    live.blocks[0].mlp.requires_grad_(True)
+    split = lf.with_norm_sites(live)
+    trained = {name for name, p in split.named_parameters() if p.requires_grad}
+    assert trained == {f"blocks.0.mlp.{name}" for name in ("W_in", "b_in", "W_out", "b_out")}
+    live.add_perma_hook("blocks.1.mlp.hook_post", lambda x, hook: None)
+    assert not any(point.has_hooks() for point in lf.with_norm_sites(live).hook_points())
+    live.add_perma_hook("blocks.1.mlp.hook_post", lambda x, hook: x * 0)
+    with pytest.raises(InexactError, match="norm sites against stock"):
+        lf.with_norm_sites(live)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"attention_dir": "bidirectional"}, {"attn_scores_soft_cap": 0.5}, {"use_qk_norm": True},
+     {"gated_mlp": True}, {"final_rms": True}, {"parallel_attn_mlp": True}, {"attn_only": True},
+     {"normalization_type": "LNPre"}, {"n_key_value_heads": 2}],
+    ids=str,
+)  # fmt: skip
+def test_models_that_would_be_computed_differently_are_refused(live, setting):
+    for name, value in setting.items():
+        setattr(live.cfg, name, value)
+    with pytest.raises(UnsupportedModelError):
+        lf.with_norm_sites(live)
+
+
+def test_looking_at_a_half_precision_norm_does_not_change_it(live):
+    norm = lf.get_norm(lf.with_norm_sites(live), "ln_final").half()
+    x = 400 * torch.randn(2, 5, live.cfg.d_model).half()
+    plain = norm(x)
+    norm.hook_scale.add_hook(lambda scale, hook: scale)
+    torch.testing.assert_close(norm(x), plain, rtol=1e-2, atol=1e-2)
 
 
 def test_the_original_is_left_alone(live, tokens):

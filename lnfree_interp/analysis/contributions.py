@@ -45,7 +45,7 @@ class Component:
         return self.kind if self.layer is None else f"{self.layer}_{self.kind}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contributions:
     """Parts, their labels, and the whole that they must add up to.
 
@@ -74,9 +74,14 @@ class Contributions:
 
     @cached_property
     def error(self) -> MeasuredError:
-        """Sum of the parts against the whole; relative to the largest whole in the batch."""
-        parts = self.values.double().sum(0)
-        return replace(measure_error(parts, self.total), dtype=self.total.dtype)
+        """Sum of the parts against the whole, relative to the largest part or whole in the batch.
+
+        Not to the whole alone: two logits can be close while their parts are large, and rounding
+        goes with the parts.
+        """
+        scale = max(self.values.abs().max().item(), self.total.abs().max().item())
+        error = measure_error(self.values.double().sum(0), self.total, scale)
+        return replace(error, dtype=self.total.dtype)
 
     def verify(self, tolerance: float | None = None) -> "Contributions":
         """Return self if the parts add up to the whole.
@@ -128,7 +133,7 @@ class Contributions:
                 "index": pd.array([component.index for component in self.components], "Int64"),
             }
         )
-        columns = self.values.detach().cpu().reshape(len(self), -1).numpy()
+        columns = self.values.detach().cpu().double().reshape(len(self), -1).numpy()
         if self.values.ndim == 1:
             return frame.assign(value=columns[:, 0])
         return frame.assign(**{f"value_{i}": columns[:, i] for i in range(columns.shape[1])})

@@ -6,6 +6,7 @@ at the value it had, and only the adding up survives.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.contributions import Component, Contributions, Level
 from lnfree_interp.analysis.residual import cached_names, project_residual, require_decomposable
 from lnfree_interp.errors import DataError, InexactError
+from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.models.norms import Norm
 
 Answer = str | int
@@ -22,7 +24,7 @@ Answer = str | int
 
 def attribute_logits(
     model: HookedTransformer,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
     answer: Answer | Sequence[Answer],
     against: Answer | Sequence[Answer] | None = None,
     *,
@@ -34,12 +36,12 @@ def attribute_logits(
 
     Args:
         model: LN-free, folded or with frozen norm sites.
-        prompt: One prompt, or several; they need not be equally long.
+        prompt: One prompt, or several that need not be equally long; or token ids.
         answer: The next token: a string that is one token (mind the leading space) or a token id.
             One for all prompts, or one each.
         against: Subtract this token's logit. As `answer`.
         by: `"block"`, `"head"` or `"neuron"`; see `project_residual`.
-        prepend_bos: Start each prompt with the beginning-of-sequence token.
+        prepend_bos: Start each prompt with the beginning-of-sequence token; not added to ids.
         frozen_scale: Answer for a model with a live final norm too, holding its scale.
 
     Returns:
@@ -47,42 +49,35 @@ def attribute_logits(
 
     Raises:
         InexactError: if the final norm is live and `frozen_scale` is False.
-        DataError: if an answer is not one token, or the numbers of prompts and answers differ.
+        DataError: if a prompt is empty or longer than the context, an answer is not one token, or
+            the numbers of prompts and answers differ.
         UnsupportedModelError: for a model whose stream has other parts.
 
     Example:
         >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")  # doctest: +SKIP
         >>> dla.verify()  # doctest: +SKIP
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    answers = _one_each(model, answer, len(prompts), "answers")
-    foils = None if against is None else _one_each(model, against, len(prompts), "foils")
-    names = [model.to_single_str_token(token) for token in answers]
-    if foils is not None:
-        foil_names = [model.to_single_str_token(token) for token in foils]
-        if same := [repr(a) for a, b in zip(names, foil_names, strict=True) if a == b]:
-            raise DataError(f"{same[0]} against itself: the logit difference is zero by definition")
-        of = tuple(f"{a!r} - {b!r}" for a, b in zip(names, foil_names, strict=True))
-    else:
-        of = tuple(map(repr, names))
-    # Prompt by prompt: padding would have to be masked out of everything that follows.
+    rows = _token_rows(model, prompt, prepend_bos)
+    answers = _one_each(model, answer, len(rows), "answers")
+    foils = None if against is None else _one_each(model, against, len(rows), "foils")
+    questions = _questions(model, answers, foils)
     parts: list[Contributions] = []
-    for i, text in enumerate(prompts):
-        tokens = model.to_tokens(text, prepend_bos=prepend_bos)
+    # Row by row: padding would have to be masked out of everything that follows.
+    for i, tokens in enumerate(rows):
         targets = torch.tensor([[answers[i]]], device=tokens.device)
         minus = None if foils is None else torch.tensor([[foils[i]]], device=tokens.device)
         parts.append(_attribute(model, tokens, slice(-1, None), targets, minus, by, frozen_scale))
-    strings = tuple(tuple(model.to_str_tokens(text, prepend_bos=prepend_bos)) for text in prompts)
     whole = Contributions(
         values=torch.cat([part.values[..., 0] for part in parts], dim=1),
         components=parts[0].components,
         total=torch.cat([part.total[..., 0] for part in parts]),
         level=by,
-        of=of,
-        prompts=strings,
+        of=questions,
+        prompts=tuple(tuple(_strings(model, tokens[0].tolist())) for tokens in rows),
         frozen_scale=parts[0].frozen_scale,
     )
-    return whole.select(0) if isinstance(prompt, str) else whole
+    one = isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.ndim == 1)
+    return whole.select(0) if one else whole
 
 
 def attribute_next_tokens(
@@ -105,7 +100,11 @@ def attribute_next_tokens(
 
     Raises:
         InexactError, UnsupportedModelError: as `attribute_logits`.
+        DataError: if the rows have no next token, or the model cannot read them.
     """
+    if tokens.shape[1] < 2:
+        raise DataError("a row of one token has no next token")
+    tokens = tokens.to(model.W_E.device)
     return _attribute(model, tokens, slice(0, -1), tokens[:, 1:], None, by, frozen_scale)
 
 
@@ -119,7 +118,10 @@ def _attribute(
     by: Level,
     frozen_scale: bool,
 ) -> Contributions:
+    if by not in get_args(Level):
+        raise DataError(f"by={by!r} is not one of {', '.join(get_args(Level))}")
     require_decomposable(model)
+    require_tokens(model, tokens)
     live = final_norm_is_live(model)
     if live and not frozen_scale:
         raise InexactError(
@@ -182,6 +184,43 @@ def through_final_norm(
     if (model.cfg.normalization_type or "").startswith("LN") and not model.cfg.final_rms:
         direction = direction - direction.mean(-1, keepdim=True)
     return direction / scale, bias
+
+
+def _token_rows(
+    model: HookedTransformer,
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    prepend_bos: bool,
+) -> list[Int[Tensor, "one pos"]]:
+    """Each prompt's tokens, whole; TransformerLens by itself cuts off the end of a long one."""
+    if isinstance(prompt, Tensor):
+        rows = list(torch.atleast_2d(prompt.to(model.W_E.device)).split(1))
+    else:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows = [model.to_tokens(text, prepend_bos=prepend_bos, truncate=False) for text in texts]
+    if not rows or any(row.numel() == 0 for row in rows):
+        raise DataError("a prompt is empty")
+    return rows
+
+
+def _strings(model: HookedTransformer, ids: list[int]) -> list[str]:
+    """Token ids as text; as numbers for a model without a tokenizer."""
+    if model.tokenizer is None:
+        return [f"<{token}>" for token in ids]
+    return [model.tokenizer.decode([token]) for token in ids]
+
+
+def _questions(
+    model: HookedTransformer, answers: list[int], foils: list[int] | None
+) -> tuple[str, ...]:
+    """For each prompt, what was asked: `'answer'`, or `'answer' - 'foil'`."""
+    names = [repr(name) for name in _strings(model, answers)]
+    if foils is None:
+        return tuple(names)
+    for name, answer, foil in zip(names, answers, foils, strict=True):
+        if answer == foil:
+            raise DataError(f"{name} against itself: the logit difference is zero by definition")
+    against = [repr(name) for name in _strings(model, foils)]
+    return tuple(f"{name} - {foil}" for name, foil in zip(names, against, strict=True))
 
 
 def _one_each(

@@ -20,12 +20,12 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lnfree_interp.data.packing import pack, token_stream
 from lnfree_interp.data.stdlib import stdlib_corpus
+from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.removal.schedule import cosine_with_warmup
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,7 +40,7 @@ class Pretraining:
     d_model: int = 192
     n_layers: int = 4
     n_heads: int = 6
-    steps: int = 4500
+    steps: int = 5000
     batch: int = 16
     """Windows of `n_ctx` tokens per step, drawn at random offsets of the training text."""
     lr: float = 2e-3
@@ -70,21 +70,19 @@ def train_tokenizer(corpus: Dataset, settings: Pretraining) -> PreTrainedTokeniz
     )
 
 
-def next_token_loss(
+def loss_of(
     model: GPT2LMHeadModel, tokens: Int[Tensor, "batch pos"], reduction: str = "mean"
 ) -> Float[Tensor, "..."]:
-    """Cross-entropy of the next token in nats, computed in float32 from autocast logits."""
+    """Next-token loss under autocast."""
     with torch.autocast(tokens.device.type, torch.bfloat16):
         logits = model(tokens).logits
-    return cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction
-    )
+    return next_token_loss(logits, tokens, reduction)
 
 
 @torch.no_grad()
 def heldout_loss(model: GPT2LMHeadModel, blocks: Int[Tensor, "blocks pos"], batch: int) -> float:
     """Mean held-out cross-entropy in nats per token."""
-    losses = [next_token_loss(model, chunk, "none") for chunk in blocks.split(batch)]
+    losses = [loss_of(model, chunk, "none") for chunk in blocks.split(batch)]
     return torch.cat(losses).mean().item()
 
 
@@ -149,7 +147,7 @@ def main(out: tyro.conf.Positional[Path], settings: Pretraining = Pretraining())
                 step, steps=settings.steps, warmup=settings.warmup, floor=settings.final_lr
             )
         starts = torch.randint(len(stream) - settings.n_ctx + 1, (settings.batch, 1))
-        loss = next_token_loss(model, stream[starts + window])
+        loss = loss_of(model, stream[starts + window])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

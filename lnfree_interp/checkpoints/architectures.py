@@ -46,6 +46,9 @@ def _gpt2_config(hf: Any) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"activation_function {hf.activation_function!r} is not one of {sorted(_ACTIVATIONS)}"
         )
+    sizes = ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size")
+    if wrong := [f"{name}={getattr(hf, name)}" for name in sizes if getattr(hf, name) < 1]:
+        raise CheckpointError(f"config.json: {', '.join(wrong)}, which must be at least 1")
     if hf.n_embd % hf.n_head:
         raise CheckpointError(
             f"config.json: n_embd={hf.n_embd} is not divisible by n_head={hf.n_head}"

@@ -9,7 +9,6 @@ ln_f's bias at 1 and b_U / d_model added to every row of W_U, ln_f's output x + 
     (x + 1) (W_U + 1 b_U / d)  =  x W_U + b_U          since  x 1 = 0  and  1 W_U = 0
 """
 
-import copy
 import os
 from pathlib import Path
 
@@ -55,6 +54,10 @@ def to_transformers(model: HookedTransformer) -> GPT2LMHeadModel:
             f"{cfg.original_architecture} with normalization_type={cfg.normalization_type!r}"
         )
     lnfree = cfg.normalization_type is None
+    if lnfree and cfg.dtype == torch.float16:
+        raise UnsupportedModelError(
+            "float16 ends at 65504, the exported gains are 1e6: use float32"
+        )
     state = _shared_weights(model)
     if lnfree:
         _require_centred_readers(model)
@@ -109,17 +112,14 @@ def export(model: HookedTransformer, out: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        OutputExistsError: if the folder holds something.
+        OutputError: if the folder holds something.
         UnsupportedModelError, InexactError: as `to_transformers`.
     """
     exported = to_transformers(model)
     with new_folder(out) as folder:
         exported.save_pretrained(folder)
         if model.tokenizer is not None:
-            tokenizer = copy.deepcopy(model.tokenizer)
-            # TransformerLens' copy prepends BOS by itself; GPT-2's own does not.
-            tokenizer.add_bos_token = False
-            tokenizer.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
     return Path(out)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints.architectures import hooked_config, hooked_weights
 from lnfree_interp.checkpoints.source import open_in_transformers
-from lnfree_interp.errors import CheckpointError
+from lnfree_interp.errors import CheckpointError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import fold
@@ -66,6 +66,8 @@ def load(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {cfg.d_vocab}: "
             "they do not belong together"
         )
+    if cfg.eps >= LNFREE_EPSILON and dtype == torch.float16:
+        raise UnsupportedModelError(f"{name}: its gains of 1e6 overflow float16: load in float32")
     model = hooked_transformer(cfg, hooked_weights(hf_model, cfg), tokenizer)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]

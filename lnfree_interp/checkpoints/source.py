@@ -66,11 +66,12 @@ def open_in_transformers(
     where = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers validates with types of its own
         raise CheckpointError(
             f"{name}: config.json cannot be read: {_first_line(error)}"
         ) from error
-    architecture_of(config)
+    _, architecture = architecture_of(config)
+    architecture.config(config)  # refuses what it cannot represent before any weight is fetched
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # the tokenizer libraries raise their own types
@@ -88,6 +89,11 @@ def open_in_transformers(
         raise CheckpointError(f"{name}: weights cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{name}: the weights file lacks {', '.join(missing[:3])}")
+    if unknown := sorted(report["unexpected_keys"]):
+        raise CheckpointError(
+            f"{name}: the weights file holds {', '.join(unknown[:3])}, which has no place in the "
+            "model of config.json"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -113,12 +119,12 @@ def _require_on_hub(
     name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> None:
     """One question to the hub with a short time-out, in place of transformers' slow retries."""
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name}: no such folder, and not a hub id")
-    cached = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
-    if isinstance(cached, str):
-        return
+    if Path(name).exists():
+        raise CheckpointError(f"{name}: a file; a checkpoint is a folder or a hub id")
     try:
+        cached = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
+        if isinstance(cached, str):
+            return
         HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except HFValidationError as error:
         raise CheckpointError(f"{name}: no such folder, and not a hub id") from error
@@ -129,9 +135,7 @@ def _require_on_hub(
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name}: no such folder here and no such model on the hub"
-        ) from error
+        raise CheckpointError(f"{name}: no such folder and no such hub model") from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{name}: the hub answered: {_first_line(error)}") from error
     except Exception as error:  # no route, no name service, proxy, offline mode

@@ -63,6 +63,8 @@ def pack(
     Raises:
         DataError: as `token_stream`, and if the text is shorter than one block.
     """
+    if block < 1:
+        raise DataError(f"a block of {block} tokens cannot be packed")
     stream = token_stream(documents, tokenizer, column)
     n_blocks = len(stream) // block
     if n_blocks == 0:

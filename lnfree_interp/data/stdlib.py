@@ -39,13 +39,26 @@ _SKIPPED_FOLDERS = frozenset(
 )
 
 
+# Modules that a later Python moved stay on the side where Python 3.11, on whose source the bundled
+# checkpoint was trained, had them.
+_MOVED = {
+    "pathlib": "pathlib.py",  # 3.13
+    "sysconfig": "sysconfig.py",  # 3.13
+    "string": "string.py",  # 3.14
+    "_pydatetime.py": "datetime.py",  # 3.12
+    "_ast_unparse.py": "ast.py",  # 3.14
+    "_py_warnings.py": "warnings.py",  # 3.14
+}
+
+
 def split_of(module_path: str) -> Split:
     """The split that a module belongs to, by a hash of its path.
 
     Args:
         module_path: Path below the library's root with forward slashes, e.g. `json/decoder.py`.
     """
-    digest = hashlib.sha256(module_path.encode()).digest()
+    original = _MOVED.get(module_path.partition("/")[0], module_path)
+    digest = hashlib.sha256(original.encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
 

@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.logits import attribute_next_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DirectEffects:
     """Attribution and measured direct effect of every head, in logits of the true next token."""
 
@@ -27,9 +27,9 @@ class DirectEffects:
 
     @property
     def nmae_per_head(self) -> Float[Tensor, "layer head"]:
-        """mean |attribution - measured| / mean |measured| over all targets."""
+        """mean |attribution - measured| / mean |measured| over all targets; 0 for a dead head."""
         error = (self.attribution - self.measured).abs().mean(-1)
-        return error / self.measured.abs().mean(-1)
+        return torch.where(error == 0, 0.0, error / self.measured.abs().mean(-1))
 
     @property
     def nmae(self) -> float:

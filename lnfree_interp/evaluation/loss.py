@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.removal.objectives import next_token_loss
+from lnfree_interp.models.agreement import require_tokens
+from lnfree_interp.models.loss import next_token_loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CrossEntropy:
     """Next-token cross-entropy over a text, in nats per token."""
 
@@ -33,7 +34,11 @@ def evaluate_loss(
         model: Any `HookedTransformer`.
         tokens: [blocks, pos], such as `pack(...)`.
         batch: Blocks per forward pass; the result does not depend on it.
+
+    Raises:
+        DataError: if the model cannot read the tokens.
     """
+    require_tokens(model, tokens)
     device = model.W_E.device
     losses = torch.cat(
         [

@@ -1,50 +1,61 @@
 """Do two models compute the same logits? The check behind every conversion."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformers import PreTrainedModel
 
+from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError, measure_error
 
-LanguageModel = Callable[..., Any]
-"""A `HookedTransformer` or a Hugging Face causal language model."""
+LanguageModel = HookedTransformer | PreTrainedModel
+"""Either kind of causal language model."""
 
 
 def logits_of(
     model: LanguageModel, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of a `HookedTransformer` or a Hugging Face model, without gradient or dropout."""
-    module = model if isinstance(model, nn.Module) else None
-    was_training = module is not None and module.training
-    if module is not None:
-        module.eval()
+    was_training = model.training
+    model.eval()
     try:
         with torch.no_grad():
-            output = model(tokens)
+            output = model(tokens.to(next(model.parameters()).device))
     finally:
-        if module is not None:
-            module.train(was_training)
+        model.train(was_training)
     return getattr(output, "logits", output)
 
 
-def _shape_of(model: Any) -> tuple[int, int, torch.device]:
-    """Vocabulary, context length and device of either kind of model."""
-    if hasattr(model, "cfg"):
-        return model.cfg.d_vocab, model.cfg.n_ctx, model.W_E.device
-    config = model.config
-    return config.vocab_size, config.max_position_embeddings, model.device
+def require_tokens(model: HookedTransformer, tokens: Int[Tensor, "*batch pos"]) -> None:
+    """Refuse tokens that the model cannot read, before they become an index error.
+
+    Raises:
+        DataError: if there are none, a row is longer than the context, or an id is outside the
+            vocabulary.
+    """
+    n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
+    if tokens.numel() == 0:
+        raise DataError("there are no tokens")
+    if tokens.shape[-1] > n_ctx:
+        raise DataError(f"{tokens.shape[-1]} tokens in a row; the model's context is {n_ctx}")
+    if tokens.min() < 0 or tokens.max() >= d_vocab:
+        raise DataError(
+            f"token ids go from {tokens.min()} to {tokens.max()}; the model has 0 to "
+            f"{d_vocab - 1}: is this text tokenized for another model?"
+        )
 
 
 def random_tokens(
-    model: Any, batch: int = 2, pos: int = 128, seed: int = 0
+    model: LanguageModel, batch: int = 2, pos: int = 128, seed: int = 0
 ) -> Int[Tensor, "batch pos"]:
     """Uniformly random tokens that fit the model's vocabulary and context."""
-    d_vocab, n_ctx, device = _shape_of(model)
+    if isinstance(model, HookedTransformer):
+        d_vocab, n_ctx = model.cfg.d_vocab, model.cfg.n_ctx
+    else:
+        d_vocab, n_ctx = model.config.vocab_size, model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(d_vocab, (batch, min(pos, n_ctx)), generator=generator).to(device)
+    return torch.randint(d_vocab, (batch, min(pos, n_ctx)), generator=generator)
 
 
 def compare_logits(

@@ -28,9 +28,10 @@ class FusedAttention(Attention):
     @classmethod
     def from_stock(cls, stock: Attention) -> "FusedAttention":
         """Take over the parameters of a stock attention, without a copy."""
-        fused = cls(stock.cfg, stock.attn_type, stock.layer_id)
-        fused.load_state_dict(stock.state_dict(), assign=True)
-        return fused.to(stock.W_Q.device)
+        fused = cls(stock.cfg, stock.attn_type, stock.layer_id).to(stock.W_Q.device)
+        for name, parameter in stock.named_parameters():
+            setattr(fused, name, parameter)
+        return fused
 
     def _fusible(self, query_input: Tensor, *arguments: object) -> bool:
         cfg = self.cfg

@@ -27,14 +27,18 @@ def hooked_transformer(
     Raises:
         CheckpointError: if a weight is missing, unexpected or of another shape.
     """
-    if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
-        # Made in memory: TransformerLens could not reopen it from a file to make it prepend BOS.
+    if tokenizer is not None:
+        # TransformerLens would open it a second time from its name, to make it prepend BOS: from
+        # another revision or cache, without tokens added since, or not at all. Told that it
+        # prepends BOS already, it takes this one, finds that it does not, and prepends by itself.
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.init_kwargs |= {"name_or_path": "", "add_bos_token": True}
     with warnings.catch_warnings():
         # HookedTransformer is what this package is for; its deprecation is known.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
         model = HookedTransformer(cfg, tokenizer=tokenizer)
+    if tokenizer is not None:
+        del tokenizer.init_kwargs["add_bos_token"]
     try:
         missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
     except RuntimeError as error:

@@ -77,12 +77,14 @@ class Norm(nn.Module):
                 return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
             gain = self.w / self.sigma.to(self.w)
             return torch.addcmul(self.b, x - x.mean(-1, keepdim=True), gain)
+        # As TransformerLens: squares of half-precision activations overflow.
+        dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
         centred = x - x.mean(-1, keepdim=True)
         if self._frozen:
             scale = self.sigma.to(x).expand(*x.shape[:-1], 1)
         else:
             scale = (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        return self.hook_normalized(centred / self.hook_scale(scale)) * self.w + self.b
+        return self.hook_normalized(centred / self.hook_scale(scale)).to(dtype) * self.w + self.b
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -16,6 +16,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.components import LayerNorm
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
+from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.block import SiteBlock, TiedUnembed
 from lnfree_interp.models.norms import Norm
 
@@ -71,7 +72,8 @@ def has_norm_sites(model: HookedTransformer) -> bool:
 def _require_pre_layernorm(model: HookedTransformer) -> None:
     cfg = model.cfg
     unsupported = {
-        f"normalization_type={cfg.normalization_type!r}": cfg.normalization_type != "LN",
+        f"normalization_type={cfg.normalization_type!r} (load it unprocessed, with load() or "
+        "from_pretrained_no_processing)": cfg.normalization_type != "LN",
         "attn_only": cfg.attn_only,
         "parallel attention and MLP": cfg.parallel_attn_mlp,
         "norms after the sublayers": cfg.use_normalization_before_and_after,
@@ -79,6 +81,11 @@ def _require_pre_layernorm(model: HookedTransformer) -> None:
         f"{cfg.positional_embedding_type!r} positions": cfg.positional_embedding_type != "standard",
         "grouped-query attention": cfg.n_key_value_heads is not None,
         "local attention": cfg.use_local_attn,
+        "bidirectional attention": cfg.attention_dir != "causal",
+        "a soft cap on attention scores": cfg.attn_scores_soft_cap > 0,
+        "norms on queries and keys": cfg.use_qk_norm,
+        "gated MLPs": cfg.gated_mlp,
+        "an RMSNorm at the end": cfg.final_rms,
         "several devices": cfg.n_devices > 1,
     }
     found = [what for what, is_so in unsupported.items() if is_so]
@@ -92,15 +99,18 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
     """A copy of a stock LayerNorm model whose norms can be frozen one by one.
 
     Same function, same hook names, except that `blocks.{l}.ln1` is split into `ln1.qk` and `ln1.v`.
-    Embeddings that are equal to the transposed unembedding are tied to it, as in GPT-2.
+    An unembedding that equals the transposed embedding is tied to it, as in GPT-2. Hooks that were
+    added to the model are not carried over.
 
     Raises:
         UnsupportedModelError: as `list_norm_sites`.
+        InexactError: if the copy's logits differ, as when a hook on the model changes them.
     """
     if has_norm_sites(model):
         return copy.deepcopy(model)
     _require_pre_layernorm(model)
-    model = copy.deepcopy(model)
+    stock, model = model, copy.deepcopy(model)
+    model.reset_hooks(including_permanent=True)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = SiteBlock.from_stock(block, index)
     final: LayerNorm = model.ln_final
@@ -108,6 +118,7 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
     if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
         model.unembed = TiedUnembed(model.unembed, model.embed)
     model.setup()
+    compare_logits(model, stock).require("model with norm sites against stock")
     return model
 
 

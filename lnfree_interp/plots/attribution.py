@@ -1,11 +1,13 @@
 """Attribution: what each part adds to a logit."""
 
+import html
+
 import plotly.graph_objects as go
 import torch
 
 from lnfree_interp.analysis.contributions import Contributions
 from lnfree_interp.errors import DataError
-from lnfree_interp.plots.style import LOWERS, RAISES, WHOLE, show_prompt, show_token, styled
+from lnfree_interp.plots.style import LOWERS, RAISES, WHOLE, show_prompt, styled
 
 
 def attribution(result: Contributions, top: int = 15) -> go.Figure:
@@ -35,8 +37,9 @@ def attribution(result: Contributions, top: int = 15) -> go.Figure:
 
 
 def _titles(result: Contributions) -> tuple[str, str]:
-    what = show_token(result.of[0]) if result.of else "logit"
-    title = f"Logit of {what}, by {result.level}"
+    title = f"By {result.level}"
+    if result.of:
+        title = f"Logit of {html.escape(result.of[0])}, by {result.level}"
     if result.prompts:
         title += f", after “{show_prompt(result.prompts[0])}”"
     subtitle = f"parts minus logit: {result.error}"

@@ -46,8 +46,10 @@ def direct_effects(results: Mapping[str, DirectEffects], points: int = 1500) -> 
         figure.update_xaxes(title="measured effect (logit)", row=1, col=column)
     figure.update_yaxes(title="attribution (logit)", row=1, col=1)
     figure.update_layout(showlegend=False)
-    return styled(
+    figure = styled(
         figure,
         "Does direct logit attribution predict what removing a head does?",
-        "one point: one head at one held-out token, on the true next token",
+        "one point: one head at one token, on the true next token",
+        height=460,
     )
+    return figure.update_layout(margin_t=130)

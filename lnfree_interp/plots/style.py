@@ -11,11 +11,6 @@ MODEL_COLOURS = {"original": "#7f7f7f", "vanilla": "#e08214", "lnfree": "#2166ac
 MODEL_NAMES = {"original": "original", "vanilla": "vanilla fine-tuned", "lnfree": "LN-free"}
 
 
-def show_token(token: str) -> str:
-    """A token as text inside a figure: markup stays text, white space stays visible."""
-    return html.escape(token).replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
-
-
 def show_prompt(tokens: tuple[str, ...], longest: int = 60) -> str:
     """The end of a prompt, one line."""
     text = "".join(tokens).replace("\n", "↵")

@@ -1,23 +1,20 @@
-"""What the fine-tuning minimises."""
+"""What the fine-tuning minimises beside the next-token loss (`models.loss`)."""
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def next_token_loss(
-    logits: Float[Tensor, "batch pos d_vocab"],
-    tokens: Int[Tensor, "batch pos"],
-    reduction: str = "mean",
-) -> Float[Tensor, "*targets"]:
-    """Cross-entropy of the next token, in nats, in float32 whatever the logits' dtype.
+def distillation_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], teacher: Float[Tensor, "batch pos d_vocab"]
+) -> Float[Tensor, ""]:
+    """KL divergence of the model's next-token distribution from the teacher's, in nats per token.
 
-    End-of-text targets count like any other. With `reduction="none"`: one value per target,
-    [batch * (pos - 1)].
+    Over the positions that have a next token, as `next_token_loss`. (Hinton et al., 1503.02531, at
+    temperature 1.)
     """
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction
-    )
+    ours, theirs = (x[:, :-1].flatten(0, 1).float().log_softmax(-1) for x in (logits, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def scale_anchor_loss(
