@@ -57,3 +57,24 @@ def test_direct_effects_has_a_panel_a_model(folded, live, tokens):
     texts = [annotation.text for annotation in figure.layout.annotations]
     assert texts[0].startswith("original: NMAE")
     assert texts[1].startswith("LN-free: NMAE")
+
+
+def test_training_curve_shows_losses_and_marks_every_event(live):
+    data = torch.randint(300, (16, 20), generator=torch.Generator().manual_seed(0))
+    recipe = lf.recipes.demo(3, steps=12)
+    runs = {
+        "vanilla": lf.remove_norms(live, recipe.vanilla(), data, progress=False),
+        "lnfree": lf.remove_norms(live, recipe, data, progress=False),
+    }
+    figure = lf.plots.training_curve(runs, window=3)
+    lines = {trace.name: trace for trace in figure.data if trace.mode != "markers" and trace.name}
+    losses = [record.loss for record in runs["lnfree"].history]
+    assert lines["LN-free"].y[5] == pytest.approx(sum(losses[3:6]) / 3)
+    marks = {trace.name: list(trace.x) for trace in figure.data if trace.mode == "markers"}
+    assert {name: len(steps) for name, steps in marks.items()} == {
+        "ln2 frozen": 3,
+        "qk frozen": 3,
+        "v frozen": 3,
+        "ln_final frozen": 1,
+    }
+    assert marks["ln_final frozen"] == [recipe.events[-1].step]
