@@ -1,6 +1,7 @@
 """What does removing every norm cost? LN-free minus vanilla control, over several seeds.
 
-    python benchmarks/removal_gap.py [--seeds 0 1 2] [--steps 250] [--json FILE]
+    python benchmarks/removal_gap.py [--seeds 0 1 2] [--steps 250] [--distillation 0.5]
+        [--json FILE]
 
 For each seed: remove all norms from the bundled checkpoint, run the control (same steps, data order
 and learning rates, nothing removed), and evaluate both on the held-out modules of the standard
@@ -10,7 +11,7 @@ library. Prints the table of docs/benchmarks.md.
 import json
 import platform
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,9 +37,17 @@ class Row:
     seconds_lnfree: float
 
 
-def run_seed(model: HookedTransformer, text: dict[str, torch.Tensor], steps: int, seed: int) -> Row:
+def run_seed(
+    model: HookedTransformer,
+    text: dict[str, torch.Tensor],
+    steps: int,
+    seed: int,
+    distillation: float,
+) -> Row:
     """Removal and control of one seed."""
-    recipe = lf.recipes.demo(model.cfg.n_layers, steps=steps, seed=seed)
+    recipe = replace(
+        lf.recipes.demo(model.cfg.n_layers, steps=steps, seed=seed), distillation=distillation
+    )
     run = lf.remove_norms(model, recipe, text["train"])
     control = lf.remove_norms(model, recipe.vanilla(), text["train"])
     lnfree = lf.evaluate_loss(lf.fold(run.model), text["heldout"])
@@ -58,6 +67,7 @@ def run_seed(model: HookedTransformer, text: dict[str, torch.Tensor], steps: int
 def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 250,
+    distillation: float = lf.recipes.demo().distillation,
     out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Run the benchmark.
@@ -65,6 +75,7 @@ def main(
     Args:
         seeds: Of the data order.
         steps: Optimiser steps of each run.
+        distillation: Share of the removal's loss that is distillation from the original.
         out: Also write the rows there.
     """
     logging.disable_progress_bar()
@@ -79,7 +90,7 @@ def main(
     header = "| seed | vanilla | LN-free | gap of means | gap of medians | gap of p99 | seconds |"
     print(f"{header}\n|---|---|---|---|---|---|---|", flush=True)
     for seed in seeds:
-        row = run_seed(model, text, steps, seed)
+        row = run_seed(model, text, steps, seed, distillation)
         rows.append(row)
         print(
             f"| {row.seed} | {row.vanilla:.4f} | {row.lnfree:.4f} | {row.gap:+.4f} | "
@@ -91,6 +102,7 @@ def main(
     spread = statistics.stdev(gaps) if len(gaps) > 1 else float("nan")
     print(f"gap: mean {statistics.mean(gaps):+.4f}, standard deviation {spread:.4f} nats per token")
     print(
+        f"distillation {distillation}; "
         f"{steps} steps of {lf.recipes.demo().batch * model.cfg.n_ctx} tokens; "
         f"{text['heldout'].numel()} held-out tokens; Python {platform.python_version()}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
