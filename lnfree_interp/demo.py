@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -235,7 +235,7 @@ def metrics(demo: Demo) -> dict[str, Any]:
     for what, error in demo.errors.items():
         name, _, dtype = what.partition("_")
         exactness[f"_{dtype}" if dtype else ""][name] = error.relative
-    recipe = replace(demo.run.recipe, events=())
+    recipe = demo.run.recipe
     return {
         "cross_entropy": {
             name: {"mean": x.mean, "median": x.median, "p99": x.p99}

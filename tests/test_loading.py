@@ -73,6 +73,13 @@ def copy_without(folder, tmp_path, *names):
     return copy
 
 
+def copy_with_config(folder, tmp_path, **changes):
+    copy = copy_without(folder, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
 def test_missing_files_are_named(gpt2_folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         lf.load(copy_without(gpt2_folder, tmp_path / "a", "config.json"))
@@ -113,9 +120,7 @@ def test_broken_files_are_refused(gpt2_folder, tmp_path):
 
 def test_weights_that_the_config_has_no_place_for_are_refused(gpt2_folder, tmp_path):
     """A config that lies about the number of layers would otherwise drop the rest unnoticed."""
-    folder = copy_without(gpt2_folder, tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    folder = copy_with_config(gpt2_folder, tmp_path, n_layer=2)
     with pytest.raises(CheckpointError, match=r"transformer\.h\.2\..*no place"):
         lf.load(folder)
 
@@ -158,9 +163,7 @@ def test_a_file_is_not_a_checkpoint(gpt2_folder):
     ids=str,
 )
 def test_configs_that_lie_are_refused(gpt2_folder, tmp_path, change):
-    folder = copy_without(gpt2_folder, tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    folder = copy_with_config(gpt2_folder, tmp_path, **change)
     with pytest.raises(LnfreeError):
         lf.load(folder)
 
@@ -190,9 +193,7 @@ def test_nan_weights_are_refused():
 
 
 def test_config_that_does_not_divide_is_refused(gpt2_folder, tmp_path):
-    folder = copy_without(gpt2_folder, tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"n_head": 5}))
+    folder = copy_with_config(gpt2_folder, tmp_path, n_head=5)
     with pytest.raises(CheckpointError, match="divisible"):
         lf.load(folder)
 

@@ -2,8 +2,8 @@
 
 The hub cannot be assumed at first contact, so the bundled model is trained, and the demo runs,
 on the modules of the running interpreter. A module belongs to the held-out split by a hash of its
-path, not by its place in a list: the model bundled from one Python version has never seen the
-held-out modules of another.
+path, not by its place in a list, so that it falls on the same side on every Python version; only
+code that a later version copies from one module to another can still cross.
 """
 
 import hashlib
