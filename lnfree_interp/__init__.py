@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from lnfree_interp.bundled import bundled_checkpoint
     from lnfree_interp.checkpoints.exporting import export, to_transformers
     from lnfree_interp.checkpoints.loading import load
+    from lnfree_interp.checkpoints.published import nanogpt_sigma
+    from lnfree_interp.checkpoints.sidecar import Sidecar, read_sidecar
     from lnfree_interp.checkpoints.source import open_in_transformers
     from lnfree_interp.data.packing import pack
     from lnfree_interp.data.stdlib import stdlib_corpus
     from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
     from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
     from lnfree_interp.models.agreement import compare_logits
-    from lnfree_interp.models.folding import fold
+    from lnfree_interp.models.folding import fold, frozen_form
+    from lnfree_interp.models.norm_conversions import NormConversion, to_crms, to_rms
     from lnfree_interp.models.sites import (
         NormSite,
         freeze_site,
@@ -50,6 +53,9 @@ _HOME = {
     "export": "lnfree_interp.checkpoints.exporting",
     "to_transformers": "lnfree_interp.checkpoints.exporting",
     "load": "lnfree_interp.checkpoints.loading",
+    "nanogpt_sigma": "lnfree_interp.checkpoints.published",
+    "Sidecar": "lnfree_interp.checkpoints.sidecar",
+    "read_sidecar": "lnfree_interp.checkpoints.sidecar",
     "open_in_transformers": "lnfree_interp.checkpoints.source",
     "pack": "lnfree_interp.data.packing",
     "stdlib_corpus": "lnfree_interp.data.stdlib",
@@ -59,6 +65,10 @@ _HOME = {
     "evaluate_loss": "lnfree_interp.evaluation.loss",
     "compare_logits": "lnfree_interp.models.agreement",
     "fold": "lnfree_interp.models.folding",
+    "frozen_form": "lnfree_interp.models.folding",
+    "NormConversion": "lnfree_interp.models.norm_conversions",
+    "to_crms": "lnfree_interp.models.norm_conversions",
+    "to_rms": "lnfree_interp.models.norm_conversions",
     "NormSite": "lnfree_interp.models.sites",
     "freeze_site": "lnfree_interp.models.sites",
     "get_norm": "lnfree_interp.models.sites",

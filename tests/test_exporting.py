@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import lnfree_interp as lf
-from lnfree_interp.errors import OutputError, UnsupportedModelError
+from lnfree_interp.errors import NormSiteError, OutputError, UnsupportedModelError
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -59,7 +59,8 @@ def test_interrupted_export_leaves_nothing(folded, tmp_path, monkeypatch):
 
 
 def test_what_gpt2_cannot_say_is_refused(frozen, folded, live):
-    with pytest.raises(UnsupportedModelError, match="fold"):
+    lf.get_norm(frozen, "blocks.1.ln2").thaw()
+    with pytest.raises(NormSiteError, match="before the removal or after it"):
         lf.to_transformers(frozen)
     with torch.no_grad():
         folded.blocks[1].mlp.W_in.add_(0.1)

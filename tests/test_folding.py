@@ -1,5 +1,7 @@
 """Folding is exact, gives a stock model, and its own check fails when the fold is wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformer_lens import HookedTransformer
@@ -50,22 +52,21 @@ def test_models_without_sites_are_refused(live, folded):
             lf.fold(model)
 
 
-def no_centring(norm, W, b):
-    scaled = (norm.w / norm.sigma.to(norm.w))[:, None] * W
-    return scaled, b + norm.b @ W
+def no_centring(norm, centred, scale, W, b):
+    return RIGHT(norm, False, scale, W, b)
 
 
-def no_bias(norm, W, b):
-    return RIGHT(norm, W, b)[0], b
+def no_bias(norm, centred, scale, W, b):
+    return RIGHT(norm, centred, scale, W, b)[0], b
 
 
-def no_gain(norm, W, b):
-    scaled = W / norm.sigma.to(W)
-    return scaled - scaled.mean(-2, keepdim=True), b + norm.b @ W
+def no_gain(norm, centred, scale, W, b):
+    flat = replace(norm, gain=torch.full_like(norm.gain, 1 / norm.sigma))
+    return RIGHT(flat, centred, scale, W, b)
 
 
-def wrong_sigma(norm, W, b):
-    folded, bias = RIGHT(norm, W, b)
+def wrong_sigma(norm, centred, scale, W, b):
+    folded, bias = RIGHT(norm, centred, scale, W, b)
     return folded * 1.001, bias
 
 
@@ -75,5 +76,5 @@ RIGHT = folding._fold_reader
 @pytest.mark.parametrize("mutation", [no_centring, no_bias, no_gain, wrong_sigma])
 def test_every_mutation_of_the_fold_is_caught(frozen, monkeypatch, mutation):
     monkeypatch.setattr(folding, "_fold_reader", mutation)
-    with pytest.raises(InexactError, match="folded against frozen"):
+    with pytest.raises(InexactError, match="folded against the given"):
         lf.fold(frozen)

@@ -17,7 +17,7 @@ from lnfree_interp.analysis.contributions import Component, Contributions, Level
 from lnfree_interp.analysis.residual import cached_names, project_residual, require_decomposable
 from lnfree_interp.errors import DataError, InexactError
 from lnfree_interp.models.agreement import require_tokens
-from lnfree_interp.models.norms import Norm
+from lnfree_interp.models.norms import FrozenNorm, Norm
 
 Answer = str | int
 
@@ -156,7 +156,8 @@ def _attribute(
 def final_norm_is_live(model: HookedTransformer) -> bool:
     """Whether the logits depend on the stream's own scale."""
     norm = getattr(model, "ln_final", None)
-    return norm is not None and not (isinstance(norm, Norm) and norm.frozen)
+    frozen = isinstance(norm, FrozenNorm) or (isinstance(norm, Norm) and norm.frozen)
+    return norm is not None and not frozen
 
 
 def logit_direction(

@@ -1,176 +1,354 @@
-"""`HookedTransformer` -> a Hugging Face folder that plain `transformers` loads.
+"""`HookedTransformer` -> a folder: for plain `transformers`, or in TransformerLens' own layout.
 
-`GPT2LMHeadModel` has no LN-free form, so an LN-free model wears the published disguise: epsilon
-1e12 and gains of 1e6 make every LayerNorm subtract the mean and multiply by one
-(ApolloResearch/gpt2_noLN). Folded readers ignore the mean, so nothing changes. The unembedding
-bias has no slot in `GPT2LMHeadModel`; it rides on the direction that centring has emptied: with
-ln_f's bias at 1 and b_U / d_model added to every row of W_U, ln_f's output x + 1 reads
+No class of transformers has an LN-free form, so an LN-free model wears the published disguise:
+epsilon 1e12 and gains of 1e6 make every norm subtract the mean and multiply by a constant
+(ApolloResearch/gpt2_noLN). Folded readers ignore the mean, so nothing changes.
+
+The unembedding of a folded model is not the embedding any more. Where it is C diag(a) W_E^T, with a
+bias beta W_E^T, it is tied again, and a and beta go into ln_f, as in the published checkpoints.
+Otherwise the bias, for which there is no slot, rides on the direction that centring has emptied:
+with ln_f's bias at 1 and b_U / d_model added to every row of W_U, ln_f's output x + 1 reads
 
     (x + 1) (W_U + 1 b_U / d)  =  x W_U + b_U          since  x 1 = 0  and  1 W_U = 0
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lnfree_interp.errors import UnsupportedModelError
+from lnfree_interp.checkpoints import native
+from lnfree_interp.checkpoints.architectures import ARCHITECTURES, Architecture, hf_config
+from lnfree_interp.checkpoints.layouts import optional_names, to_hf_weights
+from lnfree_interp.checkpoints.loading import logit_tolerance
+from lnfree_interp.checkpoints.model_card import model_card
+from lnfree_interp.checkpoints.published import DISGUISE_EPSILON, DISGUISE_GAIN
+from lnfree_interp.checkpoints.sidecar import Sidecar
+from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.models.sites import has_norm_sites
+from lnfree_interp.models.folding import (
+    ConstantNorm,
+    constant_norms,
+    is_frozen_form,
+    reads_mean,
+)
+from lnfree_interp.models.norm_conversions import CRMSNormPre
+from lnfree_interp.models.sites import has_norm_sites, live_sites
+from lnfree_interp.numerics import MeasuredError
 
-CONSTANT_NORM_EPSILON = 1e12
-CONSTANT_NORM_GAIN = 1e6
+if TYPE_CHECKING:
+    from lnfree_interp.removal.recipes import Recipe
 
-DISGUISE_ERROR = 1e-7
-"""Relative error that the disguise itself may cause: variance / (2 * epsilon), below 1e-8 at the
-largest residual norms of GPT-2. Only float64 can see it."""
+Target = Literal["transformers", "transformer_lens"]
 
-# A reader counts as centred when its column means are below this share of its largest weight.
-_CENTRED = {torch.float64: 1e-12, torch.float32: 1e-6}
+# Relative error below which a re-tied unembedding counts as the same.
+_TIED = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
-def to_transformers(model: HookedTransformer) -> GPT2LMHeadModel:
-    """The same logits as a `GPT2LMHeadModel`.
+def to_transformers(model: HookedTransformer) -> PreTrainedModel:
+    """The same logits as a model of `transformers`, of the class that the model came from.
 
     Args:
-        model: GPT-2-like, either LN-free (`normalization_type=None`, folded from LayerNorm) or with
-            live LayerNorms and no unembedding bias.
+        model: With live norms, LN-free in the folded or the frozen form, or with norm sites that
+            are all frozen (its gains then stay in the norms, and embeddings stay tied).
 
     Raises:
-        UnsupportedModelError: for a model that `GPT2LMHeadModel` cannot represent.
+        UnsupportedModelError: for a model that the class cannot represent.
+        NormSiteError: if some norm sites are live and some frozen.
         InexactError: if the logits differ by more than rounding explains.
     """
     cfg = model.cfg
-    if has_norm_sites(model):
-        raise UnsupportedModelError("norm sites cannot be exported: fold(model) first")
-    if cfg.original_architecture != "GPT2LMHeadModel" or cfg.normalization_type not in ("LN", None):
+    name = cfg.original_architecture
+    said = is_frozen_form(model) or cfg.normalization_type in ("LN", "RMS", None)
+    if name not in ARCHITECTURES or not said:
         raise UnsupportedModelError(
-            f"only GPT-2 with LayerNorm or without norms is exported, not "
-            f"{cfg.original_architecture} with normalization_type={cfg.normalization_type!r}"
+            f"transformers has no class for {name} with normalization_type="
+            f"{cfg.normalization_type!r}: export it with target='transformer_lens'"
         )
-    lnfree = cfg.normalization_type is None
-    if lnfree and cfg.dtype == torch.float16:
-        raise UnsupportedModelError(
-            "float16 ends at 65504, the exported gains are 1e6: use float32"
+    architecture = ARCHITECTURES[name]
+    live = live_sites(model)
+    if live and has_norm_sites(model):
+        raise NormSiteError(
+            f"{len(live)} norm sites are live: a model is exported before the removal or after it"
         )
-    state = _shared_weights(model)
-    if lnfree:
-        _require_centred_readers(model)
-        state |= _constant_norms(model)
-        W_U = model.W_U + model.b_U / cfg.d_model
-    else:
-        if model.b_U.any():
-            raise UnsupportedModelError("GPT2LMHeadModel has no unembedding bias; this model has")
-        state |= _live_norms(model)
-        W_U = model.W_U
-    tied = torch.equal(W_U.T, model.W_E)
-    state["lm_head.weight"] = W_U.T
-    config = GPT2Config(
-        architectures=["GPT2LMHeadModel"],
-        vocab_size=cfg.d_vocab,
-        n_positions=cfg.n_ctx,
-        n_embd=cfg.d_model,
-        n_layer=cfg.n_layers,
-        n_head=cfg.n_heads,
-        n_inner=cfg.d_mlp,
-        activation_function=cfg.act_fn,
-        layer_norm_epsilon=CONSTANT_NORM_EPSILON if lnfree else cfg.eps,
-        scale_attn_weights=cfg.use_attn_scale,
-        scale_attn_by_inverse_layer_idx=cfg.scale_attn_by_inverse_layer_idx,
+    weights = _own_weights(model)
+    others: dict[str, Any] = {}
+    if not live:
+        weights = _disguised(model, architecture, weights)
+        others[architecture.fields.get("eps", "")] = DISGUISE_EPSILON
+    elif model.b_U.any():
+        raise UnsupportedModelError(f"{name} has no unembedding bias; this model has")
+    weights.pop("unembed.b_U", None)
+    optional = optional_names(architecture.layout, cfg)
+    biased = any(weights[ours].any() for names in optional.values() for ours in names)
+    if architecture.bias_field:
+        others[architecture.bias_field] = biased
+    absent = frozenset() if biased else frozenset(optional)
+    state = to_hf_weights(architecture.layout, cfg, weights, absent)
+    tied = torch.equal(state["lm_head.weight"], state[architecture.layout[0].hf])
+    config = hf_config(
+        cfg,
         tie_word_embeddings=tied,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
         bos_token_id=getattr(model.tokenizer, "bos_token_id", None),
         eos_token_id=getattr(model.tokenizer, "eos_token_id", None),
-        dtype=cfg.dtype,
+        pad_token_id=None,
+        **others,
     )
-    exported = GPT2LMHeadModel(config).to(cfg.dtype)
-    exported.load_state_dict({name: W.detach() for name, W in state.items()})
+    exported = AutoModelForCausalLM.from_config(config, dtype=cfg.dtype)
+    exported.load_state_dict(state)
     exported.to(model.W_E.device).eval()
     error = compare_logits(exported, model)
     error.require(
         "exported against HookedTransformer logits",
-        max(error.tolerance, DISGUISE_ERROR) if lnfree else None,
+        logit_tolerance(error, architecture.sees_float64, not live),
     )
     return exported
 
 
-def export(model: HookedTransformer, out: str | os.PathLike[str]) -> Path:
-    """Write a Hugging Face folder: config.json, model.safetensors and the tokenizer.
+def export(
+    model: HookedTransformer,
+    out: str | os.PathLike[str],
+    *,
+    target: Target = "transformers",
+    recipe: "Recipe | None" = None,
+    sigma: Mapping[str, float] | None = None,
+    errors: Mapping[str, MeasuredError] | None = None,
+    source: str | None = None,
+) -> Path:
+    """Write a folder: weights as safetensors, config, tokenizer, model card and `lnfree.json`.
 
     Args:
-        model: As for `to_transformers`.
+        model: As for `to_transformers`; with target `"transformer_lens"`, any model but one with
+            norm sites.
         out: A folder that does not exist yet or is empty. It appears when it is complete.
+        target: `"transformers"`: a Hugging Face folder that plain `transformers` loads.
+            `"transformer_lens"`: config and weights by TransformerLens' names, for what no class
+            of transformers can hold; `load` reads both.
+        recipe: How the norms were removed, for the model card.
+        sigma: The constant of each norm (`blocks.0.ln1.v`, ...). Default: those the model holds.
+        errors: Errors measured on the way, for the model card, by what was compared.
+        source: What the model was made from, for the model card.
 
     Returns:
         The folder.
 
     Raises:
         OutputError: if the folder holds something.
-        UnsupportedModelError, InexactError: as `to_transformers`.
+        UnsupportedModelError, NormSiteError, InexactError: as `to_transformers`.
     """
-    exported = to_transformers(model)
+    measured = dict(errors or {})
+    if target == "transformers":
+        exported = to_transformers(model)
+        measured["export against HookedTransformer"] = compare_logits(exported, model)
+    elif has_norm_sites(model):
+        raise UnsupportedModelError(
+            "norm sites have no place in TransformerLens' layout: fold or frozen_form first"
+        )
+    sidecar = Sidecar(
+        form=form_of(model),
+        sigma=dict(sigma) if sigma is not None else _own_sigma(model),
+        recipe=None if recipe is None else _plain_recipe(recipe),
+        errors={
+            what: {
+                "absolute": error.absolute,
+                "relative": error.relative,
+                "dtype": str(error.dtype).removeprefix("torch."),
+            }
+            for what, error in measured.items()
+        },
+        source=source or model.cfg.model_name,
+        made_by=f"lnfree_interp {version('lnfree_interp')}",
+    )
     with new_folder(out) as folder:
-        exported.save_pretrained(folder)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+        if target == "transformers":
+            exported.save_pretrained(folder)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(folder)
+        else:
+            native.write(model, folder)
+        sidecar.write(folder)
+        (folder / "README.md").write_text(model_card(model.cfg, sidecar, target), encoding="utf-8")
     return Path(out)
 
 
-def _shared_weights(model: HookedTransformer) -> dict[str, Tensor]:
-    """Everything but norms and unembedding, in the layout of `GPT2LMHeadModel`."""
-    state = {
-        "transformer.wte.weight": model.W_E,
-        "transformer.wpe.weight": model.W_pos,
-    }
-    for layer, block in enumerate(model.blocks):
-        attn, mlp, prefix = block.attn, block.mlp, f"transformer.h.{layer}"
-        qkv = torch.stack([attn.W_Q, attn.W_K, attn.W_V])
-        state[f"{prefix}.attn.c_attn.weight"] = rearrange(
-            qkv, "path head d_model d_head -> d_model (path head d_head)"
+def form_of(model: HookedTransformer) -> str:
+    """In one word what a model is: live, sites, folded, frozen, rms or crms."""
+    kind = model.cfg.normalization_type
+    if has_norm_sites(model):
+        return "live" if live_sites(model) else "sites"
+    if kind is None:
+        return "folded"
+    if is_frozen_form(model):
+        return "frozen"
+    if isinstance(model.ln_final, CRMSNormPre):
+        return "crms"
+    return "rms" if kind == "RMSPre" else "live"
+
+
+def _plain_recipe(recipe: "Recipe") -> dict[str, Any]:
+    fields = asdict(recipe)
+    fields["events"] = [[event.step, str(event.site)] for event in recipe.events]
+    return fields
+
+
+def _own_sigma(model: HookedTransformer) -> dict[str, float]:
+    if live_sites(model) or model.cfg.normalization_type is None:
+        return {}
+    return {name: norm.sigma for name, norm in constant_norms(model)[0].items()}
+
+
+def _own_weights(model: HookedTransformer) -> dict[str, Tensor]:
+    """By TransformerLens' names; tied or not, split or not."""
+    renamed = {}
+    for name, W in model.named_parameters(remove_duplicate=False):
+        if ".ln1.v." not in name and name != "unembed.W_E":
+            renamed[name.replace(".ln1.qk.", ".ln1.")] = W.detach()
+    renamed["unembed.W_U"] = model.W_U.detach()
+    renamed["unembed.b_U"] = model.b_U.detach()
+    return renamed
+
+
+def _disguised(
+    model: HookedTransformer, architecture: Architecture, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights of an LN-free model with constant norms that transformers can run."""
+    cfg, name = model.cfg, model.cfg.original_architecture
+    if architecture.fixed_epsilon:
+        raise UnsupportedModelError(
+            f"{name} has its epsilon in the code, not in the config: an LN-free model cannot be "
+            "exported to it; use target='transformer_lens'"
         )
-        state[f"{prefix}.attn.c_attn.bias"] = torch.stack([attn.b_Q, attn.b_K, attn.b_V]).flatten()
-        state[f"{prefix}.attn.c_proj.weight"] = attn.W_O.flatten(0, 1)
-        state[f"{prefix}.attn.c_proj.bias"] = attn.b_O
-        state[f"{prefix}.mlp.c_fc.weight"] = mlp.W_in
-        state[f"{prefix}.mlp.c_fc.bias"] = mlp.b_in
-        state[f"{prefix}.mlp.c_proj.weight"] = mlp.W_out
-        state[f"{prefix}.mlp.c_proj.bias"] = mlp.b_out
-    return state
+    if cfg.dtype == torch.float16:
+        raise UnsupportedModelError(
+            "float16 ends at 65504, the exported gains are 1e6: use float32"
+        )
+    norms, _ = constant_norms(model)
+    centres = architecture.centres
+    sites = has_norm_sites(model)  # then gains and biases are still in the norms
+    if centres and not sites and (reader := reads_mean(model)):
+        raise UnsupportedModelError(
+            f"{reader} reads the mean of the residual stream, which {name}'s LayerNorm subtracts: "
+            "only models folded from LayerNorm can be exported to it"
+        )
+    weights = {key: W for key, W in weights.items() if not key.startswith("ln_final.")}
+    W_E = weights["embed.W_E"]
+    for layer in range(cfg.n_layers):
+        block = f"blocks.{layer}"
+        _merge_two_constants(weights, norms, block)
+        for kind in ("ln1", "ln2", "ln1_post", "ln2_post", "attn.q_norm", "attn.k_norm"):
+            if f"{block}.{kind}.w" not in architecture.norm_weights(cfg):
+                continue
+            norm = norms.get(f"{block}.{kind}") or norms.get(f"{block}.{kind}.v")
+            _put(weights, f"{block}.{kind}", norm, W_E, architecture.norm_weights(cfg))
+    final = norms["ln_final"]
+    if not sites:
+        final, weights["unembed.W_U"] = _unembedding(model, final, architecture)
+    elif model.b_U.any():
+        raise UnsupportedModelError(f"{name} has no unembedding bias: fold the model first")
+    _put(weights, "ln_final", final, W_E, architecture.norm_weights(cfg))
+    return weights
 
 
-def _live_norms(model: HookedTransformer) -> dict[str, Tensor]:
-    state = {"transformer.ln_f.weight": model.ln_final.w, "transformer.ln_f.bias": model.ln_final.b}
-    for layer, block in enumerate(model.blocks):
-        for theirs, norm in (("ln_1", block.ln1), ("ln_2", block.ln2)):
-            state[f"transformer.h.{layer}.{theirs}.weight"] = norm.w
-            state[f"transformer.h.{layer}.{theirs}.bias"] = norm.b
-    return state
+def _put(
+    weights: dict[str, Tensor],
+    name: str,
+    norm: ConstantNorm | None,
+    like: Tensor,
+    places: Mapping[str, int],
+) -> None:
+    """Gain and bias of a constant norm, as they stand behind an epsilon of 1e12."""
+    gain = torch.ones(places[f"{name}.w"]) if norm is None else norm.gain
+    weights[f"{name}.w"] = (gain.double().to(like.device) * DISGUISE_GAIN).to(like.dtype)
+    if f"{name}.b" in places:
+        bias = None if norm is None else norm.bias
+        weights[f"{name}.b"] = (torch.zeros_like(gain) if bias is None else bias).to(like)
 
 
-def _constant_norms(model: HookedTransformer) -> dict[str, Tensor]:
-    gain = torch.full_like(model.W_pos[0], CONSTANT_NORM_GAIN)
-    state = {"transformer.ln_f.weight": gain, "transformer.ln_f.bias": torch.ones_like(gain)}
-    for layer in range(model.cfg.n_layers):
-        for theirs in ("ln_1", "ln_2"):
-            state[f"transformer.h.{layer}.{theirs}.weight"] = gain
-            state[f"transformer.h.{layer}.{theirs}.bias"] = torch.zeros_like(gain)
-    return state
+def _merge_two_constants(
+    weights: dict[str, Tensor], norms: Mapping[str, ConstantNorm], block: str
+) -> None:
+    """Queries and keys made to read what the values read, in place, where the constants differ.
+
+    With r = sigma_v / sigma_qk: (x a_qk + b) W + b_W = (x a_v + b) (r W) + [b_W + (1 - r) b W].
+    """
+    qk, v = norms.get(f"{block}.ln1.qk"), norms.get(f"{block}.ln1.v")
+    if qk is None or v is None or qk.sigma == v.sigma:
+        return
+    r = v.sigma / qk.sigma
+    for leaf in ("Q", "K"):
+        W, b = weights[f"{block}.attn.W_{leaf}"], weights[f"{block}.attn.b_{leaf}"]
+        shift = 0.0 if qk.bias is None else (1 - r) * (qk.bias.double() @ W.double())
+        weights[f"{block}.attn.W_{leaf}"] = (W.double() * r).to(W.dtype)
+        weights[f"{block}.attn.b_{leaf}"] = (b.double() + shift).to(b.dtype)
 
 
-def _require_centred_readers(model: HookedTransformer) -> None:
-    """The disguise subtracts the mean of the stream: only harmless where no reader sees it."""
-    tolerance = _CENTRED.get(model.cfg.dtype, 1e-2)
-    readers = {"W_Q": model.W_Q, "W_K": model.W_K, "W_V": model.W_V, "W_in": model.W_in}
-    for name, W in (readers | {"W_U": model.W_U}).items():
-        if W.mean(-2).abs().max() > tolerance * W.abs().max():
-            raise UnsupportedModelError(
-                f"{name} reads the mean of the residual stream, which GPT2LMHeadModel's LayerNorm "
-                "subtracts: only models folded from LayerNorm can be exported"
-            )
+def _unembedding(
+    model: HookedTransformer, final: ConstantNorm, architecture: Architecture
+) -> tuple[ConstantNorm, Float[Tensor, "d_model d_vocab"]]:
+    """The final norm and W_U of a model whose final norm is folded: tied if that is exact."""
+    scale = final.gain.mean().item()  # 1 / sigma in the frozen form, 1 in the folded
+    W_E = model.W_E / (model.cfg.d_model**0.5 if architecture.scales_embedding else 1)
+    tie = retied(W_E, model.W_U * scale, model.b_U, architecture.centres)
+    if tie is not None:
+        gain, bias = tie
+        return ConstantNorm(gain, bias, final.sigma), W_E.T
+    if not model.b_U.any():
+        return final, model.W_U.detach()
+    if not architecture.centres:
+        raise UnsupportedModelError(
+            f"{model.cfg.original_architecture} has no unembedding bias; this model has"
+        )
+    ones = torch.ones_like(final.gain)
+    return ConstantNorm(final.gain, ones, final.sigma), (
+        model.W_U + model.b_U / model.cfg.d_model
+    ).detach()
+
+
+def retied(
+    W_E: Float[Tensor, "d_vocab d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"],
+    centred: bool,
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"] | None] | None:
+    """Gain a and bias beta with W_U = C diag(a) W_E^T and b_U = W_E beta, if there are any.
+
+    The least squares solution, in float64; None unless it reproduces W_U and b_U to rounding.
+
+    Args:
+        W_E: Embedding.
+        W_U: Unembedding behind a norm without gain and bias.
+        b_U: Its bias.
+        centred: Whether C subtracts the mean (LayerNorm), or is the identity (RMSNorm).
+    """
+    E, U, d = W_E.detach().double(), W_U.detach().double(), W_E.shape[1]
+    tolerance = _TIED.get(W_E.dtype, 1e-2)
+    gram = E.T @ E
+    C = torch.eye(d, dtype=E.dtype, device=E.device)
+    if centred:
+        C -= 1 / d
+    try:
+        gain = torch.linalg.solve(gram * C, (U * E.T).sum(-1))
+        bias = torch.linalg.solve(gram, E.T @ b_U.detach().double()) if b_U.any() else None
+    except torch.linalg.LinAlgError:
+        return None
+    if not centred and bias is not None:
+        return None  # RMSNorm has no bias
+    for start in range(0, len(E), 4096):
+        rows = slice(start, start + 4096)
+        scaled = E[rows] * gain
+        if centred:
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+        if (scaled - U[:, rows].T).abs().max() > tolerance * U.abs().max():
+            return None
+    if bias is not None and (E @ bias - b_U.double()).abs().max() > tolerance * b_U.abs().max():
+        return None
+    return gain, bias

@@ -1,87 +1,160 @@
-"""Hugging Face checkpoint -> `HookedTransformer`, with the same logits or not at all."""
+"""A checkpoint -> `HookedTransformer`, with provably the same logits or not at all."""
 
-import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lnfree_interp.checkpoints.architectures import hooked_config, hooked_weights
-from lnfree_interp.checkpoints.source import open_in_transformers
-from lnfree_interp.errors import CheckpointError, UnsupportedModelError
-from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.checkpoints import native, published
+from lnfree_interp.checkpoints.architectures import ARCHITECTURES, architecture_of, hooked_config
+from lnfree_interp.checkpoints.layouts import to_hooked_weights
+from lnfree_interp.checkpoints.sidecar import read_sidecar
+from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
+from lnfree_interp.errors import CheckpointError, NormSiteError
+from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import hooked_transformer
-from lnfree_interp.models.folding import fold
-from lnfree_interp.models.sites import freeze_site, list_norm_sites, with_norm_sites
+from lnfree_interp.models.folding import Form, finished_model, fold, frozen_form
+from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
 
-LNFREE_EPSILON = 1e8
-"""From this epsilon on a LayerNorm divides by sqrt(epsilon), whatever its input: the published
-trick (epsilon 1e12, gains multiplied by 1e6) for an LN-free `GPT2LMHeadModel`."""
+DISGUISE_ERROR = 1e-7
+"""Relative error that a constant epsilon of 1e12 itself may cause: variance / (2 * epsilon), below
+1e-8 at the largest residual norms of GPT-2. Only float64 can see it."""
 
 
 def load(
     source: str | os.PathLike[str] | PreTrainedModel,
     *,
+    form: Form | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    sigma: Sigma | None = None,
     check: bool = True,
 ) -> HookedTransformer:
-    """A checkpoint as a stock `HookedTransformer`: weights unprocessed, norms as they are.
+    """A checkpoint as a stock `HookedTransformer`, its logits compared with transformers'.
 
-    An LN-free export (all norms at an epsilon of 1e12) comes back folded, with
-    `normalization_type=None`.
+    Live norms stay live and weights unprocessed. A published LN-free checkpoint is recognised from
+    its content, and its norms folded.
 
     Args:
-        source: Hub id, local folder, or a `transformers` model that is already in memory.
+        source: Hub id, local folder, a nanoGPT `ckpt.pt`, or a `transformers` model in memory.
+        form: For LN-free checkpoints: `"folded"` (the default) is a stock model with
+            `normalization_type=None`; `"frozen"` keeps norms that divide by a constant, on which
+            TransformerLens' own tools run and are exact. See `frozen_form`.
         tokenizer: Default: the checkpoint's own; a model in memory may go without.
         dtype: Of the weights.
         device: Default: the GPU if there is one, else the CPU.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where hub files are kept.
+        sigma: For nanoGPT files, which do not state by what their norms divide: a number or a
+            [d_model] tensor for every `blocks.{l}.ln1`, `blocks.{l}.ln2` and `ln_final`; `{}` if
+            the norms are live. `nanogpt_sigma` makes it from the published tables.
         check: Compare the logits with `transformers` on random tokens (one forward pass of each).
 
     Raises:
-        CheckpointError: if the checkpoint is missing, incomplete, broken or unreachable.
+        CheckpointError: if the checkpoint is missing, incomplete, broken or unreachable, or its
+            norms are removed only in part.
         UnsupportedModelError: if the architecture cannot be represented faithfully.
+        NormSiteError: if a finished form is asked of a model whose norms are live.
         InexactError: if the logits differ from `transformers` by more than rounding explains.
+
+    Example:
+        >>> import lnfree_interp as lf
+        >>> model = lf.load(lf.bundled_checkpoint())
+        >>> len(lf.list_norm_sites(model))
+        13
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, PreTrainedModel):
-        hf_model, name = source, source.config.name_or_path or "custom"
+        name = source.config.name_or_path or "custom"
+        opened, owned, shown = OpenCheckpoint(source, tokenizer, "in memory"), False, None
     else:
         name = os.fspath(source)
-        hf_model, own_tokenizer = open_in_transformers(
-            name, dtype=dtype, device=device, revision=revision, cache_dir=cache_dir
+        path = locate(source, revision, cache_dir)
+        if native.is_native(path):
+            return _in_form(native.read(path, tokenizer, dtype, device), form)
+        shown = _sidecar_sigma(path)
+        opened = open_checkpoint(
+            path, name, dtype=dtype, device=device, sigma=sigma, tokenizer=tokenizer
         )
-        tokenizer = tokenizer or own_tokenizer
-    cfg = hooked_config(hf_model, dtype, device, name)
+        owned = True
+    shown = opened.sigma or shown
+
+    hf_model, tokenizer = opened.hf_model, opened.tokenizer
+    architecture_name, _ = architecture_of(hf_model.config, hf_model)
+    architecture = ARCHITECTURES[architecture_name]
+    cfg = hooked_config(hf_model.config, architecture_name, dtype, device, name)
     if tokenizer is None:
         cfg.tokenizer_name = None
     elif len(tokenizer) > cfg.d_vocab:
         raise CheckpointError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {cfg.d_vocab}: "
-            "they do not belong together"
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {cfg.d_vocab} "
+            "(vocab_size in config.json): they do not belong together"
         )
-    if cfg.eps >= LNFREE_EPSILON and dtype == torch.float16:
-        raise UnsupportedModelError(f"{name}: its gains of 1e6 overflow float16: load in float32")
-    model = hooked_transformer(cfg, hooked_weights(hf_model, cfg), tokenizer)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-        raise CheckpointError(f"{name}: weights that are not finite: {', '.join(broken[:3])}")
-    if cfg.eps >= LNFREE_EPSILON:
-        model = _fold_constant_norms(model)
-    if check:
-        compare_logits(model, hf_model).require(f"{name}: HookedTransformer against transformers")
+    if cfg.eps >= published.LNFREE_EPSILON:
+        published.require_roomy(dtype, name)
+    tokens = random_tokens(hf_model)
+    expected = logits_of(hf_model, tokens).cpu() if check else None
+
+    state = dict(hf_model.state_dict())
+    if owned:  # the weights below are then the only ones, and go one by one
+        opened.hf_model = hf_model = None  # type: ignore[assignment]
+    weights = to_hooked_weights(architecture.layout, cfg, state, name)
+    norms = None
+    if not architecture.fixed_epsilon:
+        norms = published.constant_epsilon_norms(weights, cfg.eps, name, shown)
+    if norms is not None:
+        centred = cfg.normalization_type == "LN"
+        model = finished_model(
+            cfg, weights, norms, tokenizer, centred=centred, form=form or "folded"
+        )
+    elif form is not None:
+        raise NormSiteError(
+            f"{name}: its norms are live, so it has no {form} form: remove_norms first, or load it "
+            "with form=None"
+        )
+    else:
+        model = hooked_transformer(cfg, _drain(weights), tokenizer)
+    if expected is not None:
+        error = measure_error(logits_of(model, tokens).cpu(), expected)
+        error.require(
+            f"{name}: HookedTransformer against transformers",
+            logit_tolerance(error, architecture.sees_float64, norms is not None),
+        )
     return model
 
 
-def _fold_constant_norms(model: HookedTransformer) -> HookedTransformer:
-    """Norms that divide by sqrt(epsilon), made explicit and folded away."""
-    model = with_norm_sites(model)
-    for site in list_norm_sites(model):
-        freeze_site(model, site, math.sqrt(model.cfg.eps))
-    return fold(model)
+def logit_tolerance(error: MeasuredError, sees_float64: bool, disguised: bool) -> float:
+    """How far logits may be from those of transformers.
+
+    Args:
+        error: For its dtype.
+        sees_float64: Whether transformers computes in float64 throughout on this architecture.
+        disguised: Whether transformers runs norms of epsilon 1e12.
+    """
+    tolerance = error.tolerance if sees_float64 else max(error.tolerance, TOLERANCE[torch.float32])
+    return max(tolerance, DISGUISE_ERROR) if disguised else tolerance
+
+
+def _drain(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name in list(weights):
+        yield name, weights.pop(name)
+
+
+def _sidecar_sigma(path: Path) -> dict[str, float] | None:
+    sidecar = read_sidecar(path) if path.is_dir() else None
+    return None if sidecar is None else dict(sidecar.sigma)
+
+
+def _in_form(model: HookedTransformer, form: Form | None) -> HookedTransformer:
+    if form is None:
+        return model
+    if form == "frozen":
+        return frozen_form(model)
+    return model if model.cfg.normalization_type is None else fold(model)

@@ -1,26 +1,41 @@
-"""Opening a checkpoint in `transformers`: a hub id or a local folder, or the reason why not."""
+"""Opening a checkpoint: a hub id, a folder or a file becomes a `transformers` model, or the reason
+why not.
 
+Published LN-free formats that transformers does not know are brought into the one that it can run
+(`checkpoints.published`), so that whatever is imported can be compared with it.
+"""
+
+import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lnfree_interp.checkpoints.architectures import architecture_of
+from lnfree_interp.checkpoints import published
+from lnfree_interp.checkpoints.architectures import architecture_of, config_fields
+from lnfree_interp.checkpoints.pickles import read_pickle, read_state_dict, shards_of
 from lnfree_interp.errors import CheckpointError
 
 HUB_TIMEOUT = 10.0
@@ -32,6 +47,22 @@ OFFLINE_WAYS = (
 )
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_NANOGPT_SUFFIXES = (".pt", ".pth")
+
+Sigma = Mapping[str, float | Tensor]
+
+
+@dataclass
+class OpenCheckpoint:
+    """A checkpoint as a `transformers` model, and what it said beyond that."""
+
+    hf_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    format: str
+    """What it was recognised as, for people."""
+    sigma: dict[str, float] | None = None
+    """The constants of its norms by TransformerLens' names, where the format states them."""
 
 
 def open_in_transformers(
@@ -41,91 +72,274 @@ def open_in_transformers(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a hub id or a local folder.
+    sigma: Sigma | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model and tokenizer of a hub id, a local folder or a nanoGPT file, in `transformers`.
 
-    Only safetensors are read, and no code from the checkpoint is run.
+    No code from the checkpoint is run: safetensors, or pickles restricted to tensors.
 
     Args:
-        source: Hub id such as `gpt2`, or a folder.
+        source: Hub id such as `gpt2`, a folder, or a `ckpt.pt`.
         dtype: Of the weights in memory, whatever the file holds.
         device: Where the weights go.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where hub files are kept. Default: that of `huggingface_hub`.
+        sigma: As for `load`.
 
     Raises:
         CheckpointError: if something is missing, unreadable or unreachable.
         UnsupportedModelError: if the architecture is not supported; found before any weight is
-            fetched.
+            read.
+    """
+    folder = locate(source, revision, cache_dir)
+    opened = open_checkpoint(folder, os.fspath(source), dtype=dtype, device=device, sigma=sigma)
+    return opened.hf_model, opened.tokenizer
+
+
+def locate(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The local folder or nanoGPT file of a source, downloaded if it is a hub id.
+
+    Raises:
+        CheckpointError: if it is neither there nor on the hub, or the hub cannot be reached.
     """
     name = os.fspath(source)
-    if Path(name).is_dir():
-        _require_complete(Path(name))
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix in _NANOGPT_SUFFIXES):
+        return path
+    if path.exists():
+        raise CheckpointError(f"{name}: a file; a checkpoint is a folder, a ckpt.pt or a hub id")
+    return _download(name, revision, cache_dir)
+
+
+def open_checkpoint(
+    path: Path,
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    sigma: Sigma | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> OpenCheckpoint:
+    """What lies at a local path, as a `transformers` model.
+
+    Args:
+        path: As `locate` returns it.
+        name: How the user called it, for messages.
+        dtype: Of the weights in memory.
+        device: Where they go.
+        sigma: Constants of the norms, for a format that does not state them.
+        tokenizer: Instead of the checkpoint's own, which it then need not have.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `open_in_transformers`.
+    """
+    if path.is_file():
+        opened = _open_nanogpt(path, dtype, sigma)
+        opened.tokenizer = tokenizer
     else:
-        _require_on_hub(name, revision, cache_dir)
-    where = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": False}
+        if sigma is not None:
+            raise CheckpointError(f"{name}: sigma is for nanoGPT files; this folder has its own")
+        _require_files(path, tokenizer_needed=tokenizer is None)
+        config = read_config(path, name)
+        _require_plausible_size(path, config)
+        tokenizer = tokenizer or _read_tokenizer(path, name)
+        if any(path.glob("*.safetensors")):
+            hf_model = _in_transformers(path, config, dtype, pretrained_model_name_or_path=path)
+            opened = OpenCheckpoint(hf_model, tokenizer, "safetensors")
+        else:
+            opened = _from_pickles(path, config, dtype)
+            opened.tokenizer = tokenizer
+    opened.hf_model.to(device).eval()
+    return opened
+
+
+def read_config(folder: Path, name: str) -> PretrainedConfig:
+    """config.json, of a supported architecture that can be represented faithfully.
+
+    Raises:
+        CheckpointError: if it cannot be read or contradicts itself.
+        UnsupportedModelError: if the architecture, or this variant of it, is not supported.
+    """
     try:
-        config = AutoConfig.from_pretrained(name, **where)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with types of its own
         raise CheckpointError(
             f"{name}: config.json cannot be read: {_first_line(error)}"
         ) from error
     _, architecture = architecture_of(config)
-    architecture.config(config)  # refuses what it cannot represent before any weight is fetched
+    config_fields(config, architecture)
+    return config
+
+
+def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizer libraries raise their own types
         raise CheckpointError(f"{name}: no usable tokenizer: {_first_line(error)}") from error
+
+
+def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> OpenCheckpoint:
+    source = f"{folder}/pytorch_model.bin"
+    state = read_state_dict(folder)
+    adapted = published.merge_lora(state, source)
+    constants = published.take_fake_layer_norms(state, source)
+    kind = "pytorch_model.bin"
+    sigma = None
+    if constants is not None:
+        kind = "FakeLayerNorm checkpoint"
+        published.require_roomy(dtype, source)
+        published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
+        config.layer_norm_epsilon = published.DISGUISE_EPSILON
+        sigma = _by_hooked_name(config, constants)
+    if adapted:
+        kind += " with LoRA adapters merged"
+    return OpenCheckpoint(_from_state(folder, config, state, dtype), None, kind, sigma)
+
+
+def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCheckpoint:
+    content = read_pickle(file)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a nanoGPT checkpoint (no dictionary)")
+    config, state = published.read_nanogpt(content, str(file))
+    if sigma is None:
+        raise CheckpointError(
+            f"{file}: a nanoGPT checkpoint does not say by what its norms divide: pass "
+            "sigma=nanogpt_sigma(std_dict, std_bos_dict, d_model) with the run's tables, or "
+            "sigma={} if its LayerNorms are live"
+        )
+    kind, shown = "nanoGPT checkpoint with live norms", None
+    if sigma:
+        kind = "nanoGPT checkpoint, LN-free with the constants given"
+        published.require_roomy(dtype, str(file))
+        constants = published.sigma_by_hf_norm(sigma, config, str(file))
+        published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
+        config.layer_norm_epsilon = published.DISGUISE_EPSILON
+        shown = {ours: published.shown_sigma(value) for ours, value in sigma.items()}
+    return OpenCheckpoint(_from_state(file, config, state, dtype), None, kind, shown)
+
+
+def _precision(dtype: torch.dtype) -> float:
+    return -torch.finfo(dtype).eps
+
+
+def _by_hooked_name(config: PretrainedConfig, constants: Mapping[str, float]) -> dict[str, float]:
+    """Constants of Hugging Face's norms under TransformerLens' names."""
+    renamed = {
+        **{f"transformer.h.{i}.ln_1": f"blocks.{i}.ln1" for i in range(config.n_layer)},
+        **{f"transformer.h.{i}.ln_2": f"blocks.{i}.ln2" for i in range(config.n_layer)},
+        "transformer.ln_f": "ln_final",
+    }
+    return {renamed[name]: constant for name, constant in constants.items() if name in renamed}
+
+
+def _from_state(
+    source: Path, config: PretrainedConfig, state: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    return _in_transformers(
+        source, config, dtype, pretrained_model_name_or_path=None, state_dict=state
+    )
+
+
+def _in_transformers(
+    source: Path, config: PretrainedConfig, dtype: torch.dtype, **where: Any
+) -> PreTrainedModel:
+    """`from_pretrained` with every weight accounted for."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            name,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            trust_remote_code=False,
             **where,
         )
     except Exception as error:  # safetensors raises its own types
-        raise CheckpointError(f"{name}: weights cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{source}: weights cannot be loaded: {_first_line(error)}"
+        ) from error
+    if wrong := sorted(report["mismatched_keys"], key=str):
+        name, found, expected = wrong[0]
+        raise CheckpointError(
+            f"{source}: {name} has shape {list(found)}, config.json says {list(expected)}"
+        )
     if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{name}: the weights file lacks {', '.join(missing[:3])}")
+        raise CheckpointError(f"{source}: the weights file lacks {', '.join(missing[:3])}")
     if unknown := sorted(report["unexpected_keys"]):
         raise CheckpointError(
-            f"{name}: the weights file holds {', '.join(unknown[:3])}, which has no place in the "
+            f"{source}: the weights file holds {', '.join(unknown[:3])}, which has no place in the "
             "model of config.json"
         )
-    return model.to(device).eval(), tokenizer
+    return model
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _require_complete(folder: Path) -> None:
+def _require_files(folder: Path, tokenizer_needed: bool) -> None:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json, so not a Hugging Face checkpoint folder")
-    if not any(folder.glob("*.safetensors")):
-        found = [file.name for file in folder.glob("*") if file.suffix in {".bin", ".pt", ".pth"}]
-        hint = f"; {found[0]} is a pickle: convert it to safetensors" if found else ""
-        raise CheckpointError(f"{folder}: no model.safetensors{hint}")
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    indices = [folder / f"{name}.index.json" for name in _WEIGHTS]
+    if not any((folder / name).is_file() for name in _WEIGHTS) and not any(
+        index.is_file() for index in indices
+    ):
+        raise CheckpointError(f"{folder}: no model.safetensors (or pytorch_model.bin)")
+    for index in indices:
+        if index.is_file():
+            shards_of(index)
+    if tokenizer_needed and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise CheckpointError(
-            f"{folder}: no tokenizer (tokenizer.json): save it there with "
+            f"{folder}: no tokenizer (tokenizer.json): pass tokenizer=, or save it there with "
             "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
         )
 
 
-def _require_on_hub(
-    name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
-) -> None:
-    """One question to the hub with a short time-out, in place of transformers' slow retries."""
-    if Path(name).exists():
-        raise CheckpointError(f"{name}: a file; a checkpoint is a folder or a hub id")
+def _require_plausible_size(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse a config that describes a far larger model than the files hold, before it is built."""
+    stored = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (not a dict)
+                    stored += torch.Size(weights.get_slice(name).get_shape()).numel()
+        except Exception as error:  # safetensors raises its own types
+            raise CheckpointError(
+                f"{file}: weights cannot be loaded: damaged or truncated ({_first_line(error)})"
+            ) from error
+    if not stored:
+        stored = sum(file.stat().st_size for file in folder.glob("*.bin"))  # a byte each at least
+    fields = config_fields(config, architecture_of(config)[1])
+    d_model, d_mlp = fields["d_model"], fields["d_mlp"]
+    attention = 2 * d_model * fields["d_head"] * fields["n_heads"]  # W_Q and W_O
+    needed = fields["d_vocab"] * d_model + fields["n_layers"] * (attention + 2 * d_model * d_mlp)
+    if needed > stored:
+        raise CheckpointError(
+            f"{folder}: config.json describes at least {needed:,} weights, the files hold "
+            f"{stored:,}: they do not belong together"
+        )
+
+
+def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The snapshot folder of a hub model; from the cache alone if it is complete there."""
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
-        cached = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
-        if isinstance(cached, str):
-            return
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+        cached = try_to_load_from_cache(name, "config.json", **where)
+        if isinstance(cached, str) and _has_weights(Path(cached).parent):
+            return Path(cached).parent
+        # One question with a short time-out, in place of slow retries.
+        files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
+        names = [file.rfilename for file in files]
+        safe = any(file.endswith(".safetensors") and "/" not in file for file in names)
+        unwanted = ["*/*", "*.bin" if safe else "*.safetensors", "*.h5", "*.msgpack", "*.ot"]
+        wanted = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"]
+        return Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **where)
+        )
     except HFValidationError as error:
         raise CheckpointError(f"{name}: no such folder, and not a hub id") from error
     except GatedRepoError as error:
@@ -136,7 +350,22 @@ def _require_on_hub(
         raise CheckpointError(f"{name}: no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{name}: no such folder and no such hub model") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{name}: the hub answered: {_first_line(error)}") from error
     except Exception as error:  # no route, no name service, proxy, offline mode
         raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot folder in the cache holds all weights, in one piece or in shards."""
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return True
+        if (folder / f"{name}.index.json").is_file():
+            names = set(
+                json.loads((folder / f"{name}.index.json").read_text())["weight_map"].values()
+            )
+            return all((folder / name).is_file() for name in names)
+    return False

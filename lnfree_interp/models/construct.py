@@ -1,52 +1,92 @@
-"""The one place where a `HookedTransformer` is built from a config and a state dict."""
+"""The one place where a `HookedTransformer` is built from a config and weights."""
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import CheckpointError
 
-# Made by the constructor, not stored: attention's causal mask and TransformerLens' zero b_U.
-_MAY_BE_MISSING = ("attn.mask", "attn.IGNORE", "unembed.b_U")
+# Made by the constructor from the config.
+_BUFFERS = ("attn.mask", "attn.IGNORE", "attn.rotary_sin", "attn.rotary_cos")
 
 
 def hooked_transformer(
     cfg: HookedTransformerConfig,
-    state_dict: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    complete: bool = True,
 ) -> HookedTransformer:
     """A stock `HookedTransformer` with exactly these weights, unprocessed.
 
     TransformerLens loads with `strict=False`, so a key that does not fit vanishes unnoticed; here
     it is an error.
 
+    Args:
+        cfg: As for `HookedTransformer`.
+        weights: By TransformerLens' names; consumed one by one, so that an iterator need not hold
+            two copies of the model. Biases may be missing: they are zero then.
+        tokenizer: Goes along, a copy.
+        complete: Copy the weights. False: leave them uninitialised, for `copy_weights` later.
+
     Raises:
         CheckpointError: if a weight is missing, unexpected or of another shape.
     """
-    if tokenizer is not None:
-        # TransformerLens would open it a second time from its name, to make it prepend BOS: from
-        # another revision or cache, without tokens added since, or not at all. Told that it
-        # prepends BOS already, it takes this one, finds that it does not, and prepends by itself.
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.init_kwargs |= {"name_or_path": "", "add_bos_token": True}
     with warnings.catch_warnings():
         # HookedTransformer is what this package is for; its deprecation is known.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        model = HookedTransformer(cfg, tokenizer=tokenizer)
+        model = HookedTransformer(cfg, tokenizer=_undisturbed(tokenizer))
     if tokenizer is not None:
-        del tokenizer.init_kwargs["add_bos_token"]
-    try:
-        missing, unexpected = model.load_state_dict(dict(state_dict), strict=False)
-    except RuntimeError as error:
-        shapes = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise CheckpointError(f"weights do not fit the config: {' '.join(shapes)}") from error
-    missing = [key for key in missing if not key.endswith(_MAY_BE_MISSING)]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"weights do not fit the config: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
+        model.tokenizer.init_kwargs = dict(tokenizer.init_kwargs)
+    if complete:
+        copy_weights(model, weights)
     return model.eval()
+
+
+def copy_weights(
+    model: HookedTransformer, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+) -> None:
+    """Copy weights into a model, each into its place or not at all.
+
+    Raises:
+        CheckpointError: as `hooked_transformer`.
+    """
+    places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, W in weights.items() if isinstance(weights, Mapping) else weights:
+            if name.endswith(_BUFFERS):
+                continue
+            place = places.pop(name, None)
+            if place is None:
+                raise CheckpointError(f"weights do not fit the config: unexpected {name}")
+            if place.shape != W.shape:
+                raise CheckpointError(
+                    f"weights do not fit the config: {name} is {list(W.shape)}, "
+                    f"the config says {list(place.shape)}"
+                )
+            place.copy_(W)
+    if missing := [name for name in places if not _is_bias(name)]:
+        raise CheckpointError(f"weights do not fit the config: missing {', '.join(missing[:3])}")
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2].lstrip("_").startswith("b_")
+
+
+def _undisturbed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """A copy that TransformerLens takes as it is.
+
+    It would open the tokenizer a second time from its name, to make it prepend BOS: from another
+    revision or cache, without tokens added since, or not at all. Told that it prepends BOS already,
+    TransformerLens takes this one, finds out whether it does, and else prepends by itself.
+    """
+    if tokenizer is None:
+        return None
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs |= {"name_or_path": "", "add_bos_token": True}
+    return tokenizer

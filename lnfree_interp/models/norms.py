@@ -10,6 +10,8 @@ are TransformerLens': `hook_scale` [batch, pos, 1] is what is divided by, `hook_
 constant at full shape.
 
 Source of the frozen form: "You can remove GPT2's LayerNorm by fine-tuning", arXiv 2409.13710.
+
+`FrozenNorm` is what a finished model keeps of it when gain and bias are folded away.
 """
 
 import torch
@@ -116,3 +118,38 @@ class SplitNorm(nn.Module):
         if both_live and not (self.qk.hooked or self.v.hooked):
             return x_qk, x_qk
         return x_qk, self.v(x)
+
+
+class FrozenNorm(nn.Module):
+    """Centre, divide by a constant: `LayerNormPre` (`RMSNormPre` without centring) made linear.
+
+    Fires TransformerLens' `hook_scale` and `hook_normalized`, so that its tools run, and are exact.
+
+    Attributes:
+        sigma: The constant, a scalar.
+        centred: Whether the mean is subtracted.
+    """
+
+    def __init__(self, sigma: float, centred: bool, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        if not 0 < sigma < float("inf"):
+            raise NormSiteError(f"sigma must be positive and finite, not {sigma}")
+        self.centred = centred
+        self.dtype = dtype
+        self.register_buffer("sigma", torch.tensor(sigma, dtype=torch.float64))
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    sigma: Tensor
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """As `LayerNormPre.forward`, with `hook_scale` [batch, pos, 1] constant."""
+        x = x if x.dtype == torch.float64 else x.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale(self.sigma.to(x).expand(*x.shape[:-1], 1))
+        return self.hook_normalized(x / scale).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """The constant, and whether the mean is subtracted."""
+        return f"sigma={self.sigma.item():.4g}, centred={self.centred}"

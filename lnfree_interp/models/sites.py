@@ -1,12 +1,12 @@
 """Norm sites: the places where a normalisation acts, by name.
 
 A site is named by TransformerLens' own module path, with `ln1` split by who reads it:
-`blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`, ..., `ln_final`. Whatever touches norms does so
-through sites.
+`blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`, ..., `ln_final`. Some architectures have more:
+`attn.q_norm` and `attn.k_norm` on queries and keys (Qwen3), `ln1_post` and `ln2_post` on what the
+sublayers write (Gemma 2). Whatever touches norms does so through sites.
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +18,19 @@ from transformer_lens.components import LayerNorm
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.block import SiteBlock, TiedUnembed
-from lnfree_interp.models.norms import Norm
+from lnfree_interp.models.norms import FrozenNorm, Norm
 
-SiteKind = Literal["ln1.qk", "ln1.v", "ln2", "ln_final"]
+SiteKind = Literal[
+    "ln1.qk",
+    "ln1.v",
+    "ln1",
+    "attn.q_norm",
+    "attn.k_norm",
+    "ln1_post",
+    "ln2",
+    "ln2_post",
+    "ln_final",
+]
 
 
 @dataclass(frozen=True)
@@ -40,28 +50,27 @@ class NormSite:
         return self.name
 
 
-def _site_order(n_layers: int) -> Iterator[NormSite]:
-    kinds: tuple[SiteKind, ...] = ("ln1.qk", "ln1.v", "ln2")
-    for layer in range(n_layers):
-        for kind in kinds:
-            yield NormSite(kind, layer)
-    yield NormSite("ln_final")
-
-
 def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
     """The model's norm sites in the order of computation.
 
-    A stock LayerNorm model lists the sites that `with_norm_sites` would give it; an LN-free
-    (folded) model has none.
-
-    Raises:
-        UnsupportedModelError: for norms that are not LayerNorms before each sublayer.
+    A stock model lists the sites at which its norms can be frozen, one by one; a model in the
+    frozen form lists its norm modules (`blocks.0.ln1` is one again); a folded model has none.
     """
-    if model.cfg.normalization_type is None:
+    cfg = model.cfg
+    if cfg.normalization_type is None:
         return ()
-    if not has_norm_sites(model):
-        _require_pre_layernorm(model)
-    return tuple(_site_order(model.cfg.n_layers))
+    one_ln1 = isinstance(model.ln_final, FrozenNorm)
+    kinds: list[SiteKind] = ["ln1"] if one_ln1 else ["ln1.qk", "ln1.v"]
+    if cfg.use_qk_norm:
+        kinds += ["attn.q_norm", "attn.k_norm"]
+    if cfg.use_normalization_before_and_after:
+        kinds += ["ln1_post"]
+    if not cfg.attn_only:
+        kinds += ["ln2"]
+        if cfg.use_normalization_before_and_after:
+            kinds += ["ln2_post"]
+    sites = [NormSite(kind, layer) for layer in range(cfg.n_layers) for kind in kinds]
+    return (*sites, NormSite("ln_final"))
 
 
 def has_norm_sites(model: HookedTransformer) -> bool:
@@ -91,7 +100,8 @@ def _require_pre_layernorm(model: HookedTransformer) -> None:
     found = [what for what, is_so in unsupported.items() if is_so]
     if found:
         raise UnsupportedModelError(
-            f"norm sites need sequential pre-LayerNorm blocks; this model has {', '.join(found)}"
+            f"freezing norms one by one needs sequential pre-LayerNorm blocks; this model has "
+            f"{', '.join(found)}"
         )
 
 
@@ -103,7 +113,7 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
     added to the model are not carried over.
 
     Raises:
-        UnsupportedModelError: as `list_norm_sites`.
+        UnsupportedModelError: for norms that are not LayerNorms before each sublayer.
         InexactError: if the copy's logits differ, as when a hook on the model changes them.
     """
     if has_norm_sites(model):
@@ -135,7 +145,8 @@ def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:
         norm = None
     if not isinstance(norm, Norm):
         known = ", ".join(map(str, list_norm_sites(model))) or "none: its norms are folded"
-        hint = "" if has_norm_sites(model) else "; call with_norm_sites(model) first"
+        stock = not has_norm_sites(model) and live_sites(model)
+        hint = "; call with_norm_sites(model) first" if stock else ""
         raise NormSiteError(f"no norm site {name!r}; the model's sites: {known}{hint}")
     return norm
 
@@ -153,5 +164,11 @@ def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
     """The sites that still normalise. Empty means that the residual stream is linear."""
     sites = list_norm_sites(model)
     if not has_norm_sites(model):
-        return sites
+        return tuple(site for site in sites if not _is_frozen_module(model, site))
     return tuple(site for site in sites if not get_norm(model, site).frozen)
+
+
+def _is_frozen_module(model: HookedTransformer, site: NormSite) -> bool:
+    return site.kind in ("ln1", "ln2", "ln_final") and isinstance(
+        model.get_submodule(site.name), FrozenNorm
+    )

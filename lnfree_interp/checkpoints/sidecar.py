@@ -1,0 +1,63 @@
+"""`lnfree.json`: what an exported folder says beyond the weights, so that the export can be undone.
+
+An LN-free export has one gain per channel where there were a gain, a constant and perhaps two
+constants (q/k and v). The sidecar keeps the constants, with which `load(folder, form="sites")`
+gives gains, biases and constants back one by one, and says how the model came about.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lnfree_interp.errors import CheckpointError
+
+SIDECAR = "lnfree.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What the sidecar holds."""
+
+    form: str
+    """`"live"`, `"sites"`, `"folded"`, `"frozen"`, `"rms"` or `"crms"`: what was exported."""
+    sigma: Mapping[str, float] = field(default_factory=dict)
+    """The constant by which each norm divides, by site or norm."""
+    recipe: Mapping[str, Any] | None = None
+    """Fields of the removal recipe, if there was one."""
+    errors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Measured errors by what was compared: absolute, relative, dtype."""
+    source: str | None = None
+    """What the model was made from."""
+    made_by: str = ""
+    """Name and version of the package that wrote it."""
+
+    def write(self, folder: Path) -> None:
+        """Into the folder."""
+        content = {"version": _VERSION, **asdict(self)}
+        (folder / SIDECAR).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_sidecar(folder: Path) -> Sidecar | None:
+    """The sidecar of a folder, or None if it has none.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    file = folder / SIDECAR
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content.pop("version")
+        if version != _VERSION:
+            raise CheckpointError(f"{file}: version {version}; this package reads {_VERSION}")
+        sidecar = Sidecar(**content)
+        bad = [name for name, value in sidecar.sigma.items() if not 0 < float(value) < 1e30]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error!s:.100}") from error
+    if bad:
+        raise CheckpointError(f"{file}: sigma of {bad[0]} is {sidecar.sigma[bad[0]]}")
+    return sidecar
