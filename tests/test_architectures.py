@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import ALL, CONFIGS, epsilon_field, is_norm, make_model, transformers_in_float64
+from architectures import (
+    ALL,
+    CONFIGS,
+    is_norm,
+    lnfree_model,
+    make_model,
+    transformers_in_float64,
+)
 from transformers import AutoModelForCausalLM
 
 import lnfree_interp as lf
@@ -87,26 +94,10 @@ def test_live_models_go_out_again(kind, folder_of, tokens, tmp_path):
 LNFREE = [kind for kind in CONFIGS if not kind.startswith("opt")]
 
 
-def make_lnfree(kind):
-    """The published disguise on any architecture whose epsilon is in the config."""
-    hf_model = make_model(kind)
-    # Gemma's scaled embedding would drive scores into their caps, and amplify rounding.
-    sigma = 6.0 if kind.startswith("gemma") else 1.7
-    offset = 1.0 if kind.startswith("gemma") else 0.0
-    with torch.no_grad():
-        for name, W in hf_model.named_parameters():
-            if is_norm(name) and name.endswith("weight"):
-                W.copy_((W + offset) * (1e6 / sigma) - offset)
-    config = hf_model.config
-    setattr(config, epsilon_field(config), 1e12)
-    return type(hf_model)(config).eval(), hf_model.state_dict()
-
-
 @pytest.mark.parametrize("form", ["folded", "frozen"])
 @pytest.mark.parametrize("kind", LNFREE)
 def test_lnfree_models_of_every_architecture(kind, form, tokens, tmp_path, tokenizer, dtype):
-    hf_model, state = make_lnfree(kind)
-    hf_model.load_state_dict(state)
+    hf_model = lnfree_model(kind)
     hf_model.save_pretrained(tmp_path / "in")
     tokenizer.save_pretrained(tmp_path / "in")
     model = lf.load(tmp_path / "in", form=form, dtype=dtype)
@@ -121,8 +112,7 @@ def test_lnfree_models_of_every_architecture(kind, form, tokens, tmp_path, token
 
 @pytest.mark.parametrize("kind", [k for k in LNFREE if not k.startswith("neo-") and k != "neo"])
 def test_lnfree_models_of_every_architecture_go_out_again(kind, tokens, tokenizer, tmp_path):
-    hf_model, state = make_lnfree(kind)
-    hf_model.load_state_dict(state)
+    hf_model = lnfree_model(kind)
     model = lf.load(hf_model)
     lf.export(model, tmp_path / "out")
     assert compare_with_transformers(model, tmp_path / "out", tokens, torch.float32).relative < 1e-5
@@ -130,9 +120,7 @@ def test_lnfree_models_of_every_architecture_go_out_again(kind, tokens, tokenize
 
 
 def test_gpt_neo_has_no_place_for_folded_biases(tmp_path):
-    hf_model, state = make_lnfree("neo")
-    hf_model.load_state_dict(state)
-    model = lf.load(hf_model)
+    model = lf.load(lnfree_model("neo"))
     with pytest.raises(UnsupportedModelError, match=r"no place for blocks\.0\.attn\.b_"):
         lf.export(model, tmp_path / "out")
     lf.export(model, tmp_path / "out", target="transformer_lens")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ def read_pickle(file: Path) -> Any:
         CheckpointError: if it is damaged, or holds anything but tensors and plain containers.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of the pickle
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "would run code when opened" if "Unsupported" in str(error) else "is damaged"
-        if "weights_only" in str(error).lower() or "Weights only" in str(error):
-            reason = "holds more than tensors, and could run code when opened"
-        raise CheckpointError(f"{file}: refused: the pickle {reason}") from error
+        raise CheckpointError(
+            f"{file}: refused: the pickle is damaged, or holds more than tensors and could run "
+            "code when opened"
+        ) from error
     except Exception as error:  # zipfile, EOFError, RuntimeError from the archive reader
-        raise CheckpointError(f"{file}: damaged or truncated: {error!s:.100}") from error
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise CheckpointError(f"{file}: damaged or truncated: {reason:.100}") from error
 
 
 def read_state_dict(folder: Path) -> dict[str, Tensor]:

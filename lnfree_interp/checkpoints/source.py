@@ -25,8 +25,8 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -145,9 +145,9 @@ def open_checkpoint(
             raise CheckpointError(f"{name}: sigma is for nanoGPT files; this folder has its own")
         _require_files(path, tokenizer_needed=tokenizer is None)
         config = read_config(path, name)
-        _require_plausible_size(path, config)
         tokenizer = tokenizer or _read_tokenizer(path, name)
         if any(path.glob("*.safetensors")):
+            _require_plausible_size(path, config, _count_weights(path))
             hf_model = _in_transformers(path, config, dtype, pretrained_model_name_or_path=path)
             opened = OpenCheckpoint(hf_model, tokenizer, "safetensors")
         else:
@@ -185,6 +185,7 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> OpenCheckpoint:
     source = f"{folder}/pytorch_model.bin"
     state = read_state_dict(folder)
+    _require_plausible_size(folder, config, sum(W.numel() for W in state.values()))
     adapted = published.merge_lora(state, source)
     constants = published.take_fake_layer_norms(state, source)
     kind = "pytorch_model.bin"
@@ -205,6 +206,7 @@ def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCh
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a nanoGPT checkpoint (no dictionary)")
     config, state = published.read_nanogpt(content, str(file))
+    _require_plausible_size(file, config, sum(W.numel() for W in state.values()))
     if sigma is None:
         raise CheckpointError(
             f"{file}: a nanoGPT checkpoint does not say by what its norms divide: pass "
@@ -249,13 +251,12 @@ def _in_transformers(
 ) -> PreTrainedModel:
     """`from_pretrained` with every weight accounted for."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             config=config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
-            trust_remote_code=False,
             **where,
         )
     except Exception as error:  # safetensors raises its own types
@@ -299,8 +300,8 @@ def _require_files(folder: Path, tokenizer_needed: bool) -> None:
         )
 
 
-def _require_plausible_size(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse a config that describes a far larger model than the files hold, before it is built."""
+def _count_weights(folder: Path) -> int:
+    """How many numbers the safetensors of a folder hold, from their headers."""
     stored = 0
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -311,15 +312,18 @@ def _require_plausible_size(folder: Path, config: PretrainedConfig) -> None:
             raise CheckpointError(
                 f"{file}: weights cannot be loaded: damaged or truncated ({_first_line(error)})"
             ) from error
-    if not stored:
-        stored = sum(file.stat().st_size for file in folder.glob("*.bin"))  # a byte each at least
+    return stored
+
+
+def _require_plausible_size(source: Path, config: PretrainedConfig, stored: int) -> None:
+    """Refuse a config that describes a far larger model than the files hold, before it is built."""
     fields = config_fields(config, architecture_of(config)[1])
     d_model, d_mlp = fields["d_model"], fields["d_mlp"]
     attention = 2 * d_model * fields["d_head"] * fields["n_heads"]  # W_Q and W_O
     needed = fields["d_vocab"] * d_model + fields["n_layers"] * (attention + 2 * d_model * d_mlp)
     if needed > stored:
         raise CheckpointError(
-            f"{folder}: config.json describes at least {needed:,} weights, the files hold "
+            f"{source}: config.json describes at least {needed:,} weights, the files hold "
             f"{stored:,}: they do not belong together"
         )
 
