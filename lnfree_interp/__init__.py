@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lnfree_interp.analysis.contributions import Component, Contributions
     from lnfree_interp.analysis.logits import attribute_logits, attribute_next_tokens
     from lnfree_interp.bundled import bundled_checkpoint
+    from lnfree_interp.checkpoints.converting import convert
     from lnfree_interp.checkpoints.exporting import export, to_transformers
     from lnfree_interp.checkpoints.loading import load
     from lnfree_interp.checkpoints.published import nanogpt_sigma
@@ -50,6 +51,7 @@ _HOME = {
     "attribute_logits": "lnfree_interp.analysis.logits",
     "attribute_next_tokens": "lnfree_interp.analysis.logits",
     "bundled_checkpoint": "lnfree_interp.bundled",
+    "convert": "lnfree_interp.checkpoints.converting",
     "export": "lnfree_interp.checkpoints.exporting",
     "to_transformers": "lnfree_interp.checkpoints.exporting",
     "load": "lnfree_interp.checkpoints.loading",

@@ -1,11 +1,11 @@
-"""The command line: `lnfree demo`.
+"""The command line: `lnfree demo`, `lnfree convert`.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -50,6 +50,68 @@ def demo(
         print(f"  {out / name}")
 
 
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    form: Literal["folded", "frozen"] | None = None,
+    to_norm: Literal["rms", "crms"] | None = None,
+    basis: Literal["orthonormal", "drop"] = "orthonormal",
+    target: Literal["transformers", "transformer_lens"] | None = None,
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32",
+    revision: str | None = None,
+    sigma: Path | None = None,
+    check: bool = True,
+    dry_run: bool = False,
+) -> None:
+    """Turn a checkpoint into another with the same logits, and prove it.
+
+    Reads a hub id, a Hugging Face folder, the published LN-free formats (recognised from their
+    content), a nanoGPT ckpt.pt, or a folder that this package wrote. Writes weights as safetensors,
+    config, tokenizer, a model card with the measured errors, and lnfree.json.
+
+    Args:
+        source: Hub id, folder or ckpt.pt.
+        out: Folder to write; must not hold anything yet.
+        form: For LN-free checkpoints: constants folded into the weights (the default), or kept in
+            the norms.
+        to_norm: Convert live LayerNorms to RMSNorms, or to CRMSNorms with one dimension less.
+        basis: Of the CRMS residual stream: an isometry, or the last coordinate dropped.
+        target: Layout of the result. Default: for plain transformers where it has a class for it.
+        dtype: Of the weights.
+        revision: Branch, tag or commit on the hub.
+        sigma: JSON file with the constant of each norm, for a ckpt.pt, which does not state them.
+        check: Compare logits with transformers after loading.
+        dry_run: Load and say what would be done; write nothing.
+    """
+    from lnfree_interp.files import require_writable
+
+    require_writable(out)
+    print("importing torch, transformers and transformer_lens ...", flush=True)
+    _quiet_libraries()
+    import torch
+
+    from lnfree_interp.checkpoints import converting
+
+    constants = None if sigma is None else converting.read_sigma(sigma)
+    converting.convert(
+        source,
+        out,
+        form=form,
+        to_norm=to_norm,
+        basis=basis,
+        target=target,
+        dtype=getattr(torch, dtype),
+        revision=revision,
+        sigma=constants,
+        check=check,
+        dry_run=dry_run,
+        say=_say,
+    )
+    if dry_run:
+        print("dry run: nothing was written")
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -68,7 +130,7 @@ def main() -> None:
     """Run a command. Exit status: 2 for what the user can mend, 130 after Ctrl-C."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo},
+            {"demo": demo, "convert": convert},
             prog="lnfree",
             description="Remove a transformer's LayerNorms; read its logits as sums of parts.",
         )

@@ -40,6 +40,7 @@ from lnfree_interp.models.folding import (
     constant_norms,
     is_frozen_form,
     reads_mean,
+    rescale_queries_and_keys,
 )
 from lnfree_interp.models.norm_conversions import CRMSNormPre
 from lnfree_interp.models.sites import has_norm_sites, live_sites
@@ -156,6 +157,7 @@ def export(
     sidecar = Sidecar(
         form=form_of(model),
         sigma=dict(sigma) if sigma is not None else _own_sigma(model),
+        epsilon=model.cfg.eps,
         recipe=None if recipe is None else _plain_recipe(recipe),
         errors={
             what: {
@@ -243,7 +245,9 @@ def _disguised(
     W_E = weights["embed.W_E"]
     for layer in range(cfg.n_layers):
         block = f"blocks.{layer}"
-        _merge_two_constants(weights, norms, block)
+        qk, v = norms.get(f"{block}.ln1.qk"), norms.get(f"{block}.ln1.v")
+        if qk is not None and v is not None and qk.sigma != v.sigma:
+            rescale_queries_and_keys(weights, block, v.sigma / qk.sigma, v.bias)
         for kind in ("ln1", "ln2", "ln1_post", "ln2_post", "attn.q_norm", "attn.k_norm"):
             if f"{block}.{kind}.w" not in architecture.norm_weights(cfg):
                 continue
@@ -271,24 +275,6 @@ def _put(
     if f"{name}.b" in places:
         bias = None if norm is None else norm.bias
         weights[f"{name}.b"] = (torch.zeros_like(gain) if bias is None else bias).to(like)
-
-
-def _merge_two_constants(
-    weights: dict[str, Tensor], norms: Mapping[str, ConstantNorm], block: str
-) -> None:
-    """Queries and keys made to read what the values read, in place, where the constants differ.
-
-    With r = sigma_v / sigma_qk: (x a_qk + b) W + b_W = (x a_v + b) (r W) + [b_W + (1 - r) b W].
-    """
-    qk, v = norms.get(f"{block}.ln1.qk"), norms.get(f"{block}.ln1.v")
-    if qk is None or v is None or qk.sigma == v.sigma:
-        return
-    r = v.sigma / qk.sigma
-    for leaf in ("Q", "K"):
-        W, b = weights[f"{block}.attn.W_{leaf}"], weights[f"{block}.attn.b_{leaf}"]
-        shift = 0.0 if qk.bias is None else (1 - r) * (qk.bias.double() @ W.double())
-        weights[f"{block}.attn.W_{leaf}"] = (W.double() * r).to(W.dtype)
-        weights[f"{block}.attn.b_{leaf}"] = (b.double() + shift).to(b.dtype)
 
 
 def _unembedding(

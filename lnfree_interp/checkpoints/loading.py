@@ -1,24 +1,37 @@
 """A checkpoint -> `HookedTransformer`, with provably the same logits or not at all."""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints import native, published
 from lnfree_interp.checkpoints.architectures import ARCHITECTURES, architecture_of, hooked_config
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
-from lnfree_interp.checkpoints.sidecar import read_sidecar
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
 from lnfree_interp.errors import CheckpointError, NormSiteError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import hooked_transformer
-from lnfree_interp.models.folding import Form, finished_model, fold, frozen_form
+from lnfree_interp.models.folding import (
+    ConstantNorms,
+    Form,
+    finished_model,
+    fold,
+    frozen_form,
+    rescale_queries_and_keys,
+)
+from lnfree_interp.models.sites import freeze_site, with_norm_sites
 from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
+
+_FORMS = ("folded", "frozen", "sites")
+
+LIVE_EPSILON = 1e-5
+"""What a norm adds to the variance when it is thawed and the checkpoint does not say: GPT-2's."""
 
 DISGUISE_ERROR = 1e-7
 """Relative error that a constant epsilon of 1e12 itself may cause: variance / (2 * epsilon), below
@@ -28,7 +41,7 @@ DISGUISE_ERROR = 1e-7
 def load(
     source: str | os.PathLike[str] | PreTrainedModel,
     *,
-    form: Form | None = None,
+    form: Form | Literal["sites"] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
@@ -46,7 +59,9 @@ def load(
         source: Hub id, local folder, a nanoGPT `ckpt.pt`, or a `transformers` model in memory.
         form: For LN-free checkpoints: `"folded"` (the default) is a stock model with
             `normalization_type=None`; `"frozen"` keeps norms that divide by a constant, on which
-            TransformerLens' own tools run and are exact. See `frozen_form`.
+            TransformerLens' own tools run and are exact, see `frozen_form`. `"sites"` gives back
+            the model with norm sites that was exported: its gains, biases and constants one by
+            one, to go on training or to thaw.
         tokenizer: Default: the checkpoint's own; a model in memory may go without.
         dtype: Of the weights.
         device: Default: the GPU if there is one, else the CPU.
@@ -70,21 +85,60 @@ def load(
         >>> len(lf.list_norm_sites(model))
         13
     """
+    return load_checkpoint(
+        source,
+        form=form,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        cache_dir=cache_dir,
+        sigma=sigma,
+        check=check,
+    ).model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model, and what was found out on the way."""
+
+    model: HookedTransformer
+    format: str
+    """What the checkpoint was recognised as, for people."""
+    error: MeasuredError | None
+    """The largest logit difference from transformers; None if it was not compared."""
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    form: Form | Literal["sites"] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    sigma: Sigma | None = None,
+    check: bool = True,
+) -> Loaded:
+    """As `load`, and what the checkpoint was recognised as."""
+    if form not in (None, *_FORMS):
+        raise NormSiteError(f"form {form!r} is none of {', '.join(map(repr, _FORMS))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, PreTrainedModel):
         name = source.config.name_or_path or "custom"
-        opened, owned, shown = OpenCheckpoint(source, tokenizer, "in memory"), False, None
+        opened, owned = OpenCheckpoint(source, tokenizer, "in memory"), False
     else:
         name = os.fspath(source)
         path = locate(source, revision, cache_dir)
         if native.is_native(path):
-            return _in_form(native.read(path, tokenizer, dtype, device), form)
-        shown = _sidecar_sigma(path)
+            model = native.read(path, tokenizer, dtype, device)
+            return Loaded(_in_form(model, form), "TransformerLens' own layout", None)
         opened = open_checkpoint(
             path, name, dtype=dtype, device=device, sigma=sigma, tokenizer=tokenizer
         )
         owned = True
-    shown = opened.sigma or shown
+    known, epsilon = opened.sigma or {}, opened.epsilon or LIVE_EPSILON
 
     hf_model, tokenizer = opened.hf_model, opened.tokenizer
     architecture_name, _ = architecture_of(hf_model.config, hf_model)
@@ -108,8 +162,14 @@ def load(
     weights = to_hooked_weights(architecture.layout, cfg, state, name)
     norms = None
     if not architecture.fixed_epsilon:
-        norms = published.constant_epsilon_norms(weights, cfg.eps, name, shown)
+        norms = published.constant_epsilon_norms(weights, cfg.eps, name, known)
+    kind = opened.format
     if norms is not None:
+        kind += f", LN-free: norms with a constant epsilon of {cfg.eps:g}"
+        cfg = replace(cfg, eps=epsilon)
+    if norms is not None and form == "sites":
+        model = _with_frozen_sites(cfg, weights, norms, tokenizer, known)
+    elif norms is not None:
         centred = cfg.normalization_type == "LN"
         model = finished_model(
             cfg, weights, norms, tokenizer, centred=centred, form=form or "folded"
@@ -121,13 +181,14 @@ def load(
         )
     else:
         model = hooked_transformer(cfg, _drain(weights), tokenizer)
-    if expected is not None:
-        error = measure_error(logits_of(model, tokens).cpu(), expected)
-        error.require(
-            f"{name}: HookedTransformer against transformers",
-            logit_tolerance(error, architecture.sees_float64, norms is not None),
-        )
-    return model
+    if expected is None:
+        return Loaded(model, kind, None)
+    error = measure_error(logits_of(model, tokens).cpu(), expected)
+    error.require(
+        f"{name}: HookedTransformer against transformers",
+        logit_tolerance(error, architecture.sees_float64, norms is not None),
+    )
+    return Loaded(model, kind, error)
 
 
 def logit_tolerance(error: MeasuredError, sees_float64: bool, disguised: bool) -> float:
@@ -147,14 +208,39 @@ def _drain(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield name, weights.pop(name)
 
 
-def _sidecar_sigma(path: Path) -> dict[str, float] | None:
-    sidecar = read_sidecar(path) if path.is_dir() else None
-    return None if sidecar is None else dict(sidecar.sigma)
+def _with_frozen_sites(
+    cfg: HookedTransformerConfig,
+    weights: dict[str, Tensor],
+    norms: ConstantNorms,
+    tokenizer: PreTrainedTokenizerBase | None,
+    known: Mapping[str, float],
+) -> HookedTransformer:
+    """A model with frozen norm sites: its gains and biases, and the constants where known."""
+    for name, norm in norms.items():
+        weights[f"{name}.w"] = (norm.gain * norm.sigma).to(cfg.dtype)
+        if norm.bias is not None:
+            weights[f"{name}.b"] = norm.bias
+    constants = {}
+    for layer in range(cfg.n_layers):
+        block = f"blocks.{layer}"
+        sigma_v = norms[f"{block}.ln1"].sigma
+        sigma_qk = known.get(f"{block}.ln1.qk", sigma_v)
+        if sigma_qk != sigma_v:
+            rescale_queries_and_keys(weights, block, sigma_qk / sigma_v, norms[f"{block}.ln1"].bias)
+        constants |= {f"{block}.ln1.qk": sigma_qk, f"{block}.ln1.v": sigma_v}
+        constants[f"{block}.ln2"] = norms[f"{block}.ln2"].sigma
+    constants["ln_final"] = norms["ln_final"].sigma
+    model = with_norm_sites(hooked_transformer(cfg, _drain(weights), tokenizer))
+    for site, sigma in constants.items():
+        freeze_site(model, site, sigma)
+    return model
 
 
-def _in_form(model: HookedTransformer, form: Form | None) -> HookedTransformer:
+def _in_form(model: HookedTransformer, form: Form | Literal["sites"] | None) -> HookedTransformer:
     if form is None:
         return model
+    if form == "sites":
+        raise NormSiteError("a folder in TransformerLens' layout has no norm sites to give back")
     if form == "frozen":
         return frozen_form(model)
     return model if model.cfg.normalization_type is None else fold(model)

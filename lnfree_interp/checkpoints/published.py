@@ -95,8 +95,8 @@ def constant_epsilon_norms(
     norms = {}
     for name, W in gains.items():
         gain = W.double() / root
-        shown = None if sigma is None else sigma.get(name)
-        shown = shown or 1 / gain.abs().mean().item()
+        known = sigma or {}
+        shown = known.get(name) or known.get(f"{name}.v") or 1 / gain.abs().mean().item()
         norms[name] = ConstantNorm(gain, weights.get(f"{name}.b"), shown)
         weights.pop(f"{name}.w")
         weights.pop(f"{name}.b", None)

@@ -25,6 +25,8 @@ class Sidecar:
     """`"live"`, `"sites"`, `"folded"`, `"frozen"`, `"rms"` or `"crms"`: what was exported."""
     sigma: Mapping[str, float] = field(default_factory=dict)
     """The constant by which each norm divides, by site or norm."""
+    epsilon: float | None = None
+    """What the norms added to the variance before they were removed."""
     recipe: Mapping[str, Any] | None = None
     """Fields of the removal recipe, if there was one."""
     errors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -36,6 +36,7 @@ from transformers import (
 from lnfree_interp.checkpoints import published
 from lnfree_interp.checkpoints.architectures import architecture_of, config_fields
 from lnfree_interp.checkpoints.pickles import read_pickle, read_state_dict, shards_of
+from lnfree_interp.checkpoints.sidecar import read_sidecar
 from lnfree_interp.errors import CheckpointError
 
 HUB_TIMEOUT = 10.0
@@ -63,6 +64,8 @@ class OpenCheckpoint:
     """What it was recognised as, for people."""
     sigma: dict[str, float] | None = None
     """The constants of its norms by TransformerLens' names, where the format states them."""
+    epsilon: float | None = None
+    """What its norms added to the variance while they were live, where that is known."""
 
 
 def open_in_transformers(
@@ -149,7 +152,10 @@ def open_checkpoint(
         if any(path.glob("*.safetensors")):
             _require_plausible_size(path, config, _count_weights(path))
             hf_model = _in_transformers(path, config, dtype, pretrained_model_name_or_path=path)
+            sidecar = read_sidecar(path)
             opened = OpenCheckpoint(hf_model, tokenizer, "safetensors")
+            if sidecar is not None:
+                opened.sigma, opened.epsilon = dict(sidecar.sigma), sidecar.epsilon
         else:
             opened = _from_pickles(path, config, dtype)
             opened.tokenizer = tokenizer

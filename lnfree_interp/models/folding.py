@@ -142,6 +142,27 @@ def _fold_reader(
     return folded, (b64 if b is None else b64 + b.double()).to(W.dtype)
 
 
+def rescale_queries_and_keys(
+    weights: MutableMapping[str, Tensor],
+    block: str,
+    ratio: float,
+    bias: Float[Tensor, " d_model"] | None,
+) -> None:
+    """W_Q and W_K made to read a norm that divides by `ratio` times the constant, in place.
+
+    So that queries, keys and values can share one norm: with r = ratio and a norm's gain a and
+    bias b,  (x a + b) W + b_W  =  (x a / r + b) (r W) + [b_W + (1 - r) b W].
+    A second call with 1 / ratio undoes it.
+    """
+    for leaf in ("Q", "K"):
+        grouped = f"{block}.attn._W_{leaf}" in weights
+        W_name, b_name = (f"{block}.attn.{'_' * grouped}{kind}_{leaf}" for kind in "Wb")
+        W, b = weights[W_name].double(), weights[b_name]
+        if bias is not None:
+            weights[b_name] = (b.double() + (1 - ratio) * (bias.double() @ W)).to(b.dtype)
+        weights[W_name] = (W * ratio).to(b.dtype)
+
+
 def _scaled_outputs(norm: ConstantNorm, W: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     return (W.double() * norm.gain.double()).to(W.dtype)
 

@@ -7,7 +7,7 @@ Transformers, arXiv 2305.14858; the orthonormal basis is ours.)
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -141,8 +141,8 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
             models that were trained with RMSNorm.
         InexactError: as `to_rms`.
     """
-    if basis not in ("orthonormal", "drop"):
-        raise UnsupportedModelError(f"basis {basis!r} is neither 'orthonormal' nor 'drop'")
+    if basis not in get_args(Basis):
+        raise UnsupportedModelError(f"basis {basis!r} is none of {get_args(Basis)}")
     steps: tuple[str, ...] = ()
     original = model
     if model.cfg.normalization_type == "LN":

@@ -1,0 +1,193 @@
+"""One checkpoint into another: load, change the norms, export. Behind `lnfree convert`."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lnfree_interp.checkpoints.architectures import ARCHITECTURES
+from lnfree_interp.checkpoints.exporting import Target, export, form_of
+from lnfree_interp.checkpoints.loading import Loaded, load_checkpoint
+from lnfree_interp.checkpoints.source import Sigma
+from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
+from lnfree_interp.files import require_writable
+from lnfree_interp.models.folding import Form
+from lnfree_interp.models.norm_conversions import Basis, to_crms, to_rms
+from lnfree_interp.models.sites import list_norm_sites
+from lnfree_interp.numerics import MeasuredError
+
+NormKind = Literal["rms", "crms"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion does, to be read before it does it."""
+
+    source: str
+    recognised: str
+    model: str
+    norms: str
+    steps: tuple[str, ...]
+    target: Target
+
+    def __str__(self) -> str:
+        rows = [
+            ("source", self.source),
+            ("recognised as", self.recognised),
+            ("model", self.model),
+            ("norms", self.norms),
+            *((f"step {i}", step) for i, step in enumerate(self.steps, 1)),
+        ]
+        return "\n".join(f"{name:14} {value}" for name, value in rows)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    form: Form | None = None,
+    to_norm: NormKind | None = None,
+    basis: Basis = "orthonormal",
+    target: Target | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    sigma: Sigma | None = None,
+    check: bool = True,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Load a checkpoint, change its norms, write it as another.
+
+    Args:
+        source: As for `load`.
+        out: A folder that does not exist yet or is empty.
+        form: For LN-free checkpoints: whether the constants are folded into the weights (the
+            default) or stay in the norms.
+        to_norm: Convert live LayerNorms to RMSNorms or CRMSNorms, exactly.
+        basis: As for `to_crms`.
+        target: As for `export`. Default: a folder for plain transformers where it has a class for
+            the result, else TransformerLens' layout.
+        dtype: Of the weights.
+        revision: As for `load`.
+        cache_dir: As for `load`.
+        sigma: As for `load`.
+        check: Compare the logits with those of transformers after loading.
+        dry_run: Load and say what would be done, but do not do it.
+        say: Gets a line before and after each step.
+
+    Returns:
+        What was done, or would be.
+
+    Raises:
+        LnfreeError: whatever `load`, `to_rms`, `to_crms` and `export` raise; NormSiteError if the
+            options contradict each other or the model.
+    """
+    require_writable(out)
+    if form is not None and to_norm is not None:
+        raise NormSiteError("form is for LN-free models, to_norm for models with live norms")
+    name = os.fspath(source)
+    loaded = load_checkpoint(
+        source,
+        form=form,
+        dtype=dtype,
+        revision=revision,
+        cache_dir=cache_dir,
+        sigma=sigma,
+        check=check,
+    )
+    plan = _plan(name, Path(out), loaded, to_norm, basis, target)
+    say(str(plan))
+    errors: dict[str, MeasuredError] = {}
+    if loaded.error is not None:
+        errors["HookedTransformer against transformers"] = loaded.error
+        say(f"loaded; largest logit difference from transformers: {loaded.error}")
+    if dry_run:
+        return plan
+    model = loaded.model
+    if to_norm is not None:
+        conversion = to_rms(model) if to_norm == "rms" else to_crms(model, basis)
+        errors[f"{to_norm.upper()}Norm against the original"] = conversion.error
+        model = conversion.model
+        say(f"converted; largest logit difference from before: {conversion.error}")
+    export(model, out, target=plan.target, errors=errors, source=name)
+    say(f"wrote {os.fspath(out)}")
+    return plan
+
+
+def _plan(
+    source: str,
+    out: Path,
+    loaded: Loaded,
+    to_norm: NormKind | None,
+    basis: Basis,
+    target: Target | None,
+) -> Plan:
+    model, cfg = loaded.model, loaded.model.cfg
+    kind, sites = form_of(model), list_norm_sites(model)
+    if kind == "live":
+        norms = f"{'RMSNorm' if cfg.normalization_type == 'RMS' else 'LayerNorm'}, live, at "
+        norms += f"{len(sites)} sites"
+    else:
+        norms = {
+            "folded": "none: constants folded into the weights",
+            "frozen": f"constants at {len(sites)} norms",
+        }.get(kind, cfg.normalization_type or "none")
+    steps = []
+    if to_norm is not None:
+        if kind not in ("live", "rms"):
+            raise NormSiteError(f"{source}: to_norm is for live norms; its norms are {norms}")
+        if kind == "rms" and to_norm == "rms":
+            raise NormSiteError(f"{source}: its norms are RMSNorms already")
+        if kind == "live":
+            if cfg.normalization_type != "LN":
+                raise UnsupportedModelError(
+                    f"{source}: only LayerNorm can be converted; its norms are {norms}"
+                )
+            steps.append("LayerNorm -> RMSNorm: fold gains and biases, centre the writers")
+        if to_norm == "crms":
+            steps.append(
+                f"RMSNorm -> CRMSNorm ({basis}): residual stream {cfg.d_model} -> "
+                f"{cfg.d_model - 1} dimensions"
+            )
+    where = target or _best_target(loaded, to_norm)
+    what = {
+        "transformers": f"{cfg.original_architecture} for plain transformers",
+        "transformer_lens": "TransformerLens' own layout (lnfree_interp.load reads it)",
+    }[where]
+    steps.append(f"write {out} as {what}: safetensors, config, tokenizer, model card, lnfree.json")
+    size = (
+        f"{cfg.original_architecture}, {cfg.n_layers} layers, d_model {cfg.d_model}, "
+        f"{cfg.n_heads} heads, {sum(W.numel() for W in model.parameters()):,} parameters"
+    )
+    return Plan(source, loaded.format, size, norms, tuple(steps), where)
+
+
+def _best_target(loaded: Loaded, to_norm: NormKind | None) -> Target:
+    cfg = loaded.model.cfg
+    architecture = ARCHITECTURES.get(cfg.original_architecture or "")
+    kind = form_of(loaded.model)
+    if to_norm is not None or architecture is None or kind in ("rms", "crms"):
+        return "transformer_lens"
+    fits = kind == "live" or not architecture.fixed_epsilon
+    return "transformers" if fits else "transformer_lens"
+
+
+def read_sigma(file: Path) -> dict[str, float | torch.Tensor]:
+    """Constants of norms from a JSON file: a number or a list of d_model numbers for each norm.
+
+    Raises:
+        CheckpointError: if the file is not that.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            name: float(value) if isinstance(value, int | float) else torch.tensor(value).double()
+            for name, value in content.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a JSON object of constants: {error!s:.80}") from error
