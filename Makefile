@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bridge clean
 
 help:
 	@echo "make demo   install, then remove every LayerNorm from the bundled GPT-2 (lnfree-demo/)"
 	@echo "make test   install, then run the tests"
 	@echo "make lint   install, then ruff"
 	@echo "make bench  install, then the benchmark behind docs/benchmarks.md (about 20 minutes)"
+	@echo "make bridge install transformer-lens 4 beside it, and open exported models there"
 	@echo "make clean  remove .venv and what the demo wrote"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -32,5 +33,17 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/removal_gap.py
 
+# transformer-lens 4 has no HookedTransformer, so it cannot live in .venv.
+.venv-bridge/installed:
+	$(PYTHON) -m venv .venv-bridge
+	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "torch==2.13.0" "transformer-lens>=4.3,<5"
+	@touch $@
+
+bridge: $(INSTALLED) .venv-bridge/installed
+	rm -rf .venv-bridge/models && mkdir .venv-bridge/models
+	$(BIN)/python tests/bridge_smoke.py write .venv-bridge/models
+	.venv-bridge/bin/python tests/bridge_smoke.py read .venv-bridge/models
+
 clean:
-	rm -rf .venv lnfree-demo
+	rm -rf .venv .venv-bridge lnfree-demo

@@ -51,8 +51,8 @@ def demo(
 
 
 def convert(
-    source: Annotated[str, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     /,
     form: Literal["folded", "frozen"] | None = None,
     to_norm: Literal["rms", "crms"] | None = None,

@@ -165,7 +165,8 @@ def load_checkpoint(
         norms = published.constant_epsilon_norms(weights, cfg.eps, name, known)
     kind = opened.format
     if norms is not None:
-        kind += f", LN-free: norms with a constant epsilon of {cfg.eps:g}"
+        if not kind.startswith("LN-free"):
+            kind = f"LN-free, norms with a constant epsilon of {cfg.eps:g} ({kind})"
         cfg = replace(cfg, eps=epsilon)
     if norms is not None and form == "sites":
         model = _with_frozen_sites(cfg, weights, norms, tokenizer, known)

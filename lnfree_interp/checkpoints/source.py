@@ -61,7 +61,7 @@ class OpenCheckpoint:
     hf_model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     format: str
-    """What it was recognised as, for people."""
+    """What it was recognised as, for people; a published format says that it is LN-free."""
     sigma: dict[str, float] | None = None
     """The constants of its norms by TransformerLens' names, where the format states them."""
     epsilon: float | None = None
@@ -197,7 +197,7 @@ def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     kind = "pytorch_model.bin"
     sigma = None
     if constants is not None:
-        kind = "FakeLayerNorm checkpoint"
+        kind = "LN-free, FakeLayerNorm checkpoint"
         published.require_roomy(dtype, source)
         published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
         config.layer_norm_epsilon = published.DISGUISE_EPSILON
@@ -217,11 +217,11 @@ def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCh
         raise CheckpointError(
             f"{file}: a nanoGPT checkpoint does not say by what its norms divide: pass "
             "sigma=nanogpt_sigma(std_dict, std_bos_dict, d_model) with the run's tables, or "
-            "sigma={} if its LayerNorms are live"
+            "sigma={} if its LayerNorms are live (on the command line: --sigma FILE.json)"
         )
     kind, shown = "nanoGPT checkpoint with live norms", None
     if sigma:
-        kind = "nanoGPT checkpoint, LN-free with the constants given"
+        kind = "LN-free, nanoGPT checkpoint with the constants given"
         published.require_roomy(dtype, str(file))
         constants = published.sigma_by_hf_norm(sigma, config, str(file))
         published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
