@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
-from transformers import GPT2LMHeadModel
 
 from lnfree_interp import plots
 from lnfree_interp.analysis.contributions import Contributions, Level
 from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.bundled import bundled_checkpoint
-from lnfree_interp.checkpoints.exporting import export
-from lnfree_interp.checkpoints.loading import load
+from lnfree_interp.checkpoints.exporting import best_target, export
+from lnfree_interp.checkpoints.loading import load, load_checkpoint
 from lnfree_interp.checkpoints.source import open_in_transformers
 from lnfree_interp.data.packing import pack
 from lnfree_interp.data.stdlib import stdlib_corpus
@@ -129,11 +128,12 @@ def run_demo(
     errors: dict[str, MeasuredError] = {}
 
     say(f"1/6 loading {source}")
-    original = load(source)
-    hf_model, _ = open_in_transformers(source, device=original.W_E.device)
-    errors["load"] = compare_logits(original, hf_model)
+    loaded = load_checkpoint(source)
+    original = loaded.model
+    if loaded.error is None:
+        raise DataError(f"{source}: the demo starts from a checkpoint of transformers")
+    errors["load"] = loaded.error
     say(f"    largest logit difference from transformers: {errors['load']}")
-    del hf_model
     questions = readable_prompts(original)
     if not questions:
         raise DataError(f"{source}: its tokenizer cannot tell the demo's answers apart")
@@ -173,12 +173,24 @@ def run_demo(
     errors["decomposition_float64"] = _worst(decompose_prompts(lnfree64, questions))
 
     say("6/6 writing the model and the report")
+    has_place = best_target(lnfree) == "transformers"
     with new_folder(out) as folder:
-        export(lnfree, folder / "model")
-        exported = GPT2LMHeadModel.from_pretrained(folder / "model", dtype=torch.float32)
-        errors["export"] = compare_logits(exported.to(lnfree.W_E.device), lnfree).require(
-            "exported folder in transformers"
+        export(
+            run.model if has_place else lnfree,
+            folder / "model",
+            target="transformers" if has_place else "transformer_lens",
+            recipe=run.recipe,
+            errors={
+                "HookedTransformer against transformers": errors["load"],
+                "folded against frozen norms": errors["fold"],
+            },
+            source=str(source) if checkpoint else "bundled checkpoint",
         )
+        if has_place:
+            exported, _ = open_in_transformers(folder / "model", device=lnfree.W_E.device)
+        else:
+            exported = load(folder / "model")
+        errors["export"] = compare_logits(exported, lnfree).require("exported folder")
         demo = Demo(
             run, control, lnfree, losses, effects, attributions, errors, time.monotonic() - began
         )

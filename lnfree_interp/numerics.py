@@ -1,5 +1,6 @@
 """One way to say how far two tensors are apart, for every check in the package."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ TOLERANCE: dict[torch.dtype, float] = {
     torch.float16: 1e-2,
 }
 """Largest relative error that rounding may cause in one forward pass, by dtype."""
+
+
+_CHUNK = 2**22
+"""Elements that are compared in float64 at once, to keep the peak of memory low."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,19 @@ def measure_error(
         scale: What `relative` divides by. Default: the largest absolute expected value.
     """
     coarser = max(found.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
-    absolute = (found - expected).abs().max().item()
-    scale = expected.abs().max().item() if scale is None else scale
+    if found.shape != expected.shape:
+        raise ValueError(f"shapes {list(found.shape)} and {list(expected.shape)} differ")
+    chunks = (x.detach().flatten().split(_CHUNK) for x in (found, expected))
+    absolute = largest = 0.0
+    for some, other in zip(*chunks, strict=True):
+        some, other = some.cpu().double(), other.cpu().double()
+        absolute = _larger(absolute, (some - other).abs().max().item())
+        largest = _larger(largest, other.abs().max().item())
+    scale = largest if scale is None else scale
     relative = absolute / scale if scale > 0 else (0.0 if absolute == 0 else float("inf"))
     return MeasuredError(absolute, relative, coarser)
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger of two numbers, and NaN if one is: `max` would let it pass."""
+    return b if math.isnan(b) or b > a else a

@@ -102,9 +102,9 @@ def is_norm(name):
     return any(part in name for part in ("ln_", "norm"))
 
 
-def lnfree_model(kind):
+def lnfree_model(kind, **settings):
     """The published disguise on any architecture whose epsilon is in the config."""
-    model = make_model(kind)
+    model = make_model(kind, **settings)
     # Gemma's scaled embedding would drive scores into their caps, and amplify rounding.
     sigma = 6.0 if kind.startswith("gemma") else 1.7
     offset = 1.0 if kind.startswith("gemma") else 0.0

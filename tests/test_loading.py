@@ -16,6 +16,7 @@ from lnfree_interp.errors import (
     CheckpointError,
     InexactError,
     LnfreeError,
+    NormSiteError,
     UnsupportedModelError,
 )
 
@@ -126,6 +127,132 @@ def test_the_oldest_gpt2_layout_loads(gpt2_folder, tmp_path):
         old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
     lf.compare_logits(lf.load(folder), lf.load(gpt2_folder)).require("old layout", 0.0)
+
+
+def test_shards_load_and_a_missing_one_is_named(tmp_path, tokenizer, gpt2_folder):
+    folder = tmp_path / "sharded"
+    make_gpt2().save_pretrained(folder, max_shard_size="60KB")
+    tokenizer.save_pretrained(folder)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    lf.compare_logits(lf.load(folder), lf.load(gpt2_folder)).require("shards", 0.0)
+    shards[1].rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"names {shards[1].name}, which is missing"):
+        lf.load(folder)
+    (folder / "elsewhere").rename(shards[1])
+    shards[2].write_bytes(shards[2].read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=rf"{shards[2].name}: .*damaged or truncated"):
+        lf.load(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not an index of shards"):
+        lf.load(folder)
+
+
+def test_a_weight_of_another_shape_is_named(gpt2_folder, tmp_path):
+    folder = copy_without(gpt2_folder, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.bias"] = torch.zeros(7)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = r"h\.1\.mlp\.c_fc\.bias has shape \[7\], config\.json says \[128\]"
+    with pytest.raises(CheckpointError, match=message):
+        lf.load(folder)
+
+
+def test_a_config_of_a_giant_is_refused_before_it_is_built(gpt2_folder, tmp_path):
+    """Building it would take all memory there is."""
+    folder = copy_with_config(gpt2_folder, tmp_path, n_embd=40_000, n_layer=900)
+    with pytest.raises(CheckpointError, match=r"config\.json describes at least .* the files hold"):
+        lf.load(folder)
+
+
+def make_cache(root, gpt2_folder, revisions):
+    """A hub cache as huggingface_hub lays it out."""
+    repo = root / "models--someone--small-gpt2"
+    (repo / "refs").mkdir(parents=True)
+    for revision, seed in revisions.items():
+        commit = f"{seed:040x}"
+        (repo / "refs" / revision).write_text(commit)
+        snapshot = repo / "snapshots" / commit
+        shutil.copytree(gpt2_folder, snapshot)
+        make_gpt2(seed).save_pretrained(snapshot)
+    return root
+
+
+def test_hub_ids_come_from_the_cache_offline(gpt2_folder, tmp_path):
+    cache = make_cache(tmp_path / "cache", gpt2_folder, {"main": 0, "later": 3})
+    first = lf.load("someone/small-gpt2", cache_dir=cache)
+    later = lf.load("someone/small-gpt2", cache_dir=cache, revision="later")
+    lf.compare_logits(first, make_gpt2(0)).require("main")
+    lf.compare_logits(later, make_gpt2(3)).require("later")
+    assert first.cfg.model_name == "someone/small-gpt2"
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        lf.load("someone/small-gpt2", cache_dir=cache, revision="never")
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        lf.load("someone/small-gpt2", cache_dir=tmp_path / "empty")
+
+
+def test_a_half_downloaded_model_is_not_taken_for_whole(gpt2_folder, tmp_path):
+    cache = make_cache(tmp_path / "cache", gpt2_folder, {"main": 0})
+    for file in cache.rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        lf.load("someone/small-gpt2", cache_dir=cache)
+
+
+def test_only_what_is_needed_is_downloaded(monkeypatch, gpt2_folder):
+    """Of a repository that has its weights in five formats: safetensors, else pickles."""
+    asked = {}
+
+    class Info:
+        siblings = ()
+
+    def model_info(self, name, *, revision, timeout):
+        Info.siblings = [type("File", (), {"rfilename": name}) for name in files]
+        return Info
+
+    def snapshot_download(name, *, allow_patterns, ignore_patterns, revision, cache_dir):
+        from huggingface_hub.utils import filter_repo_objects
+
+        kept = filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        asked["files"] = set(kept)
+        return str(gpt2_folder)
+
+    monkeypatch.setattr(source.HfApi, "model_info", model_info)
+    monkeypatch.setattr(source, "snapshot_download", snapshot_download)
+    common = {"config.json", "tokenizer.json", "merges.txt", "vocab.json"}
+    others = ["tf_model.h5", "onnx/x.onnx", "rust_model.ot", "64.tflite", "flax_model.msgpack"]
+    others += ["pytorch_model.bin", "original/model.safetensors"]
+    files = [*common, "model.safetensors", *others]
+    lf.load("someone/gpt2")
+    assert asked["files"] == common | {"model.safetensors"}
+    files = [*common, "pytorch_model.bin", "modeling_evil.py"]
+    lf.load("someone/gpt2")
+    assert asked["files"] == common | {"pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtype_passes_through(gpt2_folder, dtype):
+    model = lf.load(gpt2_folder, dtype=dtype)
+    assert {W.dtype for W in model.parameters()} == {dtype}
+    assert model.cfg.dtype == dtype
+
+
+def test_loading_a_model_in_memory_leaves_it_alone(dtype):
+    hf_model = make_gpt2().to(dtype)
+    before = {name: W.clone() for name, W in hf_model.state_dict().items()}
+    model = lf.load(hf_model, dtype=dtype)
+    with torch.no_grad():
+        for W in model.parameters():
+            W.add_(1)
+    for name, W in hf_model.state_dict().items():
+        assert torch.equal(W, before[name]), name
+
+
+def test_a_form_that_does_not_exist_is_refused(live, gpt2_folder):
+    with pytest.raises(NormSiteError, match="its norms are live"):
+        lf.load(gpt2_folder, form="frozen")
 
 
 @pytest.mark.parametrize(

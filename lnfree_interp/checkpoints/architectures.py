@@ -170,10 +170,11 @@ _NEOX_FIELDS = (
 def _gpt_neox(hf: Any) -> dict[str, Any]:
     _require_divides(hf, "hidden_size", "num_attention_heads")
     d_head = hf.hidden_size // hf.num_attention_heads
-    share = hf.rope_parameters.get("partial_rotary_factor", 1.0)
+    rotary_dim = int(d_head * hf.rope_parameters.get("partial_rotary_factor", 1.0))
+    _require_even(rotary_dim)
     return {
         "d_head": d_head,
-        "rotary_dim": int(d_head * share),
+        "rotary_dim": rotary_dim,
         "default_prepend_bos": False,
         **_rotary(hf),
     }
@@ -203,6 +204,7 @@ def _llama(hf: Any) -> dict[str, Any]:
         _require_divides(hf, "hidden_size", "num_attention_heads")
         d_head = hf.hidden_size // n_heads
     _require_divides(hf, "num_attention_heads", "num_key_value_heads")
+    _require_even(d_head)
     fields = {
         "d_head": d_head,
         "n_key_value_heads": None if n_kv == n_heads else n_kv,
@@ -470,6 +472,13 @@ def _refuse(unsupported: Mapping[str, Any]) -> None:
     if found := [what for what, is_so in unsupported.items() if is_so]:
         raise UnsupportedModelError(
             f"a model with {', '.join(found)} cannot be represented faithfully"
+        )
+
+
+def _require_even(rotary_dim: int) -> None:
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise UnsupportedModelError(
+            f"rotary positions in {rotary_dim} dimensions of a head: they come in pairs"
         )
 
 

@@ -9,8 +9,7 @@ from typing import Literal
 
 import torch
 
-from lnfree_interp.checkpoints.architectures import ARCHITECTURES
-from lnfree_interp.checkpoints.exporting import Target, export, form_of
+from lnfree_interp.checkpoints.exporting import Target, best_target, export, form_of
 from lnfree_interp.checkpoints.loading import Loaded, load_checkpoint
 from lnfree_interp.checkpoints.source import Sigma
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
@@ -154,7 +153,7 @@ def _plan(
                 f"RMSNorm -> CRMSNorm ({basis}): residual stream {cfg.d_model} -> "
                 f"{cfg.d_model - 1} dimensions"
             )
-    where = target or _best_target(loaded, to_norm)
+    where = target or ("transformer_lens" if to_norm else best_target(model))
     what = {
         "transformers": f"{cfg.original_architecture} for plain transformers",
         "transformer_lens": "TransformerLens' own layout (lnfree_interp.load reads it)",
@@ -165,16 +164,6 @@ def _plan(
         f"{cfg.n_heads} heads, {sum(W.numel() for W in model.parameters()):,} parameters"
     )
     return Plan(source, loaded.format, size, norms, tuple(steps), where)
-
-
-def _best_target(loaded: Loaded, to_norm: NormKind | None) -> Target:
-    cfg = loaded.model.cfg
-    architecture = ARCHITECTURES.get(cfg.original_architecture or "")
-    kind = form_of(loaded.model)
-    if to_norm is not None or architecture is None or kind in ("rms", "crms"):
-        return "transformer_lens"
-    fits = kind == "live" or not architecture.fixed_epsilon
-    return "transformers" if fits else "transformer_lens"
 
 
 def read_sigma(file: Path) -> dict[str, float | torch.Tensor]:

@@ -182,6 +182,17 @@ def export(
     return Path(out)
 
 
+def best_target(model: HookedTransformer) -> Target:
+    """The layout that can hold a model: transformers where it has a class for it."""
+    architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
+    form = form_of(model)
+    if architecture is None or form in ("rms", "crms"):
+        return "transformer_lens"
+    if form != "live" and architecture.fixed_epsilon:
+        return "transformer_lens"
+    return "transformers"
+
+
 def form_of(model: HookedTransformer) -> str:
     """In one word what a model is: live, sites, folded, frozen, rms or crms."""
     kind = model.cfg.normalization_type

@@ -243,6 +243,11 @@ def hooked_names(layout: Layout, cfg: HookedTransformerConfig) -> set[str]:
     return {name for rule in _for_each_layer(layout, cfg) for name in rule.tl}
 
 
+def is_finite(W: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in a tensor; without a copy of it."""
+    return W.numel() == 0 or all(bool(extreme.isfinite()) for extreme in W.aminmax())
+
+
 def to_hooked_weights(
     layout: Layout, cfg: HookedTransformerConfig, hf: MutableMapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
@@ -267,7 +272,7 @@ def to_hooked_weights(
                 continue
             raise CheckpointError(f"{source}: the weights lack {rule.hf}")
         W = hf.pop(rule.hf).detach()[rule.skip_rows :]
-        if not W.isfinite().all():
+        if not is_finite(W):
             raise CheckpointError(f"{source}: {rule.hf} holds values that are not finite")
         if rule.times_sqrt_d_model:
             W = W * torch.tensor(cfg.d_model**0.5, dtype=W.dtype)

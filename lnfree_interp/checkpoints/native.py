@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lnfree_interp.checkpoints.layouts import is_finite
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
 from lnfree_interp.models.folding import frozen_transformer
@@ -109,7 +110,7 @@ def read(
 
 
 def _finite(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
-    if not W.isfinite().all():
+    if not is_finite(W):
         raise CheckpointError(f"{file}: {name} holds values that are not finite")
     return W
 

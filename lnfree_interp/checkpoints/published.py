@@ -97,9 +97,10 @@ def constant_epsilon_norms(
         gain = W.double() / root
         known = sigma or {}
         shown = known.get(name) or known.get(f"{name}.v") or 1 / gain.abs().mean().item()
-        norms[name] = ConstantNorm(gain, weights.get(f"{name}.b"), shown)
         weights.pop(f"{name}.w")
-        weights.pop(f"{name}.b", None)
+        bias = weights.pop(f"{name}.b", None)
+        # A copy, which does not keep the whole file in memory.
+        norms[name] = ConstantNorm(gain, None if bias is None else bias.clone(), shown)
     return norms
 
 

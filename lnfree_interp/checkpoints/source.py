@@ -160,7 +160,15 @@ def open_checkpoint(
             opened = _from_pickles(path, config, dtype)
             opened.tokenizer = tokenizer
     opened.hf_model.to(device).eval()
+    _release_file(opened.hf_model)
     return opened
+
+
+def _release_file(model: PreTrainedModel) -> None:
+    """Weights that are a view of a mapped file copied, so that each can be freed by itself."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def read_config(folder: Path, name: str) -> PretrainedConfig:

@@ -75,7 +75,8 @@ def fold_weights(
         centred: Whether the norms subtract the mean (LayerNorm) or not (RMSNorm).
         form: In the frozen form readers keep a factor sigma, which `FrozenNorm` divides by.
     """
-    for name in list(weights):
+    # The largest first: while there are few others, its copy is no peak.
+    for name in sorted(weights, key=lambda name: -weights[name].numel()):
         prefix, _, leaf = name.rpartition(".")
         leaf = leaf.lstrip("_")
         if leaf.startswith("b_"):

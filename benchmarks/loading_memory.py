@@ -1,0 +1,124 @@
+"""Peak memory and time of loading a GPT-2-small-shaped checkpoint, relative to its float32 size.
+
+    python benchmarks/loading_memory.py [--runs 3] [--json FILE]
+
+Writes random weights in GPT-2 small's shape (124M parameters, 498 MB), with live norms and in the
+published LN-free format, and loads each in a process of its own. "above imports" is the peak of
+resident memory less what the process held when everything was imported; files that are mapped into
+memory count.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CASES = {
+    "transformers alone, one forward pass": ("live", None),
+    "live norms": ("live", {}),
+    "live norms, check=False": ("live", {"check": False}),
+    "LN-free, folded": ("lnfree", {}),
+    "LN-free, folded, check=False": ("lnfree", {"check": False}),
+    "LN-free, frozen form": ("lnfree", {"form": "frozen"}),
+}
+
+
+def resident(field: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS now, VmHWM at the peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field}: this benchmark needs Linux")
+
+
+def load_once(folder: str, options: dict | None) -> dict:
+    """In this process: the peak above the imports, and the seconds."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    import lnfree_interp as lf
+
+    assert lf.load is not lf.compare_logits  # names are imported on first use
+    before, began = resident("VmRSS"), time.monotonic()
+    if options is None:
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            model(torch.zeros(2, 128, dtype=torch.long))
+    else:
+        model = lf.load(folder, device="cpu", **options)
+    seconds = time.monotonic() - began
+    kept = resident("VmRSS") - before
+    del model
+    return {"peak": resident("VmHWM") - before, "kept": kept, "seconds": seconds}
+
+
+def write_checkpoints(folder: Path) -> int:
+    """Both checkpoints; the number of bytes that their parameters take in float32."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(architectures=["GPT2LMHeadModel"]))
+    words = {f"w{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>")),
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+    )
+    for name in ("live", "lnfree"):
+        if name == "lnfree":
+            model.config.layer_norm_epsilon = 1e12
+            with torch.no_grad():
+                for key, W in model.named_parameters():
+                    if "ln_" in key and key.endswith("weight"):
+                        W.copy_(torch.rand_like(W) * 1e6)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return sum(W.numel() for W in model.parameters()) * 4
+
+
+def main() -> None:
+    """Run every case in its own process, several times; print a table of medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(load_once(arguments.child[0], json.loads(arguments.child[1]))))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        size = write_checkpoints(Path(scratch))
+        results = {}
+        for name, (kind, options) in CASES.items():
+            runs = []
+            for _ in range(arguments.runs):
+                child = subprocess.run(
+                    [sys.executable, __file__, "--child", f"{scratch}/{kind}", json.dumps(options)],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                runs.append(json.loads(child.stdout.splitlines()[-1]))
+            results[name] = {
+                "peak_ratio": statistics.median(run["peak"] for run in runs) / size,
+                "kept_ratio": statistics.median(run["kept"] for run in runs) / size,
+                "seconds": statistics.median(run["seconds"] for run in runs),
+            }
+    print(f"float32 size {size / 1e6:.0f} MB; median of {arguments.runs} runs, above imports\n")
+    print("| | peak / size | kept / size | seconds |\n|---|---|---|---|")
+    for name, row in results.items():
+        print(
+            f"| {name} | {row['peak_ratio']:.2f} | {row['kept_ratio']:.2f} | {row['seconds']:.1f} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"bytes": size, "cases": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
