@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
     from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
     from lnfree_interp.models.agreement import compare_logits
-    from lnfree_interp.models.folding import fold, frozen_form
+    from lnfree_interp.models.forms import fold, frozen_form
     from lnfree_interp.models.norm_conversions import NormConversion, to_crms, to_rms
     from lnfree_interp.models.sites import (
         NormSite,
@@ -66,8 +66,8 @@ _HOME = {
     "CrossEntropy": "lnfree_interp.evaluation.loss",
     "evaluate_loss": "lnfree_interp.evaluation.loss",
     "compare_logits": "lnfree_interp.models.agreement",
-    "fold": "lnfree_interp.models.folding",
-    "frozen_form": "lnfree_interp.models.folding",
+    "fold": "lnfree_interp.models.forms",
+    "frozen_form": "lnfree_interp.models.forms",
     "NormConversion": "lnfree_interp.models.norm_conversions",
     "to_crms": "lnfree_interp.models.norm_conversions",
     "to_rms": "lnfree_interp.models.norm_conversions",

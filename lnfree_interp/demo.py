@@ -26,7 +26,7 @@ from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effect
 from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
 from lnfree_interp.files import new_folder, require_writable
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.models.folding import fold
+from lnfree_interp.models.forms import fold
 from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.plots.page import Section, Table, page
 from lnfree_interp.plots.style import MODEL_NAMES

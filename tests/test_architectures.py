@@ -191,14 +191,15 @@ def test_configs_that_lie_are_refused(kind, change):
         lf.load(hf_model)
 
 
-@ALL
+# GPT-Neo does not scale its scores, so the mistake made here means nothing to it.
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind.split("-")[0] != "neo"])
 def test_a_wrong_config_never_passes(kind, folder_of, monkeypatch):
     """The comparison with transformers catches what a mistake in the tables would do."""
     name = type(make_model(kind)).__name__
-    right = ARCHITECTURES[name].to_hooked
-    wrong = replace(ARCHITECTURES[name], to_hooked=lambda hf: right(hf) | {"attn_scale": 1.3})
-    monkeypatch.setitem(ARCHITECTURES, name, wrong)
-    if kind.startswith("neo") and "neox" not in kind:
-        pytest.skip("GPT-Neo does not scale its scores")
+    right = ARCHITECTURES[name]
+    config = replace(
+        right.config, to_hooked=lambda hf: right.config.to_hooked(hf) | {"attn_scale": 1.3}
+    )
+    monkeypatch.setitem(ARCHITECTURES, name, replace(right, config=config))
     with pytest.raises(LnfreeError, match="against transformers"):
         lf.load(folder_of(kind))

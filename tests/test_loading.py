@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2LMHeadModel
 
 import lnfree_interp as lf
-from lnfree_interp.checkpoints import architectures, source
+from lnfree_interp.checkpoints import architectures, hub
 from lnfree_interp.errors import (
     CheckpointError,
     InexactError,
@@ -57,7 +57,8 @@ def test_folder_gives_unprocessed_weights_and_its_tokenizer(gpt2_folder):
 
 def test_wrong_epsilon_is_caught(gpt2_folder, monkeypatch):
     right = architectures.ARCHITECTURES["GPT2LMHeadModel"]
-    wrong = replace(right, to_hooked=lambda hf: right.to_hooked(hf) | {"eps": 1e-3})
+    config = replace(right.config, to_hooked=lambda hf: right.config.to_hooked(hf) | {"eps": 1e-3})
+    wrong = replace(right, config=config)
     monkeypatch.setitem(architectures.ARCHITECTURES, "GPT2LMHeadModel", wrong)
     with pytest.raises(InexactError, match="against transformers"):
         lf.load(gpt2_folder)
@@ -219,8 +220,8 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, gpt2_folder):
         asked["files"] = set(kept)
         return str(gpt2_folder)
 
-    monkeypatch.setattr(source.HfApi, "model_info", model_info)
-    monkeypatch.setattr(source, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     common = {"config.json", "tokenizer.json", "merges.txt", "vocab.json"}
     others = ["tf_model.h5", "onnx/x.onnx", "rust_model.ot", "64.tflite", "flax_model.msgpack"]
     others += ["pytorch_model.bin", "original/model.safetensors"]
@@ -345,6 +346,6 @@ def test_unreachable_hub_names_the_offline_ways(monkeypatch):
     def no_network(*args, **kwargs):
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(source.HfApi, "model_info", no_network)
+    monkeypatch.setattr(hub.HfApi, "model_info", no_network)
     with pytest.raises(CheckpointError, match=r"cannot be reached; pass a local folder"):
         lf.load("openai-community/no-such-model")

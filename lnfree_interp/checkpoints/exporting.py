@@ -35,13 +35,8 @@ from lnfree_interp.checkpoints.sidecar import Sidecar
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.models.folding import (
-    ConstantNorm,
-    constant_norms,
-    is_frozen_form,
-    reads_mean,
-    rescale_queries_and_keys,
-)
+from lnfree_interp.models.folding import ConstantNorm, rescale_queries_and_keys
+from lnfree_interp.models.forms import constant_norms, is_frozen_form, reads_mean
 from lnfree_interp.models.norm_conversions import CRMSNormPre
 from lnfree_interp.models.sites import has_norm_sites, live_sites
 from lnfree_interp.numerics import MeasuredError
@@ -85,7 +80,7 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
     others: dict[str, Any] = {}
     if not live:
         weights = _disguised(model, architecture, weights)
-        others[architecture.fields.get("eps", "")] = DISGUISE_EPSILON
+        others[architecture.config.fields.get("eps", "")] = DISGUISE_EPSILON
     elif model.b_U.any():
         raise UnsupportedModelError(f"{name} has no unembedding bias; this model has")
     weights.pop("unembed.b_U", None)

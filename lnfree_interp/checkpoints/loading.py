@@ -17,14 +17,8 @@ from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open
 from lnfree_interp.errors import CheckpointError, NormSiteError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import hooked_transformer
-from lnfree_interp.models.folding import (
-    ConstantNorms,
-    Form,
-    finished_model,
-    fold,
-    frozen_form,
-    rescale_queries_and_keys,
-)
+from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
+from lnfree_interp.models.forms import finished_model, fold, frozen_form
 from lnfree_interp.models.sites import freeze_site, with_norm_sites
 from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lnfree_interp.checkpoints.layouts import is_finite
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
-from lnfree_interp.models.folding import frozen_transformer
+from lnfree_interp.models.forms import frozen_transformer
 from lnfree_interp.models.norm_conversions import CRMSNormPre, install_crms
 from lnfree_interp.models.norms import FrozenNorm
 

@@ -5,7 +5,6 @@ Published LN-free formats that transformers does not know are brought into the o
 (`checkpoints.published`), so that whatever is imported can be compared with it.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -35,21 +25,12 @@ from transformers import (
 
 from lnfree_interp.checkpoints import published
 from lnfree_interp.checkpoints.architectures import architecture_of, config_fields
+from lnfree_interp.checkpoints.hub import WEIGHTS_FILES, first_line, locate
 from lnfree_interp.checkpoints.pickles import read_pickle, read_state_dict, shards_of
 from lnfree_interp.checkpoints.sidecar import read_sidecar
 from lnfree_interp.errors import CheckpointError
 
-HUB_TIMEOUT = 10.0
-"""Seconds to wait for the hub's first answer."""
-
-OFFLINE_WAYS = (
-    "pass a local folder (config.json, model.safetensors, tokenizer files), or download it where "
-    "there is a network and set HF_HOME to that cache"
-)
-
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_NANOGPT_SUFFIXES = (".pt", ".pth")
 
 Sigma = Mapping[str, float | Tensor]
 
@@ -97,25 +78,6 @@ def open_in_transformers(
     folder = locate(source, revision, cache_dir)
     opened = open_checkpoint(folder, os.fspath(source), dtype=dtype, device=device, sigma=sigma)
     return opened.hf_model, opened.tokenizer
-
-
-def locate(
-    source: str | os.PathLike[str],
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
-    """The local folder or nanoGPT file of a source, downloaded if it is a hub id.
-
-    Raises:
-        CheckpointError: if it is neither there nor on the hub, or the hub cannot be reached.
-    """
-    name = os.fspath(source)
-    path = Path(name)
-    if path.is_dir() or (path.is_file() and path.suffix in _NANOGPT_SUFFIXES):
-        return path
-    if path.exists():
-        raise CheckpointError(f"{name}: a file; a checkpoint is a folder, a ckpt.pt or a hub id")
-    return _download(name, revision, cache_dir)
 
 
 def open_checkpoint(
@@ -181,9 +143,7 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with types of its own
-        raise CheckpointError(
-            f"{name}: config.json cannot be read: {_first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{name}: config.json cannot be read: {first_line(error)}") from error
     _, architecture = architecture_of(config)
     config_fields(config, architecture)
     return config
@@ -193,7 +153,7 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizer libraries raise their own types
-        raise CheckpointError(f"{name}: no usable tokenizer: {_first_line(error)}") from error
+        raise CheckpointError(f"{name}: no usable tokenizer: {first_line(error)}") from error
 
 
 def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> OpenCheckpoint:
@@ -274,9 +234,7 @@ def _in_transformers(
             **where,
         )
     except Exception as error:  # safetensors raises its own types
-        raise CheckpointError(
-            f"{source}: weights cannot be loaded: {_first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{source}: weights cannot be loaded: {first_line(error)}") from error
     if wrong := sorted(report["mismatched_keys"], key=str):
         name, found, expected = wrong[0]
         raise CheckpointError(
@@ -292,15 +250,11 @@ def _in_transformers(
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _require_files(folder: Path, tokenizer_needed: bool) -> None:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json, so not a Hugging Face checkpoint folder")
-    indices = [folder / f"{name}.index.json" for name in _WEIGHTS]
-    if not any((folder / name).is_file() for name in _WEIGHTS) and not any(
+    indices = [folder / f"{name}.index.json" for name in WEIGHTS_FILES]
+    if not any((folder / name).is_file() for name in WEIGHTS_FILES) and not any(
         index.is_file() for index in indices
     ):
         raise CheckpointError(f"{folder}: no model.safetensors (or pytorch_model.bin)")
@@ -324,7 +278,7 @@ def _count_weights(folder: Path) -> int:
                     stored += torch.Size(weights.get_slice(name).get_shape()).numel()
         except Exception as error:  # safetensors raises its own types
             raise CheckpointError(
-                f"{file}: weights cannot be loaded: damaged or truncated ({_first_line(error)})"
+                f"{file}: weights cannot be loaded: damaged or truncated ({first_line(error)})"
             ) from error
     return stored
 
@@ -340,50 +294,3 @@ def _require_plausible_size(source: Path, config: PretrainedConfig, stored: int)
             f"{source}: config.json describes at least {needed:,} weights, the files hold "
             f"{stored:,}: they do not belong together"
         )
-
-
-def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The snapshot folder of a hub model; from the cache alone if it is complete there."""
-    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    try:
-        cached = try_to_load_from_cache(name, "config.json", **where)
-        if isinstance(cached, str) and _has_weights(Path(cached).parent):
-            return Path(cached).parent
-        # One question with a short time-out, in place of slow retries.
-        files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
-        names = [file.rfilename for file in files]
-        safe = any(file.endswith(".safetensors") and "/" not in file for file in names)
-        unwanted = ["*/*", "*.bin" if safe else "*.safetensors", "*.h5", "*.msgpack", "*.ot"]
-        wanted = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"]
-        return Path(
-            snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **where)
-        )
-    except HFValidationError as error:
-        raise CheckpointError(f"{name}: no such folder, and not a hub id") from error
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{name}: gated on the hub: accept its terms there, then `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{name}: no revision {revision!r} on the hub") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{name}: no such folder and no such hub model") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"{name}: the hub answered: {_first_line(error)}") from error
-    except Exception as error:  # no route, no name service, proxy, offline mode
-        raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether a snapshot folder in the cache holds all weights, in one piece or in shards."""
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return True
-        if (folder / f"{name}.index.json").is_file():
-            names = set(
-                json.loads((folder / f"{name}.index.json").read_text())["weight_map"].values()
-            )
-            return all((folder / name).is_file() for name in names)
-    return False

@@ -1,0 +1,102 @@
+"""Where a checkpoint lies: a local path as it is, a hub id as the folder it is downloaded to."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lnfree_interp.errors import CheckpointError
+
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer."""
+
+OFFLINE_WAYS = (
+    "pass a local folder (config.json, model.safetensors, tokenizer files), or download it where "
+    "there is a network and set HF_HOME to that cache"
+)
+
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+"""In one piece; an index of shards has the same name and `.index.json`."""
+
+_NANOGPT_SUFFIXES = (".pt", ".pth")
+
+
+def locate(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The local folder or nanoGPT file of a source, downloaded if it is a hub id.
+
+    Raises:
+        CheckpointError: if it is neither there nor on the hub, or the hub cannot be reached.
+    """
+    name = os.fspath(source)
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix in _NANOGPT_SUFFIXES):
+        return path
+    if path.exists():
+        raise CheckpointError(f"{name}: a file; a checkpoint is a folder, a ckpt.pt or a hub id")
+    return _download(name, revision, cache_dir)
+
+
+def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The snapshot folder of a hub model; from the cache alone if it is complete there."""
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    try:
+        cached = try_to_load_from_cache(name, "config.json", **where)
+        if isinstance(cached, str) and _has_weights(Path(cached).parent):
+            return Path(cached).parent
+        # One question with a short time-out, in place of slow retries.
+        files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
+        names = [file.rfilename for file in files]
+        safe = any(file.endswith(".safetensors") and "/" not in file for file in names)
+        unwanted = ["*/*", "*.bin" if safe else "*.safetensors", "*.h5", "*.msgpack", "*.ot"]
+        wanted = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"]
+        return Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **where)
+        )
+    except HFValidationError as error:
+        raise CheckpointError(f"{name}: no such folder, and not a hub id") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name}: gated on the hub: accept its terms there, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{name}: no such folder and no such hub model") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{name}: the hub answered: {first_line(error)}") from error
+    except Exception as error:  # no route, no name service, proxy, offline mode
+        raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot folder in the cache holds all weights, in one piece or in shards."""
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return True
+        if (folder / f"{name}.index.json").is_file():
+            names = set(
+                json.loads((folder / f"{name}.index.json").read_text())["weight_map"].values()
+            )
+            return all((folder / name).is_file() for name in names)
+    return False
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error of another library, for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
