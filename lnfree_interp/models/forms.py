@@ -1,8 +1,8 @@
 """The two finished forms of an LN-free model, and how one becomes the other.
 
 **Folded**: nothing is left of the norms, `normalization_type=None`. **Frozen**: the readers keep a
-factor sigma and a `FrozenNorm` divides by it, `normalization_type="LNPre"` (`"RMSPre"` for RMSNorm),
-so that the tools of TransformerLens that look for `hook_scale` run. Readers are centred in both.
+factor sigma and a `FrozenNorm` divides by it, `normalization_type="LNPre"`, or `"RMSPre"`, so that
+the tools of TransformerLens that look for `hook_scale` run. Readers are centred in both.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
