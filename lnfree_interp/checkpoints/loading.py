@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints import native, published
-from lnfree_interp.checkpoints.architectures import ARCHITECTURES, architecture_of, hooked_config
+from lnfree_interp.checkpoints.architectures import architecture_of, hooked_config
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
 from lnfree_interp.errors import CheckpointError, NormSiteError
@@ -121,7 +121,7 @@ def load_checkpoint(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, PreTrainedModel):
         name = source.config.name_or_path or "custom"
-        opened, owned = OpenCheckpoint(source, tokenizer, "in memory"), False
+        opened = OpenCheckpoint(source, tokenizer, "in memory")
     else:
         name = os.fspath(source)
         path = locate(source, revision, cache_dir)
@@ -131,13 +131,45 @@ def load_checkpoint(
         opened = open_checkpoint(
             path, name, dtype=dtype, device=device, sigma=sigma, tokenizer=tokenizer
         )
-        owned = True
-    known, epsilon = opened.sigma or {}, opened.epsilon or LIVE_EPSILON
+    architecture_name, architecture = architecture_of(opened.hf_model.config, opened.hf_model)
+    cfg = hooked_config(opened.hf_model.config, architecture_name, dtype, device, name)
+    _require_same_vocabulary(opened.tokenizer, cfg, name)
+    if cfg.eps >= published.LNFREE_EPSILON:
+        published.require_roomy(dtype, name)
 
-    hf_model, tokenizer = opened.hf_model, opened.tokenizer
-    architecture_name, _ = architecture_of(hf_model.config, hf_model)
-    architecture = ARCHITECTURES[architecture_name]
-    cfg = hooked_config(hf_model.config, architecture_name, dtype, device, name)
+    tokens = random_tokens(opened.hf_model)
+    expected = logits_of(opened.hf_model, tokens).cpu() if check else None
+    # From here on the weights go one by one, so that memory never holds two models.
+    weights = to_hooked_weights(architecture.layout, cfg, opened.take_weights(), name)
+    norms = None
+    if not architecture.fixed_epsilon:
+        norms = published.constant_epsilon_norms(weights, cfg.eps, name, opened.sigma)
+    if norms is None:
+        if form is not None:
+            raise NormSiteError(
+                f"{name}: its norms are live, so it has no {form} form: remove_norms first, or "
+                "load it with form=None"
+            )
+        recognised = opened.format
+        model = hooked_transformer(cfg, _drain(weights), opened.tokenizer)
+    else:
+        recognised = opened.format
+        if not recognised.startswith("LN-free"):
+            recognised = f"LN-free, norms with a constant epsilon of {cfg.eps:g} ({recognised})"
+        model = _without_norms(cfg, weights, norms, opened, form or "folded")
+    if expected is None:
+        return Loaded(model, recognised, None)
+    error = measure_error(logits_of(model, tokens).cpu(), expected)
+    error.require(
+        f"{name}: HookedTransformer against transformers",
+        logit_tolerance(error, architecture.sees_float64, norms is not None),
+    )
+    return Loaded(model, recognised, error)
+
+
+def _require_same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase | None, cfg: HookedTransformerConfig, name: str
+) -> None:
     if tokenizer is None:
         cfg.tokenizer_name = None
     elif len(tokenizer) > cfg.d_vocab:
@@ -145,45 +177,21 @@ def load_checkpoint(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {cfg.d_vocab} "
             "(vocab_size in config.json): they do not belong together"
         )
-    if cfg.eps >= published.LNFREE_EPSILON:
-        published.require_roomy(dtype, name)
-    tokens = random_tokens(hf_model)
-    expected = logits_of(hf_model, tokens).cpu() if check else None
 
-    state = dict(hf_model.state_dict())
-    if owned:  # the weights below are then the only ones, and go one by one
-        opened.hf_model = hf_model = None  # type: ignore[assignment]
-    weights = to_hooked_weights(architecture.layout, cfg, state, name)
-    norms = None
-    if not architecture.fixed_epsilon:
-        norms = published.constant_epsilon_norms(weights, cfg.eps, name, known)
-    kind = opened.format
-    if norms is not None:
-        if not kind.startswith("LN-free"):
-            kind = f"LN-free, norms with a constant epsilon of {cfg.eps:g} ({kind})"
-        cfg = replace(cfg, eps=epsilon)
-    if norms is not None and form == "sites":
-        model = _with_frozen_sites(cfg, weights, norms, tokenizer, known)
-    elif norms is not None:
-        centred = cfg.normalization_type == "LN"
-        model = finished_model(
-            cfg, weights, norms, tokenizer, centred=centred, form=form or "folded"
-        )
-    elif form is not None:
-        raise NormSiteError(
-            f"{name}: its norms are live, so it has no {form} form: remove_norms first, or load it "
-            "with form=None"
-        )
-    else:
-        model = hooked_transformer(cfg, _drain(weights), tokenizer)
-    if expected is None:
-        return Loaded(model, kind, None)
-    error = measure_error(logits_of(model, tokens).cpu(), expected)
-    error.require(
-        f"{name}: HookedTransformer against transformers",
-        logit_tolerance(error, architecture.sees_float64, norms is not None),
-    )
-    return Loaded(model, kind, error)
+
+def _without_norms(
+    cfg: HookedTransformerConfig,
+    weights: dict[str, Tensor],
+    norms: ConstantNorms,
+    opened: OpenCheckpoint,
+    form: Form | Literal["sites"],
+) -> HookedTransformer:
+    """An LN-free checkpoint in the form asked for."""
+    centred = cfg.normalization_type == "LN"
+    cfg = replace(cfg, eps=opened.epsilon or LIVE_EPSILON)
+    if form == "sites":
+        return _with_frozen_sites(cfg, weights, norms, opened.tokenizer, opened.sigma or {})
+    return finished_model(cfg, weights, norms, opened.tokenizer, centred=centred, form=form)
 
 
 def logit_tolerance(error: MeasuredError, sees_float64: bool, disguised: bool) -> float:

@@ -48,6 +48,12 @@ class OpenCheckpoint:
     epsilon: float | None = None
     """What its norms added to the variance while they were live, where that is known."""
 
+    def take_weights(self) -> dict[str, Tensor]:
+        """The weights; the model is given up, so that nothing else holds on to them."""
+        state = dict(self.hf_model.state_dict())
+        del self.hf_model
+        return state
+
 
 def open_in_transformers(
     source: str | os.PathLike[str],
