@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lnfree_interp.checkpoints import native
 from lnfree_interp.checkpoints.architectures import ARCHITECTURES, Architecture, hf_config
-from lnfree_interp.checkpoints.layouts import optional_names, to_hf_weights
+from lnfree_interp.checkpoints.layouts import hooked_names, optional_names, to_hf_weights
 from lnfree_interp.checkpoints.loading import logit_tolerance
 from lnfree_interp.checkpoints.model_card import model_card
 from lnfree_interp.checkpoints.published import DISGUISE_EPSILON, DISGUISE_GAIN
@@ -185,7 +185,9 @@ def best_target(model: HookedTransformer) -> Target:
         return "transformer_lens"
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"
-    return "transformers"
+    places = hooked_names(architecture.layout, model.cfg) | {"unembed.b_U"}
+    homeless = (W for name, W in _own_weights(model).items() if name not in places)
+    return "transformer_lens" if any(W.any() for W in homeless) else "transformers"
 
 
 def form_of(model: HookedTransformer) -> str:
