@@ -32,6 +32,12 @@ def require_writable(out: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _open_to_readers(folder: Path) -> None:
+    """Ordinary permissions: temporary folders, and what safetensors writes, are private."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 @contextmanager
 def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an exception.
@@ -46,7 +52,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
+        _open_to_readers(partial)
         os.replace(partial, path)
     except BaseException as error:  # Ctrl-C too
         if partial is not None:

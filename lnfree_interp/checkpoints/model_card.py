@@ -102,6 +102,7 @@ def _recipe(sidecar: Sidecar) -> str:
         return table
     first, last = events[0], events[-1]
     return (
-        f"{len(events)} events, from `{first[1]}` at step {first[0]} to `{last[1]}` at step "
-        f"{last[0]}; fine-tuned on.\n\n{table}"
+        f"{len(events)} norm sites were frozen one after the other, from `{first[1]}` at step "
+        f"{first[0]} to `{last[1]}` at step {last[0]}; fine-tuning went on until step "
+        f"{recipe['steps']}.\n\n{table}"
     )
