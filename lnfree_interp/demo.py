@@ -130,7 +130,7 @@ def run_demo(
     say(f"1/6 loading {source}")
     loaded = load_checkpoint(source)
     original = loaded.model
-    if loaded.error is None:
+    if loaded.error is None or loaded.format == "TransformerLens' own layout":
         raise DataError(f"{source}: the demo starts from a checkpoint of transformers")
     errors["load"] = loaded.error
     say(f"    largest logit difference from transformers: {errors['load']}")

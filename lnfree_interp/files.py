@@ -60,6 +60,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        if isinstance(error, OSError):
+        # The writers of weights and tokenizers have types of their own for a full disk.
+        if isinstance(error, OSError) or "os error" in str(error) or "I/O error" in str(error):
             raise OutputError(f"{out} cannot be written: {error}") from error
         raise

@@ -160,7 +160,7 @@ def test_opt_cannot_be_disguised(tmp_path):
         ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
         ("neox", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "pairs"),
         ("llama", {"head_dim": 7}, "pairs"),
-        ("llama", {"layer_types": ["full_attention", "linear_attention", "x"]}, "layer types"),
+        ("qwen2", {"layer_types": ["full_attention", "linear_attention", "x"]}, "layer types"),
     ],
     ids=str,
 )

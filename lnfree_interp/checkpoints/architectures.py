@@ -31,6 +31,9 @@ _ACTIVATIONS = {
 _HF_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
 
+_LARGEST = {"n_layers": 10_000, "n_heads": 100_000}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one Hugging Face architecture becomes a `HookedTransformer`, and back."""
@@ -103,9 +106,15 @@ def architecture_of(
     Raises:
         UnsupportedModelError: if it is not one that can be represented faithfully.
     """
-    names = config.architectures or ([] if hf_model is None else [type(hf_model).__name__])
+    names = config.architectures if hf_model is None else [type(hf_model).__name__]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        names = []
     for name in names:
         if name in ARCHITECTURES:
+            if config.model_type != ARCHITECTURES[name].config.model_type:
+                raise CheckpointError(
+                    f"config.json: architectures says {name}, model_type {config.model_type!r}"
+                )
             return name, ARCHITECTURES[name]
     found = ", ".join(names) or f"model_type {config.model_type!r} without architectures"
     raise UnsupportedModelError(
@@ -121,13 +130,20 @@ def config_fields(config: PretrainedConfig, architecture: Architecture) -> dict[
         CheckpointError: if the config contradicts itself.
     """
     named = {ours: getattr(config, theirs) for ours, theirs in architecture.config.fields.items()}
-    wrong = [
-        f"{architecture.config.fields[name]}={named[name]}"
-        for name in ("d_model", "n_heads", "n_layers", "n_ctx", "d_vocab", "d_mlp")
-        if name in named and named[name] < 1
-    ]
-    if wrong:
-        raise CheckpointError(f"config.json: {', '.join(wrong)}, which must be at least 1")
+    for name in ("d_model", "n_heads", "n_layers", "n_ctx", "d_vocab", "d_mlp"):
+        size = named.get(name, 1)
+        if not isinstance(size, int) or not 1 <= size < _LARGEST.get(name, 2**62):
+            raise CheckpointError(
+                f"config.json: {architecture.config.fields[name]}={size!r}, which must be a whole "
+                f"number of at least 1 (and not absurd)"
+            )
+    if not isinstance(named.get("eps", 1e-5), float | int) or not 0 < named.get("eps", 1e-5) < 1e30:
+        raise CheckpointError(
+            f"config.json: {architecture.config.fields['eps']}={named['eps']!r} is not a positive "
+            "number"
+        )
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError("attention that is not causal (is_causal=False)")
     if named["act_fn"] not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"{architecture.activation_field} {named['act_fn']!r} is not one of "

@@ -4,6 +4,7 @@ For each: the fields that both have under different names, a function for those 
 which refuses what TransformerLens 3.9 computes differently, and a function for the way back.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,15 @@ def _require_even(rotary_dim: int) -> None:
         raise UnsupportedModelError(
             f"rotary positions in {rotary_dim} dimensions of a head: they come in pairs"
         )
+
+
+def _require_positive(hf: Any, *names: str) -> None:
+    """Refuse fields that are not positive finite numbers."""
+    for name in names:
+        value = getattr(hf, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise CheckpointError(f"config.json: {name}={value!r} must be a positive number")
 
 
 def _require_divides(hf: Any, whole: str, parts: str) -> None:
@@ -93,6 +103,7 @@ _GPT_NEO_FIELDS = _SIZES | {
 
 def _gpt_neo(hf: Any) -> dict[str, Any]:
     _require_divides(hf, "hidden_size", "num_heads")
+    _require_positive(hf, "window_size")
     return {
         "d_head": hf.hidden_size // hf.num_heads,
         "d_mlp": hf.intermediate_size or 4 * hf.hidden_size,
@@ -146,6 +157,12 @@ _NEOX_FIELDS = (
 def _gpt_neox(hf: Any) -> dict[str, Any]:
     _require_divides(hf, "hidden_size", "num_attention_heads")
     d_head = hf.hidden_size // hf.num_attention_heads
+    _refuse(
+        {
+            "rotary positions for another head_dim": (getattr(hf, "head_dim", None) or d_head)
+            != d_head
+        }
+    )
     rotary_dim = int(d_head * hf.rope_parameters.get("partial_rotary_factor", 1.0))
     _require_even(rotary_dim)
     return {
@@ -172,7 +189,7 @@ _LLAMA_FIELDS = (
 )
 
 
-def _llama(hf: Any) -> dict[str, Any]:
+def _llama(hf: Any, windows: bool = False) -> dict[str, Any]:
     _refuse({"a bias in the MLP (TransformerLens has no b_gate)": getattr(hf, "mlp_bias", False)})
     n_heads, n_kv = hf.num_attention_heads, hf.num_key_value_heads
     d_head = getattr(hf, "head_dim", None)
@@ -187,7 +204,7 @@ def _llama(hf: Any) -> dict[str, Any]:
         "rotary_dim": d_head,
         "final_rms": True,
         "gated_mlp": True,
-        **_windows(hf),
+        **(_windows(hf) if windows else {}),
     }
     return fields | _rotary(hf, local=fields.get("use_local_attn", False))
 
@@ -200,12 +217,16 @@ def _llama_back(cfg: HookedTransformerConfig) -> dict[str, Any]:
     }
 
 
+def _mistral(hf: Any) -> dict[str, Any]:
+    return _llama(hf, windows=True)
+
+
 def _mistral_back(cfg: HookedTransformerConfig) -> dict[str, Any]:
     return _llama_back(cfg) | {"sliding_window": cfg.window_size}
 
 
 def _qwen(hf: Any) -> dict[str, Any]:
-    return _llama(hf) | {"default_prepend_bos": False}
+    return _llama(hf, windows=True) | {"default_prepend_bos": False}
 
 
 def _layered_windows(cfg: HookedTransformerConfig) -> dict[str, Any]:
@@ -227,7 +248,11 @@ def _gemma2(hf: Any) -> dict[str, Any]:
     _refuse(
         {"bidirectional attention": getattr(hf, "use_bidirectional_attention", None)},
     )
-    return _llama(hf) | {
+    _require_positive(hf, "query_pre_attn_scalar")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(hf, name) is not None:
+            _require_positive(hf, name)
+    return _llama(hf, windows=True) | {
         "use_normalization_before_and_after": True,
         "attn_scale": hf.query_pre_attn_scalar**0.5,
         "attn_scores_soft_cap": hf.attn_logit_softcapping or -1.0,
@@ -261,8 +286,9 @@ def _windows(hf: Any) -> dict[str, Any]:
         types = [_SLIDING if window else _FULL] * hf.num_hidden_layers
     if unknown := set(types) - {_FULL, _SLIDING}:
         raise UnsupportedModelError(f"layer types {sorted(unknown)} are not supported")
-    if window is None or _SLIDING not in types:
+    if _SLIDING not in types:
         return {}
+    _require_positive(hf, "sliding_window")
     return {
         "use_local_attn": True,
         "window_size": window,
@@ -273,6 +299,10 @@ def _windows(hf: Any) -> dict[str, Any]:
 def _rotary(hf: Any, local: bool = False) -> dict[str, Any]:
     """Rotary positions. TransformerLens computes the kinds below as transformers does."""
     rope = dict(hf.rope_parameters)
+    numbers = [name for name in rope if name not in ("rope_type", "type")]
+    for name in numbers:
+        if not isinstance(rope[name], int | float) or not 0 < rope[name] < math.inf:
+            raise CheckpointError(f"config.json: {name}={rope[name]!r} of its rotary positions")
     kind = rope.get("rope_type", "default")
     fields: dict[str, Any] = {
         "positional_embedding_type": "rotary",
@@ -315,7 +345,7 @@ GPT_NEO = ConfigMap("gpt_neo", _GPT_NEO_FIELDS, _gpt_neo, _gpt_neo_back)
 OPT = ConfigMap("opt", _OPT_FIELDS, _opt, _opt_back)
 GPT_NEOX = ConfigMap("gpt_neox", _NEOX_FIELDS, _gpt_neox, _gpt_neox_back)
 LLAMA = ConfigMap("llama", _LLAMA_FIELDS, _llama, _llama_back)
-MISTRAL = ConfigMap("mistral", _LLAMA_FIELDS, _llama, _mistral_back)
+MISTRAL = ConfigMap("mistral", _LLAMA_FIELDS, _mistral, _mistral_back)
 QWEN2 = ConfigMap("qwen2", _LLAMA_FIELDS, _qwen, _qwen_back)
 QWEN3 = ConfigMap("qwen3", _LLAMA_FIELDS, _qwen3, _qwen_back)
 GEMMA2 = ConfigMap("gemma2", _LLAMA_FIELDS | {"act_fn": "hidden_activation"}, _gemma2, _gemma2_back)

@@ -178,5 +178,5 @@ def read_sigma(file: Path) -> dict[str, float | torch.Tensor]:
             name: float(value) if isinstance(value, int | float) else torch.tensor(value).double()
             for name, value in content.items()
         }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{file}: not a JSON object of constants: {error!s:.80}") from error

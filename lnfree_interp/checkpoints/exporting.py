@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from lnfree_interp.checkpoints.sidecar import Sidecar
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
 from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.folding import ConstantNorm, rescale_queries_and_keys
 from lnfree_interp.models.forms import constant_norms, is_frozen_form, reads_mean
 from lnfree_interp.models.norm_conversions import CRMSNormPre
@@ -91,12 +92,14 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
     absent = frozenset() if biased else frozenset(optional)
     state = to_hf_weights(architecture.layout, cfg, weights, absent)
     tied = torch.equal(state["lm_head.weight"], state[architecture.layout[0].hf])
+    tokenizer = None if model.tokenizer is None else original_tokenizer(model.tokenizer)
     config = hf_config(
         cfg,
         tie_word_embeddings=tied,
-        bos_token_id=getattr(model.tokenizer, "bos_token_id", None),
-        eos_token_id=getattr(model.tokenizer, "eos_token_id", None),
-        pad_token_id=None,
+        **{
+            name: getattr(tokenizer, name, None)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        },
         **others,
     )
     exported = AutoModelForCausalLM.from_config(config, dtype=cfg.dtype)
@@ -142,6 +145,8 @@ def export(
         UnsupportedModelError, NormSiteError, InexactError: as `to_transformers`.
     """
     measured = dict(errors or {})
+    if target not in get_args(Target):
+        raise UnsupportedModelError(f"target {target!r} is none of {get_args(Target)}")
     if target == "transformers":
         exported = to_transformers(model)
         measured["export against HookedTransformer"] = compare_logits(exported, model)
@@ -149,10 +154,34 @@ def export(
         raise UnsupportedModelError(
             "norm sites have no place in TransformerLens' layout: fold or frozen_form first"
         )
-    sidecar = Sidecar(
+    constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma)
+    with new_folder(out) as folder:
+        if target == "transformers":
+            exported.save_pretrained(folder)
+            if model.tokenizer is not None:
+                original_tokenizer(model.tokenizer).save_pretrained(folder)
+        else:
+            native.write(model, folder)
+            back, _ = native.read(folder, None, model.cfg.dtype, model.W_E.device, check=False)
+            error = compare_logits(back, model)
+            measured["export read back"] = error.require("what was written against the model")
+        sidecar = _sidecar(model, recipe, constants, measured, source)
+        sidecar.write(folder)
+        (folder / "README.md").write_text(model_card(model.cfg, sidecar, target), encoding="utf-8")
+    return Path(out)
+
+
+def _sidecar(
+    model: HookedTransformer,
+    recipe: "Recipe | None",
+    sigma: dict[str, float],
+    errors: Mapping[str, MeasuredError],
+    source: str | None,
+) -> Sidecar:
+    return Sidecar(
         form=form_of(model),
-        sigma=dict(sigma) if sigma is not None else _own_sigma(model),
-        epsilon=model.cfg.eps,
+        sigma=sigma,
+        epsilon=float(model.cfg.eps),
         recipe=None if recipe is None else _plain_recipe(recipe),
         errors={
             what: {
@@ -160,21 +189,22 @@ def export(
                 "relative": error.relative,
                 "dtype": str(error.dtype).removeprefix("torch."),
             }
-            for what, error in measured.items()
+            for what, error in errors.items()
         },
         source=source or model.cfg.model_name,
         made_by=f"lnfree_interp {version('lnfree_interp')}",
     )
-    with new_folder(out) as folder:
-        if target == "transformers":
-            exported.save_pretrained(folder)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(folder)
-        else:
-            native.write(model, folder)
-        sidecar.write(folder)
-        (folder / "README.md").write_text(model_card(model.cfg, sidecar, target), encoding="utf-8")
-    return Path(out)
+
+
+def _plain_sigma(sigma: Mapping[str, float]) -> dict[str, float]:
+    """Constants as plain numbers, positive and finite."""
+    try:
+        plain = {name: float(value) for name, value in sigma.items()}
+    except (TypeError, ValueError) as error:
+        raise NormSiteError(f"sigma must be one number for each norm: {error}") from error
+    if bad := [name for name, value in plain.items() if not 0 < value < float("inf")]:
+        raise NormSiteError(f"sigma of {bad[0]} is {plain[bad[0]]}, not positive and finite")
+    return plain
 
 
 def best_target(model: HookedTransformer) -> Target:
@@ -301,10 +331,10 @@ def _unembedding(
         raise UnsupportedModelError(
             f"{model.cfg.original_architecture} has no unembedding bias; this model has"
         )
-    ones = torch.ones_like(final.gain)
-    return ConstantNorm(final.gain, ones, final.sigma), (
-        model.W_U + model.b_U / model.cfg.d_model
-    ).detach()
+    # A bias of the size of the gain keeps the added rows at the size of W_U.
+    bias = torch.full_like(final.gain, scale)
+    W_U = model.W_U.double() + model.b_U.double() / (scale * model.cfg.d_model)
+    return ConstantNorm(final.gain, bias, final.sigma), W_U.to(model.W_U.dtype).detach()
 
 
 def retied(

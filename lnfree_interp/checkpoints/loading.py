@@ -6,21 +6,26 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints import native, published
 from lnfree_interp.checkpoints.architectures import architecture_of, hooked_config
+from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
-from lnfree_interp.errors import CheckpointError, NormSiteError
+from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
-from lnfree_interp.models.sites import freeze_site, with_norm_sites
+from lnfree_interp.models.sites import freeze_site, split_norms
 from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
+
+CHECK_TOKENS = 128
+"""Random tokens in each of the two rows on which logits are compared."""
 
 _FORMS = ("folded", "frozen", "sites")
 
@@ -51,8 +56,8 @@ def load(
 
     Args:
         source: Hub id, local folder, a nanoGPT `ckpt.pt`, or a `transformers` model in memory.
-        form: For LN-free checkpoints: `"folded"` (the default) is a stock model with
-            `normalization_type=None`; `"frozen"` keeps norms that divide by a constant, on which
+        form: For LN-free checkpoints: `"folded"` (the default, but TransformerLens' layout comes
+            as it was written) is a stock model with `normalization_type=None`; `"frozen"` keeps norms that divide by a constant, on which
             TransformerLens' own tools run and are exact, see `frozen_form`. `"sites"` gives back
             the model with norm sites that was exported: its gains, biases and constants one by
             one, to go on training or to thaw.
@@ -118,16 +123,28 @@ def load_checkpoint(
     """As `load`, and what the checkpoint was recognised as."""
     if form not in (None, *_FORMS):
         raise NormSiteError(f"form {form!r} is none of {', '.join(map(repr, _FORMS))}")
+    if dtype not in TOLERANCE:
+        raise UnsupportedModelError(f"dtype {dtype} is none of {', '.join(map(str, TOLERANCE))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "mps":
+        raise UnsupportedModelError(
+            "Apple's GPUs have no float64, which folding needs: use the CPU"
+        )
     if isinstance(source, PreTrainedModel):
         name = source.config.name_or_path or "custom"
+        if sigma is not None:
+            raise NormSiteError("sigma is for nanoGPT files, not for a model in memory")
+        if any(W.is_meta for W in source.parameters()):
+            raise CheckpointError(f"{name}: a model on the meta device has no weights")
         opened = OpenCheckpoint(source, tokenizer, "in memory")
     else:
         name = os.fspath(source)
         path = locate(source, revision, cache_dir)
         if native.is_native(path):
-            model = native.read(path, tokenizer, dtype, device)
-            return Loaded(_in_form(model, form), "TransformerLens' own layout", None)
+            if sigma is not None:
+                raise NormSiteError(f"{name}: sigma is for nanoGPT files; this folder has its own")
+            model, error = native.read(path, tokenizer, dtype, device, check=check)
+            return Loaded(_in_form(model, form), "TransformerLens' own layout", error)
         opened = open_checkpoint(
             path, name, dtype=dtype, device=device, sigma=sigma, tokenizer=tokenizer
         )
@@ -137,8 +154,8 @@ def load_checkpoint(
     if cfg.eps >= published.LNFREE_EPSILON:
         published.require_roomy(dtype, name)
 
-    tokens = random_tokens(opened.hf_model)
-    expected = logits_of(opened.hf_model, tokens).cpu() if check else None
+    tokens = random_tokens(opened.hf_model, pos=_telling_length(cfg))
+    expected = _reference(opened.hf_model, tokens, name) if check else None
     # From here on the weights go one by one, so that memory never holds two models.
     weights = to_hooked_weights(architecture.layout, cfg, opened.take_weights(), name)
     norms = None
@@ -167,14 +184,32 @@ def load_checkpoint(
     return Loaded(model, recognised, error)
 
 
+def _telling_length(cfg: HookedTransformerConfig) -> int:
+    """As many tokens as it takes for a window to hide some, unless that would be many."""
+    window = cfg.window_size or 0 if cfg.use_local_attn else 0
+    return max(CHECK_TOKENS, window + 16) if window <= 8 * CHECK_TOKENS else CHECK_TOKENS
+
+
+def _reference(
+    hf_model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], name: str
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """What transformers computes, on the CPU."""
+    try:
+        return logits_of(hf_model, tokens).cpu()
+    except Exception as error:  # what a config allows to build need not run
+        raise CheckpointError(
+            f"{name}: transformers itself cannot run it: {first_line(error)}"
+        ) from error
+
+
 def _require_same_vocabulary(
     tokenizer: PreTrainedTokenizerBase | None, cfg: HookedTransformerConfig, name: str
 ) -> None:
     if tokenizer is None:
         cfg.tokenizer_name = None
-    elif len(tokenizer) > cfg.d_vocab:
+    elif (largest := max(tokenizer.get_vocab().values(), default=0)) >= cfg.d_vocab:
         raise CheckpointError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {cfg.d_vocab} "
+            f"{name}: the tokenizer has ids up to {largest}, the model only {cfg.d_vocab} tokens "
             "(vocab_size in config.json): they do not belong together"
         )
 
@@ -233,7 +268,7 @@ def _with_frozen_sites(
         constants |= {f"{block}.ln1.qk": sigma_qk, f"{block}.ln1.v": sigma_v}
         constants[f"{block}.ln2"] = norms[f"{block}.ln2"].sigma
     constants["ln_final"] = norms["ln_final"].sigma
-    model = with_norm_sites(hooked_transformer(cfg, _drain(weights), tokenizer))
+    model = split_norms(hooked_transformer(cfg, _drain(weights), tokenizer))
     for site, sigma in constants.items():
         freeze_site(model, site, sigma)
     return model

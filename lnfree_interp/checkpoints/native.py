@@ -1,8 +1,8 @@
 """A `HookedTransformer` as a folder in TransformerLens' own names, for what no class of
 transformers can hold: other norms, the frozen form, architectures with biases added.
 
-`hooked_transformer.json` is the `HookedTransformerConfig` and the kind of norm, weights are
-`model.safetensors`, the tokenizer lies beside them.
+`hooked_transformer.json` is the `HookedTransformerConfig`, the kind of norm, and a few logits to
+recognise the model by; weights are `model.safetensors`, the tokenizer lies beside them.
 """
 
 import json
@@ -16,16 +16,34 @@ from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import is_finite
 from lnfree_interp.errors import CheckpointError
-from lnfree_interp.models.construct import copy_weights, hooked_transformer
+from lnfree_interp.models.agreement import logits_of, random_tokens
+from lnfree_interp.models.construct import copy_weights, hooked_transformer, original_tokenizer
 from lnfree_interp.models.forms import frozen_transformer
 from lnfree_interp.models.norm_conversions import CRMSNormPre, install_crms
 from lnfree_interp.models.norms import FrozenNorm
+from lnfree_interp.numerics import MeasuredError, measure_error
 
 CONFIG = "hooked_transformer.json"
 _VERSION = 1
-_NOT_SAVED = ("dtype", "device", "n_devices", "seed", "init_weights")
+
+# Of this machine, or a way to make TransformerLens fetch or run something.
+_NOT_SAVED = (
+    "dtype",
+    "device",
+    "n_devices",
+    "seed",
+    "init_weights",
+    "tokenizer_name",
+    "trust_remote_code",
+    "load_in_4bit",
+    "quantization_method",
+)
+
+_WITNESSES = 64
+"""Logits of the last of 16 tokens that go along with a model."""
 
 
 def is_native(path: Path) -> bool:
@@ -41,9 +59,10 @@ def write(model: HookedTransformer, folder: Path) -> None:
         folder: Where to.
     """
     cfg = {name: _plain(value) for name, value in model.cfg.to_dict().items()}
+    cfg["model_name"] = Path(str(cfg["model_name"])).name
+    tokens, logits = _witnesses(model)
     content: dict[str, Any] = {
         "version": _VERSION,
-        "dtype": str(model.cfg.dtype).removeprefix("torch."),
         "config": {name: value for name, value in cfg.items() if name not in _NOT_SAVED},
         "frozen": {
             name: norm.sigma.item()
@@ -51,12 +70,14 @@ def write(model: HookedTransformer, folder: Path) -> None:
             if isinstance(norm, FrozenNorm)
         },
         "crms": any(isinstance(norm, CRMSNormPre) for norm in model.modules()),
+        "tokens": tokens.tolist(),
+        "logits": logits.tolist(),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     weights = {name: W.detach().contiguous().cpu() for name, W in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+        original_tokenizer(model.tokenizer).save_pretrained(folder)
 
 
 def read(
@@ -64,11 +85,14 @@ def read(
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
     device: torch.device,
-) -> HookedTransformer:
-    """What `write` wrote.
+    *,
+    check: bool = True,
+) -> tuple[HookedTransformer, MeasuredError | None]:
+    """What `write` wrote, and how far its logits are from those that it had then.
 
     Raises:
         CheckpointError: if a file is missing, damaged, or does not fit the others.
+        InexactError: if the logits are not those of the model that was written.
     """
     file = folder / CONFIG
     try:
@@ -81,35 +105,90 @@ def read(
         cfg = HookedTransformerConfig(
             **content["config"], dtype=dtype, device=str(device), init_weights=False
         )
-        frozen, crms = dict(content["frozen"]), bool(content["crms"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error!s:.100}") from error
+        if not 0 < cfg.eps < 1e30:
+            raise CheckpointError(f"{file}: eps={cfg.eps}")
+        frozen = {name: float(sigma) for name, sigma in content["frozen"].items()}
+        expected = torch.tensor(content["logits"], dtype=torch.float64)
+        tokens = torch.tensor(content["tokens"])
+        crms = content["crms"] is True
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever TransformerLens makes of a wrong type
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
+    norms = {f"blocks.{i}.{ln}" for i in range(cfg.n_layers) for ln in ("ln1", "ln2")}
+    if frozen and (frozen.keys() != norms | {"ln_final"} or cfg.attn_only):
+        raise CheckpointError(f"{file}: frozen must name every norm, or none")
     weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise CheckpointError(f"{folder}: no model.safetensors")
+    shapes = _shapes(weights)
+    _require_fitting(cfg, shapes, file)
     if tokenizer is None and (folder / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the tokenizer libraries raise their own types
+            raise CheckpointError(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+    with safe_open(weights, framework="pt", device=str(device)) as opened:
+        pairs = ((name, _sound(opened.get_tensor(name), name, weights)) for name in shapes)
+        if frozen:
+            model = frozen_transformer(cfg, {}, frozen, tokenizer, complete=False)
+        else:
+            model = hooked_transformer(cfg, {}, tokenizer, complete=False)
+        if crms:
+            install_crms(model)
+        copy_weights(model, pairs, zero_biases=False)
+    if not check:
+        return model.eval(), None
+    error = measure_error(_logits(model.eval(), tokens).to(dtype), expected.to(dtype))
+    return model, error.require(f"{folder}: logits against those of the model that was written")
+
+
+def _witnesses(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = random_tokens(model, batch=1, pos=16)
+    return tokens, _logits(model, tokens)
+
+
+def _logits(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:
+    return logits_of(model, tokens)[0, -1, :_WITNESSES].double().cpu()
+
+
+def _shapes(weights: Path) -> dict[str, list[int]]:
+    if not weights.is_file():
+        raise CheckpointError(f"{weights.parent}: no model.safetensors")
     try:
         with safe_open(weights, framework="pt") as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own types
-        raise CheckpointError(f"{weights}: damaged or truncated: {error!s:.100}") from error
-    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
-    if cfg.n_params is None or cfg.n_params > stored * 4:
-        raise CheckpointError(f"{file}: describes a larger model than {weights.name} holds")
-    with safe_open(weights, framework="pt", device=str(device)) as opened:
-        pairs = ((name, _finite(opened.get_tensor(name), name, weights)) for name in shapes)
-        if frozen:
-            return frozen_transformer(cfg, pairs, frozen, tokenizer)
-        if not crms:
-            return hooked_transformer(cfg, pairs, tokenizer)
-        model = hooked_transformer(cfg, {}, tokenizer, complete=False)
-        install_crms(model)
-        copy_weights(model, pairs)
-        return model.eval()
+        raise CheckpointError(f"{weights}: damaged or truncated: {first_line(error)}") from error
 
 
-def _finite(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
+def _require_fitting(
+    cfg: HookedTransformerConfig, shapes: dict[str, list[int]], file: Path
+) -> None:
+    """Refuse sizes that the file does not have, before a model of them is built."""
+    grouped = cfg.n_key_value_heads is not None
+    expected = {
+        "embed.W_E": [cfg.d_vocab, cfg.d_model],
+        "unembed.W_U": [cfg.d_model, cfg.d_vocab_out],
+        "blocks.0.attn.W_Q": [cfg.n_heads, cfg.d_model, cfg.d_head],
+        "blocks.0.attn._W_K" if grouped else "blocks.0.attn.W_K": [
+            cfg.n_key_value_heads or cfg.n_heads,
+            cfg.d_model,
+            cfg.d_head,
+        ],
+        "blocks.0.mlp.W_in": [cfg.d_model, cfg.d_mlp],
+    }
+    if cfg.positional_embedding_type == "standard":
+        expected["pos_embed.W_pos"] = [cfg.n_ctx, cfg.d_model]
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise CheckpointError(f"{file}: {name} is {shapes.get(name)}, the config says {shape}")
+    last = f"blocks.{cfg.n_layers - 1}."
+    if not any(name.startswith(last) for name in shapes):
+        raise CheckpointError(f"{file}: n_layers={cfg.n_layers}, but there is no {last}")
+
+
+def _sound(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
+    if not W.is_floating_point():
+        raise CheckpointError(f"{file}: {name} holds whole numbers")
     if not is_finite(W):
         raise CheckpointError(f"{file}: {name} holds values that are not finite")
     return W

@@ -21,7 +21,10 @@ def read_pickle(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the protocol of the pickle
-            return torch.load(file, map_location="cpu", weights_only=True)
+            try:  # mapped: what is not needed, such as an optimiser's state, is never read
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format of before 2020 cannot be mapped
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused: the pickle is damaged, or holds more than tensors and could run "
@@ -46,7 +49,9 @@ def read_state_dict(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in files:
         part = read_pickle(file)
-        if not isinstance(part, dict) or not all(isinstance(W, Tensor) for W in part.values()):
+        if not isinstance(part, dict) or not all(
+            isinstance(name, str) and isinstance(W, Tensor) for name, W in part.items()
+        ):
             raise CheckpointError(f"{file}: not a state dict of tensors")
         state |= part
     return state
@@ -60,7 +65,9 @@ def shards_of(index: Path) -> list[str]:
     """
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a file name that is not text")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index of shards: {error!s:.80}") from error
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise CheckpointError(f"{index.parent}: {index.name} names {missing[0]}, which is missing")

@@ -26,7 +26,7 @@ from lnfree_interp.models.folding import ConstantNorm
 LNFREE_EPSILON = 1e8
 """From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
 
-LIVE_EPSILON = 1.0
+_LIVE_BELOW = 1.0
 """Below this epsilon a norm is live. Between the two it is neither."""
 
 DISGUISE_EPSILON = 1e12
@@ -68,7 +68,7 @@ def constant_epsilon_norms(
     """
     gains = {name[:-2]: W for name, W in weights.items() if _is_gain(name)}
     typical = {name: W.float().abs().median().item() for name, W in gains.items()}
-    if eps < LIVE_EPSILON:
+    if eps < _LIVE_BELOW:
         if huge := [name for name, gain in typical.items() if gain > 20 * _ORDINARY_GAIN]:
             raise CheckpointError(
                 f"{source}: the gain of {huge[0]} is {typical[huge[0]]:.3g} at an epsilon of "
@@ -86,8 +86,16 @@ def constant_epsilon_norms(
             f"{source}: {len(live)} of {len(gains)} norms are not removed, but have ordinary gains "
             f"under an epsilon of {eps:g}: {', '.join(live[:3])} ({typical[live[0]]:.3g})"
         )
-    folded = {W.unique().item() for W in gains.values() if W.unique().numel() == 1}
-    if len(folded) == 1 and (gain := folded.pop()) and abs(gain / root - 1) > 1e-3:
+    uniform = [name for name, W in gains.items() if (W[0] == W).all()]
+    plain = not any(weights[f"{name}.b"].any() for name in uniform if f"{name}.b" in weights)
+    folded = {gains[name][0].item() for name in uniform}
+    # Norms that were folded away all have one gain and no bias, if nobody says otherwise.
+    if (
+        sigma is None
+        and plain
+        and len(folded) == 1
+        and abs((gain := folded.pop()) / root - 1) > 0.1
+    ):
         raise CheckpointError(
             f"{source}: epsilon {eps:g} in config.json does not fit: folded norms have gains of "
             f"its square root, {root:.4g}, and these have {gain:.4g}"
@@ -122,10 +130,24 @@ def merge_lora(state: State, source: str) -> bool:
             W, A, B = (state.pop(f"{name}.{part}") for part in parts)
         except KeyError as error:
             raise CheckpointError(f"{source}: adapter {name} lacks {error}") from error
-        state[f"{name}.weight"] = (W.double() + A.double() @ B.double()).to(A.dtype)
+        shapes = [list(part.shape) for part in (W, A, B)]
+        fits = A.ndim == B.ndim == 2 and W.shape == (A.shape[0], B.shape[1])
+        if not (fits and A.shape[1] == B.shape[0] and _stored_in_full(A, B)):
+            raise CheckpointError(
+                f"{source}: adapter {name} does not fit: weight_frozen, lora_A and lora_B are "
+                f"{', '.join(map(str, shapes))}"
+            )
+        if not all(part.is_floating_point() for part in (W, A, B)):
+            raise CheckpointError(f"{source}: adapter {name} holds whole numbers")
+        state[f"{name}.weight"] = (W.double() + A.double() @ B.double()).to(W.dtype)
         if (b := state.pop(f"{name}.bias_frozen", None)) is not None:
             state[f"{name}.bias"] = b
     return bool(adapted)
+
+
+def _stored_in_full(*tensors: Tensor) -> bool:
+    """Whether no tensor claims more numbers than it stores, as an expanded one does."""
+    return all(W.numel() * W.element_size() <= W.untyped_storage().nbytes() for W in tensors)
 
 
 def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
@@ -149,9 +171,15 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
         for flag in flags:
             if flag not in buffers:
                 raise CheckpointError(f"{source}: {norm} has no {flag}: which norms are removed?")
+            if buffers[flag].numel() != 1:
+                raise CheckpointError(f"{source}: {norm}.{flag} is not one flag")
             if not bool(buffers[flag]):
                 raise CheckpointError(f"{source}: {norm}.{flag} is false: that norm is still live")
+        if f"{norm}.weight" not in state:
+            raise CheckpointError(f"{source}: {norm} has constants, but no weight")
         average = buffers["average_std_buffer"].double().flatten()
+        if not len(average):
+            raise CheckpointError(f"{source}: {norm}.average_std_buffer is empty")
         constant = average[min(1, len(average) - 1)].item()
         special = {"average_std_buffer": average}
         if norm.endswith("ln_1") and "bos_std_buffer" in buffers:
@@ -187,8 +215,12 @@ def read_nanogpt(checkpoint: Mapping[str, Any], source: str) -> tuple[GPT2Config
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     if not isinstance(arguments, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{source}: not a nanoGPT checkpoint (no model and model_args)")
-    if missing := [name for name in sizes if not isinstance(arguments.get(name), int)]:
+    if missing := [name for name in sizes if type(arguments.get(name)) is not int]:
         raise CheckpointError(f"{source}: model_args lacks {', '.join(missing)}")
+    if not all(isinstance(n, str) and isinstance(W, Tensor) and W.ndim for n, W in state.items()):
+        raise CheckpointError(f"{source}: its model is not a state dict of tensors")
+    if not any(name.endswith("transformer.wte.weight") for name in state):
+        raise CheckpointError(f"{source}: its model lacks transformer.wte.weight")
     config = GPT2Config(
         architectures=["GPT2LMHeadModel"],
         n_layer=arguments["n_layer"],
@@ -263,6 +295,8 @@ def sigma_by_hf_norm(
         NormSiteError: for a norm that is missing or unknown, or a constant that cannot be one.
         UnsupportedModelError: if q/k and v have different constants.
     """
+    if not isinstance(sigma, Mapping):
+        raise NormSiteError(f"{source}: sigma must map names of norms to numbers")
     names = {"ln_final": "transformer.ln_f"}
     for layer in range(config.n_layer):
         names[f"blocks.{layer}.ln1"] = f"transformer.h.{layer}.ln_1"
@@ -276,7 +310,10 @@ def sigma_by_hf_norm(
         )
     constants = {}
     for ours, theirs in names.items():
-        value = torch.as_tensor(sigma[ours], dtype=torch.float64)
+        try:
+            value = torch.as_tensor(sigma[ours], dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise NormSiteError(f"{source}: sigma of {ours} is not a number: {error}") from error
         if value.shape not in ((), (config.n_embd,)):
             raise NormSiteError(
                 f"{source}: sigma of {ours} has shape {list(value.shape)}, not [] or "

@@ -57,9 +57,12 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         if version != _VERSION:
             raise CheckpointError(f"{file}: version {version}; this package reads {_VERSION}")
         sidecar = Sidecar(**content)
-        bad = [name for name, value in sidecar.sigma.items() if not 0 < float(value) < 1e30]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        numbers = {f"sigma of {name}": value for name, value in sidecar.sigma.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error!s:.100}") from error
-    if bad:
-        raise CheckpointError(f"{file}: sigma of {bad[0]} is {sidecar.sigma[bad[0]]}")
+    if sidecar.epsilon is not None:
+        numbers["epsilon"] = sidecar.epsilon
+    for what, value in numbers.items():
+        if not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise CheckpointError(f"{file}: {what} is {value!r:.40}, not a positive number")
     return sidecar

@@ -6,6 +6,7 @@ Published LN-free formats that transformers does not know are brought into the o
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from lnfree_interp.checkpoints.sidecar import read_sidecar
 from lnfree_interp.errors import CheckpointError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+
+# Causal masks that old versions of transformers stored with the weights.
+_MASK = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias)$")
 
 Sigma = Mapping[str, float | Tensor]
 
@@ -117,7 +121,8 @@ def open_checkpoint(
         _require_files(path, tokenizer_needed=tokenizer is None)
         config = read_config(path, name)
         tokenizer = tokenizer or _read_tokenizer(path, name)
-        if any(path.glob("*.safetensors")):
+        safetensors = WEIGHTS_FILES[0]
+        if (path / safetensors).is_file() or (path / f"{safetensors}.index.json").is_file():
             _require_plausible_size(path, config, _count_weights(path))
             hf_model = _in_transformers(path, config, dtype, pretrained_model_name_or_path=path)
             sidecar = read_sidecar(path)
@@ -165,12 +170,13 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> OpenCheckpoint:
     source = f"{folder}/pytorch_model.bin"
     state = read_state_dict(folder)
-    _require_plausible_size(folder, config, sum(W.numel() for W in state.values()))
+    _require_plausible_size(folder, config, sum(map(_stored, state.values())))
     adapted = published.merge_lora(state, source)
     constants = published.take_fake_layer_norms(state, source)
     kind = "pytorch_model.bin"
-    sigma = None
+    sigma, epsilon = None, None
     if constants is not None:
+        epsilon = config.layer_norm_epsilon
         kind = "LN-free, FakeLayerNorm checkpoint"
         published.require_roomy(dtype, source)
         published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
@@ -178,7 +184,8 @@ def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
         sigma = _by_hooked_name(config, constants)
     if adapted:
         kind += " with LoRA adapters merged"
-    return OpenCheckpoint(_from_state(folder, config, state, dtype), None, kind, sigma)
+    hf_model = _from_state(folder, config, state, dtype)
+    return OpenCheckpoint(hf_model, None, kind, sigma, epsilon)
 
 
 def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCheckpoint:
@@ -186,7 +193,7 @@ def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCh
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a nanoGPT checkpoint (no dictionary)")
     config, state = published.read_nanogpt(content, str(file))
-    _require_plausible_size(file, config, sum(W.numel() for W in state.values()))
+    _require_plausible_size(file, config, sum(map(_stored, state.values())))
     if sigma is None:
         raise CheckpointError(
             f"{file}: a nanoGPT checkpoint does not say by what its norms divide: pass "
@@ -248,7 +255,7 @@ def _in_transformers(
         )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{source}: the weights file lacks {', '.join(missing[:3])}")
-    if unknown := sorted(report["unexpected_keys"]):
+    if unknown := [key for key in sorted(report["unexpected_keys"]) if not _MASK.search(key)]:
         raise CheckpointError(
             f"{source}: the weights file holds {', '.join(unknown[:3])}, which has no place in the "
             "model of config.json"
@@ -289,12 +296,19 @@ def _count_weights(folder: Path) -> int:
     return stored
 
 
+def _stored(W: Tensor) -> int:
+    """How many numbers a tensor stores: an expanded one fewer than it has."""
+    return min(W.numel(), W.untyped_storage().nbytes() // W.element_size())
+
+
 def _require_plausible_size(source: Path, config: PretrainedConfig, stored: int) -> None:
     """Refuse a config that describes a far larger model than the files hold, before it is built."""
     fields = config_fields(config, architecture_of(config)[1])
     d_model, d_mlp = fields["d_model"], fields["d_mlp"]
     attention = 2 * d_model * fields["d_head"] * fields["n_heads"]  # W_Q and W_O
     needed = fields["d_vocab"] * d_model + fields["n_layers"] * (attention + 2 * d_model * d_mlp)
+    if fields.get("positional_embedding_type") != "rotary":
+        needed += fields["n_ctx"] * d_model
     if needed > stored:
         raise CheckpointError(
             f"{source}: config.json describes at least {needed:,} weights, the files hold "

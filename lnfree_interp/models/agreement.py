@@ -21,10 +21,12 @@ def logits_of(
     model.eval()
     try:
         with torch.no_grad():
-            output = model(tokens.to(next(model.parameters()).device))
+            tokens = tokens.to(next(model.parameters()).device)
+            if isinstance(model, PreTrainedModel):
+                return model(tokens, return_dict=True, use_cache=False).logits
+            return model(tokens)
     finally:
         model.train(was_training)
-    return getattr(output, "logits", output)
 
 
 def require_tokens(model: HookedTransformer, tokens: Int[Tensor, "*batch pos"]) -> None:

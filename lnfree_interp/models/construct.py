@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import CheckpointError
+
+_AS_IT_WAS = "before_transformer_lens"
 
 # Made by the constructor from the config.
 _BUFFERS = ("attn.mask", "attn.IGNORE", "attn.rotary_sin", "attn.rotary_cos")
@@ -37,21 +40,39 @@ def hooked_transformer(
     Raises:
         CheckpointError: if a weight is missing, unexpected or of another shape.
     """
+    # TransformerLens would open a tokenizer by its name, running code from it if asked to.
+    cfg = replace(cfg, trust_remote_code=False)
+    if tokenizer is None:
+        cfg = replace(cfg, tokenizer_name=None)
     with warnings.catch_warnings():
         # HookedTransformer is what this package is for; its deprecation is known.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
         model = HookedTransformer(cfg, tokenizer=_undisturbed(tokenizer))
     if tokenizer is not None:
         model.tokenizer.init_kwargs = dict(tokenizer.init_kwargs)
+        setattr(model.tokenizer, _AS_IT_WAS, original_tokenizer(tokenizer))
     if complete:
         copy_weights(model, weights)
     return model.eval()
 
 
+def original_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer as it was before TransformerLens gave it a padding and a BOS token."""
+    return getattr(tokenizer, _AS_IT_WAS, tokenizer)
+
+
 def copy_weights(
-    model: HookedTransformer, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+    model: HookedTransformer,
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    zero_biases: bool = True,
 ) -> None:
     """Copy weights into a model, each into its place or not at all.
+
+    Args:
+        model: Where to.
+        weights: As for `hooked_transformer`.
+        zero_biases: Whether biases may be missing.
 
     Raises:
         CheckpointError: as `hooked_transformer`.
@@ -70,7 +91,7 @@ def copy_weights(
                     f"the config says {list(place.shape)}"
                 )
             place.copy_(W)
-    if missing := [name for name in places if not _is_bias(name)]:
+    if missing := [name for name in places if not (zero_biases and _is_bias(name))]:
         raise CheckpointError(f"weights do not fit the config: missing {', '.join(missing[:3])}")
 
 
@@ -87,6 +108,9 @@ def _undisturbed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokeniz
     """
     if tokenizer is None:
         return None
-    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer = copy.deepcopy(original_tokenizer(tokenizer))
     tokenizer.init_kwargs |= {"name_or_path": "", "add_bos_token": True}
+    # With padding on the left TransformerLens masks leading tokens that equal the padding token,
+    # which transformers does not do to bare token ids, and which often is end-of-text.
+    tokenizer.padding_side = "right"
     return tokenizer

@@ -69,6 +69,8 @@ def frozen_transformer(
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     scales: Mapping[str, float],
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    complete: bool = True,
 ) -> HookedTransformer:
     """A stock model of type LNPre or RMSPre whose norms divide by constants.
 
@@ -77,19 +79,26 @@ def frozen_transformer(
         weights: Its weights as they are.
         scales: sigma by norm, `blocks.0.ln1`, `blocks.0.ln2`, ..., `ln_final`.
         tokenizer: Goes along.
+        complete: As for `hooked_transformer`.
     """
     model = hooked_transformer(cfg, {}, tokenizer, complete=False)
     for name, sigma in scales.items():
         norm = FrozenNorm(sigma, cfg.normalization_type == "LNPre", cfg.dtype)
         model.set_submodule(name, norm.to(cfg.device))
     model.setup()
-    copy_weights(model, weights)
+    if complete:
+        copy_weights(model, weights)
     return model.eval()
 
 
 def is_frozen_form(model: HookedTransformer) -> bool:
     """Whether the model is in the frozen form: every norm module a `FrozenNorm`."""
-    return isinstance(getattr(model, "ln_final", None), FrozenNorm)
+    sites = list_norm_sites(model)
+    return bool(sites) and all(
+        site.kind in ("ln1", "ln2", "ln_final")
+        and isinstance(model.get_submodule(site.name), FrozenNorm)
+        for site in sites
+    )
 
 
 def reads_mean(model: HookedTransformer) -> str | None:
@@ -118,7 +127,9 @@ def constant_norms(model: HookedTransformer) -> tuple[dict[str, ConstantNorm], b
             blocks = range(model.cfg.n_layers)
             names += [f"blocks.{i}.{ln}" for i in blocks for ln in ("ln1", "ln2")]
             one = ConstantNorm(torch.ones(model.cfg.d_model, device=model.W_E.device), None, 1.0)
-            return dict.fromkeys(names, one), reads_mean(model) is None
+            # final_rms is kept from the model with norms; rounding cannot tell in bfloat16.
+            centred = not model.cfg.final_rms and reads_mean(model) is None
+            return dict.fromkeys(names, one), centred
         if is_frozen_form(model):
             norms = {}
             for name, norm in model.named_modules():
@@ -217,9 +228,13 @@ def with_sigma(norms: ConstantNorms, sigma: Mapping[str, float]) -> dict[str, Co
     def whole(name: str) -> str:  # blocks.0.ln1.qk is a part of blocks.0.ln1
         return name.removesuffix(".qk").removesuffix(".v")
 
-    if unknown := sorted(set(sigma) - set(norms) - {whole(name) for name in norms}):
-        raise NormSiteError(f"no norm {unknown[0]!r}; the model's norms: {', '.join(norms)}")
-    return {
-        name: replace(norm, sigma=float(sigma.get(name, sigma.get(whole(name), norm.sigma))))
-        for name, norm in norms.items()
-    }
+    known = dict.fromkeys(map(whole, norms))
+    if unknown := sorted(set(sigma) - set(known)):
+        raise NormSiteError(f"no norm {unknown[0]!r}; the model's norms: {', '.join(known)}")
+    try:
+        return {
+            name: replace(norm, sigma=float(sigma.get(whole(name), norm.sigma)))
+            for name, norm in norms.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise NormSiteError(f"sigma must be one number for each norm: {error}") from error

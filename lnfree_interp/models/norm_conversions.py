@@ -20,6 +20,7 @@ from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
 from lnfree_interp.models.folding import ConstantNorm, fold_weights
+from lnfree_interp.models.sites import has_norm_sites
 from lnfree_interp.numerics import MeasuredError
 
 Basis = Literal["orthonormal", "drop"]
@@ -100,6 +101,8 @@ def to_rms(model: HookedTransformer) -> NormConversion:
             LayerNorm.
         InexactError: if the logits differ by more than rounding explains.
     """
+    if has_norm_sites(model):
+        raise UnsupportedModelError("convert the stock model, before with_norm_sites")
     cfg = model.cfg
     after = cfg.use_normalization_before_and_after or cfg.post_embedding_ln
     if cfg.normalization_type != "LN" or cfg.final_rms or after or cfg.use_qk_norm:
@@ -151,6 +154,8 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
     _require_zero_mean_stream(model)
     cfg = model.cfg
     d = cfg.d_model
+    if d < 2:
+        raise UnsupportedModelError("a residual stream of one dimension has none to spare")
     writer, reader = _orthonormal(d) if basis == "orthonormal" else _dropping()
     weights: dict[str, Tensor] = {}
     for name, W in model.named_parameters():

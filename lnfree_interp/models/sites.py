@@ -118,8 +118,15 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
     """
     if has_norm_sites(model):
         return copy.deepcopy(model)
+    split = split_norms(model)
+    compare_logits(split, model).require("model with norm sites against stock")
+    return split
+
+
+def split_norms(model: HookedTransformer) -> HookedTransformer:
+    """As `with_norm_sites` of a stock model, without comparing logits."""
     _require_pre_layernorm(model)
-    stock, model = model, copy.deepcopy(model)
+    model = copy.deepcopy(model)
     model.reset_hooks(including_permanent=True)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = SiteBlock.from_stock(block, index)
@@ -128,7 +135,6 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
     if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
         model.unembed = TiedUnembed(model.unembed, model.embed)
     model.setup()
-    compare_logits(model, stock).require("model with norm sites against stock")
     return model
 
 
