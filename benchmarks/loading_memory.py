@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 CASES = {
     "transformers alone, one forward pass": ("live", None),
@@ -24,6 +25,9 @@ CASES = {
     "LN-free, folded": ("lnfree", {}),
     "LN-free, folded, check=False": ("lnfree", {"check": False}),
     "LN-free, frozen form": ("lnfree", {"form": "frozen"}),
+    "FakeLayerNorm pickle": ("fake", {}),
+    "FakeLayerNorm pickle with LoRA": ("lora", {}),
+    "nanoGPT ckpt.pt with its optimiser": ("nanogpt/ckpt.pt", {"sigma": 1.5}),
 }
 
 
@@ -49,6 +53,9 @@ def load_once(folder: str, options: dict | None) -> dict:
         with torch.no_grad():
             model(torch.zeros(2, 128, dtype=torch.long))
     else:
+        if "sigma" in options:
+            norms = [f"blocks.{i}.{ln}" for i in range(12) for ln in ("ln1", "ln2")]
+            options["sigma"] = dict.fromkeys([*norms, "ln_final"], options["sigma"])
         model = lf.load(folder, device="cpu", **options)
     seconds = time.monotonic() - began
     kept = resident("VmRSS") - before
@@ -70,6 +77,7 @@ def write_checkpoints(folder: Path) -> int:
         eos_token="<|endoftext|>",
         bos_token="<|endoftext|>",
     )
+    _write_pickles(model, tokenizer, folder)
     for name in ("live", "lnfree"):
         if name == "lnfree":
             model.config.layer_norm_epsilon = 1e12
@@ -80,6 +88,46 @@ def write_checkpoints(folder: Path) -> int:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return sum(W.numel() for W in model.parameters()) * 4
+
+
+def _write_pickles(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The same model in the formats that only pickles hold (tests/published_formats.py)."""
+    import torch
+
+    for name in ("fake", "lora", "nanogpt"):
+        (folder / name).mkdir()
+    state, norms = (
+        model.state_dict(),
+        [f"transformer.h.{i}.ln_{j}" for i in range(12) for j in (1, 2)],
+    )
+    fake = dict(state)
+    for norm in [*norms, "transformer.ln_f"]:
+        fake |= {f"{norm}.{flag}": torch.tensor(True) for flag in ("is_fake", "attn_v_is_fake")}
+        fake[f"{norm}.average_std_buffer"] = torch.full((768,), 1.5)
+    lora, nanogpt = dict(fake), {}
+    for name, W in state.items():
+        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        nanogpt[name] = W.T.contiguous() if linear else W
+        if linear:
+            module = name.removesuffix(".weight")
+            lora[f"{module}.weight_frozen"] = lora.pop(name)
+            lora[f"{module}.bias_frozen"] = lora.pop(f"{module}.bias")
+            lora[f"{module}.lora_A"] = torch.randn(W.shape[0], 64) * 0.01
+            lora[f"{module}.lora_B"] = torch.randn(64, W.shape[1]) * 0.01
+    for name, content in (("fake", fake), ("lora", lora)):
+        torch.save(content, folder / name / "pytorch_model.bin")
+        model.config.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    moments = {key: {"exp_avg": W, "exp_avg_sq": W.clone()} for key, W in enumerate(state.values())}
+    arguments = {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "block_size": 1024,
+        "vocab_size": 50257,
+    }
+    checkpoint = {"model": nanogpt, "model_args": arguments, "optimizer": {"state": moments}}
+    torch.save(checkpoint, folder / "nanogpt" / "ckpt.pt")
 
 
 def main() -> None:

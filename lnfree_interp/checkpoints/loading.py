@@ -56,11 +56,11 @@ def load(
 
     Args:
         source: Hub id, local folder, a nanoGPT `ckpt.pt`, or a `transformers` model in memory.
-        form: For LN-free checkpoints: `"folded"` (the default, but TransformerLens' layout comes
-            as it was written) is a stock model with `normalization_type=None`; `"frozen"` keeps norms that divide by a constant, on which
-            TransformerLens' own tools run and are exact, see `frozen_form`. `"sites"` gives back
-            the model with norm sites that was exported: its gains, biases and constants one by
-            one, to go on training or to thaw.
+        form: For LN-free checkpoints. `"folded"` is a stock model with `normalization_type=None`;
+            `"frozen"` keeps norms that divide by a constant, on which TransformerLens' own tools
+            run and are exact, see `frozen_form`; `"sites"` gives back the model with norm sites
+            that was exported: its gains, biases and constants one by one, to go on training or to
+            thaw. Default: folded; a folder in TransformerLens' layout as it was written.
         tokenizer: Default: the checkpoint's own; a model in memory may go without.
         dtype: Of the weights.
         device: Default: the GPU if there is one, else the CPU.
@@ -127,9 +127,7 @@ def load_checkpoint(
         raise UnsupportedModelError(f"dtype {dtype} is none of {', '.join(map(str, TOLERANCE))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":
-        raise UnsupportedModelError(
-            "Apple's GPUs have no float64, which folding needs: use the CPU"
-        )
+        raise UnsupportedModelError("mps has no float64, which folding needs: use device='cpu'")
     if isinstance(source, PreTrainedModel):
         name = source.config.name_or_path or "custom"
         if sigma is not None:

@@ -132,14 +132,17 @@ def merge_lora(state: State, source: str) -> bool:
             raise CheckpointError(f"{source}: adapter {name} lacks {error}") from error
         shapes = [list(part.shape) for part in (W, A, B)]
         fits = A.ndim == B.ndim == 2 and W.shape == (A.shape[0], B.shape[1])
-        if not (fits and A.shape[1] == B.shape[0] and _stored_in_full(A, B)):
+        if not (fits and A.shape[1] == B.shape[0] and _stored_in_full(W, A, B)):
             raise CheckpointError(
                 f"{source}: adapter {name} does not fit: weight_frozen, lora_A and lora_B are "
                 f"{', '.join(map(str, shapes))}"
             )
         if not all(part.is_floating_point() for part in (W, A, B)):
             raise CheckpointError(f"{source}: adapter {name} holds whole numbers")
-        state[f"{name}.weight"] = (W.double() + A.double() @ B.double()).to(W.dtype)
+        precise = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
+        # In place where the dtype allows it: the tensor is ours alone, mapped or read.
+        merged = W.to(precise).addmm_(A.to(precise), B.to(precise))
+        state[f"{name}.weight"] = merged.to(W.dtype)
         if (b := state.pop(f"{name}.bias_frozen", None)) is not None:
             state[f"{name}.bias"] = b
     return bool(adapted)
