@@ -18,6 +18,14 @@ TOLERANCE: dict[torch.dtype, float] = {
 """Largest relative error that rounding may cause in one forward pass, by dtype."""
 
 
+ROUNDING: dict[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-2,
+}
+"""Below this share of a weight's largest entry, what is left of it is rounding, by dtype."""
+
 _CHUNK = 2**22
 """Elements that are compared in float64 at once, to keep the peak of memory low."""
 

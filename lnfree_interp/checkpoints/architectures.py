@@ -16,6 +16,7 @@ from lnfree_interp.checkpoints import configs, layouts
 from lnfree_interp.checkpoints.configs import ConfigMap
 from lnfree_interp.checkpoints.layouts import Layout
 from lnfree_interp.errors import CheckpointError, UnsupportedModelError
+from lnfree_interp.numerics import TOLERANCE
 
 # Hugging Face's name -> TransformerLens' name of the same function. The first of several is
 # what an export says.
@@ -30,6 +31,10 @@ _ACTIVATIONS = {
 }
 _HF_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
+
+DISGUISE_ERROR = 1e-7
+"""Relative error that a constant epsilon of 1e12 itself may cause: variance / (2 * epsilon), below
+1e-8 at the largest residual norms of GPT-2. Only float64 can see it."""
 
 _LARGEST = {"n_layers": 10_000, "n_heads": 100_000}
 
@@ -71,8 +76,6 @@ class Architecture:
         return self.config.fields["act_fn"]
 
 
-_BIAS = {"bias_field": "attention_bias"}
-
 ARCHITECTURES: dict[str, Architecture] = {
     "GPT2LMHeadModel": Architecture(configs.GPT2, layouts.GPT2, sees_float64=True),
     "GPTNeoForCausalLM": Architecture(configs.GPT_NEO, layouts.GPT_NEO),
@@ -83,13 +86,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed_epsilon=True,
         bias_field="enable_bias",
     ),
-    "GPTNeoXForCausalLM": Architecture(configs.GPT_NEOX, layouts.GPT_NEOX, **_BIAS),
-    "LlamaForCausalLM": Architecture(configs.LLAMA, layouts.LLAMA, norm="RMS", **_BIAS),
+    "GPTNeoXForCausalLM": Architecture(
+        configs.GPT_NEOX, layouts.GPT_NEOX, bias_field="attention_bias"
+    ),
+    "LlamaForCausalLM": Architecture(
+        configs.LLAMA, layouts.LLAMA, norm="RMS", bias_field="attention_bias"
+    ),
     "MistralForCausalLM": Architecture(configs.MISTRAL, layouts.MISTRAL, norm="RMS"),
     "Qwen2ForCausalLM": Architecture(configs.QWEN2, layouts.QWEN2, norm="RMS"),
-    "Qwen3ForCausalLM": Architecture(configs.QWEN3, layouts.QWEN3, norm="RMS", **_BIAS),
+    "Qwen3ForCausalLM": Architecture(
+        configs.QWEN3, layouts.QWEN3, norm="RMS", bias_field="attention_bias"
+    ),
     "Gemma2ForCausalLM": Architecture(
-        configs.GEMMA2, layouts.GEMMA2, norm="RMS", scales_embedding=True, **_BIAS
+        configs.GEMMA2,
+        layouts.GEMMA2,
+        norm="RMS",
+        scales_embedding=True,
+        bias_field="attention_bias",
     ),
 }
 
@@ -120,6 +133,20 @@ def architecture_of(
     raise UnsupportedModelError(
         f"architecture {found} is not supported; supported: {', '.join(ARCHITECTURES)}"
     )
+
+
+def logit_tolerance(dtype: torch.dtype, architecture: Architecture, *, disguised: bool) -> float:
+    """How far logits may be from those of transformers, relative to the largest.
+
+    Args:
+        dtype: Of both models.
+        architecture: Whether transformers computes in float64 throughout.
+        disguised: Whether transformers runs norms of a constant epsilon.
+    """
+    tolerance = TOLERANCE[dtype]
+    if not architecture.sees_float64:
+        tolerance = max(tolerance, TOLERANCE[torch.float32])
+    return max(tolerance, DISGUISE_ERROR) if disguised else tolerance
 
 
 def config_fields(config: PretrainedConfig, architecture: Architecture) -> dict[str, Any]:

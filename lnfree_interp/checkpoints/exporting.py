@@ -22,13 +22,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lnfree_interp.checkpoints import native
-from lnfree_interp.checkpoints.architectures import ARCHITECTURES, Architecture, hf_config
+from lnfree_interp.checkpoints.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    hf_config,
+    logit_tolerance,
+)
 from lnfree_interp.checkpoints.layouts import hooked_names, optional_names, to_hf_weights
-from lnfree_interp.checkpoints.loading import logit_tolerance
 from lnfree_interp.checkpoints.model_card import model_card
 from lnfree_interp.checkpoints.published import DISGUISE_EPSILON, DISGUISE_GAIN
 from lnfree_interp.checkpoints.sidecar import Sidecar
@@ -40,15 +44,12 @@ from lnfree_interp.models.folding import ConstantNorm, rescale_queries_and_keys
 from lnfree_interp.models.forms import constant_norms, is_frozen_form, reads_mean
 from lnfree_interp.models.norm_conversions import CRMSNormPre
 from lnfree_interp.models.sites import has_norm_sites, live_sites
-from lnfree_interp.numerics import MeasuredError
+from lnfree_interp.numerics import ROUNDING, MeasuredError
 
 if TYPE_CHECKING:
     from lnfree_interp.removal.recipes import Recipe
 
 Target = Literal["transformers", "transformer_lens"]
-
-# Relative error below which a re-tied unembedding counts as the same.
-_TIED = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def to_transformers(model: HookedTransformer) -> PreTrainedModel:
@@ -63,6 +64,11 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
         NormSiteError: if some norm sites are live and some frozen.
         InexactError: if the logits differ by more than rounding explains.
     """
+    return _in_transformers(model)[0]
+
+
+def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, MeasuredError]:
+    """As `to_transformers`, and how far its logits are from the model's."""
     cfg = model.cfg
     name = cfg.original_architecture
     said = is_frozen_form(model) or cfg.normalization_type in ("LN", "RMS", None)
@@ -91,7 +97,10 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
         others[architecture.bias_field] = biased
     absent = frozenset() if biased else frozenset(optional)
     state = to_hf_weights(architecture.layout, cfg, weights, absent)
-    tied = torch.equal(state["lm_head.weight"], state[architecture.layout[0].hf])
+    embedding = architecture.layout[0].hf
+    tied = torch.equal(_as_embedded(state["lm_head.weight"], cfg, architecture), model.W_E)
+    if tied:  # bit by bit, where the way back from a scaled embedding rounds
+        state[embedding] = state["lm_head.weight"]
     tokenizer = None if model.tokenizer is None else original_tokenizer(model.tokenizer)
     config = hf_config(
         cfg,
@@ -108,9 +117,16 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
     error = compare_logits(exported, model)
     error.require(
         "exported against HookedTransformer logits",
-        logit_tolerance(error, architecture.sees_float64, not live),
+        logit_tolerance(cfg.dtype, architecture, disguised=not live),
     )
-    return exported
+    return exported, error
+
+
+def _as_embedded(
+    W: Float[Tensor, "d_vocab d_model"], cfg: HookedTransformerConfig, architecture: Architecture
+) -> Float[Tensor, "d_vocab d_model"]:
+    """What an embedding tied to this unembedding gives, scaled where the architecture does."""
+    return W * torch.tensor(cfg.d_model**0.5, dtype=W.dtype) if architecture.scales_embedding else W
 
 
 def export(
@@ -148,13 +164,12 @@ def export(
     if target not in get_args(Target):
         raise UnsupportedModelError(f"target {target!r} is none of {get_args(Target)}")
     if target == "transformers":
-        exported = to_transformers(model)
-        measured["export against HookedTransformer"] = compare_logits(exported, model)
+        exported, measured["export against HookedTransformer"] = _in_transformers(model)
     elif has_norm_sites(model):
         raise UnsupportedModelError(
             "norm sites have no place in TransformerLens' layout: fold or frozen_form first"
         )
-    constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma)
+    constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model.cfg.n_layers)
     with new_folder(out) as folder:
         if target == "transformers":
             exported.save_pretrained(folder)
@@ -191,13 +206,23 @@ def _sidecar(
             }
             for what, error in errors.items()
         },
-        source=source or model.cfg.model_name,
+        source=_public_name(source or model.cfg.model_name),
         made_by=f"lnfree_interp {version('lnfree_interp')}",
     )
 
 
-def _plain_sigma(sigma: Mapping[str, float]) -> dict[str, float]:
-    """Constants as plain numbers, positive and finite."""
+def _public_name(source: str) -> str:
+    """A hub id as it is; of a path on this machine only the last part."""
+    local = os.path.isabs(source) or os.path.exists(source) or source.startswith((".", "~"))
+    return Path(source).name if local else source
+
+
+def _plain_sigma(sigma: Mapping[str, float], n_layers: int) -> dict[str, float]:
+    """Constants as plain numbers, positive and finite, of norms or sites that there can be."""
+    kinds = ("ln1", "ln1.qk", "ln1.v", "ln2")
+    names = {"ln_final", *(f"blocks.{i}.{kind}" for i in range(n_layers) for kind in kinds)}
+    if unknown := sorted(set(sigma) - names):
+        raise NormSiteError(f"sigma names {unknown[0]}, which the model does not have")
     try:
         plain = {name: float(value) for name, value in sigma.items()}
     except (TypeError, ValueError) as error:
@@ -280,23 +305,23 @@ def _disguised(
             "only models folded from LayerNorm can be exported to it"
         )
     weights = {key: W for key, W in weights.items() if not key.startswith("ln_final.")}
-    W_E = weights["embed.W_E"]
+    W_E, places = weights["embed.W_E"], architecture.norm_weights(cfg)
     for layer in range(cfg.n_layers):
         block = f"blocks.{layer}"
         qk, v = norms.get(f"{block}.ln1.qk"), norms.get(f"{block}.ln1.v")
         if qk is not None and v is not None and qk.sigma != v.sigma:
             rescale_queries_and_keys(weights, block, v.sigma / qk.sigma, v.bias)
         for kind in ("ln1", "ln2", "ln1_post", "ln2_post", "attn.q_norm", "attn.k_norm"):
-            if f"{block}.{kind}.w" not in architecture.norm_weights(cfg):
+            if f"{block}.{kind}.w" not in places:
                 continue
             norm = norms.get(f"{block}.{kind}") or norms.get(f"{block}.{kind}.v")
-            _put(weights, f"{block}.{kind}", norm, W_E, architecture.norm_weights(cfg))
+            _put(weights, f"{block}.{kind}", norm, W_E, places)
     final = norms["ln_final"]
     if not sites:
         final, weights["unembed.W_U"] = _unembedding(model, final, architecture)
     elif model.b_U.any():
         raise UnsupportedModelError(f"{name} has no unembedding bias: fold the model first")
-    _put(weights, "ln_final", final, W_E, architecture.norm_weights(cfg))
+    _put(weights, "ln_final", final, W_E, places)
     return weights
 
 
@@ -354,7 +379,7 @@ def retied(
         centred: Whether C subtracts the mean (LayerNorm), or is the identity (RMSNorm).
     """
     E, U, d = W_E.detach().double(), W_U.detach().double(), W_E.shape[1]
-    tolerance = _TIED.get(W_E.dtype, 1e-2)
+    tolerance = ROUNDING[W_E.dtype]
     gram = E.T @ E
     C = torch.eye(d, dtype=E.dtype, device=E.device)
     if centred:

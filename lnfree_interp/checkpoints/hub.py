@@ -1,5 +1,6 @@
 """Where a checkpoint lies: a local path as it is, a hub id as the folder it is downloaded to."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -54,9 +55,10 @@ def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str]
     """The snapshot folder of a hub model; from the cache alone if it is complete there."""
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
-        cached = try_to_load_from_cache(name, "config.json", **where)
-        if isinstance(cached, str) and _has_weights(Path(cached).parent):
-            return Path(cached).parent
+        for config in ("config.json", "hooked_transformer.json"):
+            cached = try_to_load_from_cache(name, config, **where)
+            if isinstance(cached, str) and _has_weights(Path(cached).parent):
+                return Path(cached).parent
         # One question with a short time-out, in place of slow retries.
         files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
         names = [file.rfilename for file in files]
@@ -81,6 +83,8 @@ def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str]
     except HfHubHTTPError as error:
         raise CheckpointError(f"{name}: the hub answered: {first_line(error)}") from error
     except Exception as error:  # no route, no name service, proxy, offline mode
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES):
+            raise CheckpointError(f"{name}: cannot be downloaded: {error}") from error
         raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
 
 

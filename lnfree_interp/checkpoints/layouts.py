@@ -42,8 +42,18 @@ class Rule:
 Layout = tuple[Rule, ...]
 
 
-def _rule(hf: str, tl: str, pattern: str | None = None, **options: object) -> Rule:
-    return Rule(hf, tuple(tl.split()), pattern, **options)  # type: ignore[arg-type]
+def _rule(
+    hf: str,
+    tl: str,
+    pattern: str | None = None,
+    *,
+    optional: bool = False,
+    plus: float = 0.0,
+    times_sqrt_d_model: bool = False,
+    skip_rows: int = 0,
+) -> Rule:
+    """A `Rule` whose TransformerLens names are written with spaces between."""
+    return Rule(hf, tuple(tl.split()), pattern, optional, plus, times_sqrt_d_model, skip_rows)
 
 
 def _blocks(hf_prefix: str, *rules: Rule) -> Layout:
@@ -324,7 +334,8 @@ def to_hf_weights(
         hf[rule.hf] = W.contiguous()
     if homeless := [name for name, W in left.items() if W.any()]:
         raise UnsupportedModelError(
-            f"{cfg.original_architecture} has no place for {', '.join(homeless[:3])}"
+            f"{cfg.original_architecture} has no place for {', '.join(homeless[:3])}: export it "
+            "with target='transformer_lens'"
         )
     return hf
 

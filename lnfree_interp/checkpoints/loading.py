@@ -12,7 +12,11 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints import native, published
-from lnfree_interp.checkpoints.architectures import architecture_of, hooked_config
+from lnfree_interp.checkpoints.architectures import (
+    architecture_of,
+    hooked_config,
+    logit_tolerance,
+)
 from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
@@ -31,10 +35,6 @@ _FORMS = ("folded", "frozen", "sites")
 
 LIVE_EPSILON = 1e-5
 """What a norm adds to the variance when it is thawed and the checkpoint does not say: GPT-2's."""
-
-DISGUISE_ERROR = 1e-7
-"""Relative error that a constant epsilon of 1e12 itself may cause: variance / (2 * epsilon), below
-1e-8 at the largest residual norms of GPT-2. Only float64 can see it."""
 
 
 def load(
@@ -177,7 +177,7 @@ def load_checkpoint(
     error = measure_error(logits_of(model, tokens).cpu(), expected)
     error.require(
         f"{name}: HookedTransformer against transformers",
-        logit_tolerance(error, architecture.sees_float64, norms is not None),
+        logit_tolerance(dtype, architecture, disguised=norms is not None),
     )
     return Loaded(model, recognised, error)
 
@@ -225,18 +225,6 @@ def _without_norms(
     if form == "sites":
         return _with_frozen_sites(cfg, weights, norms, opened.tokenizer, opened.sigma or {})
     return finished_model(cfg, weights, norms, opened.tokenizer, centred=centred, form=form)
-
-
-def logit_tolerance(error: MeasuredError, sees_float64: bool, disguised: bool) -> float:
-    """How far logits may be from those of transformers.
-
-    Args:
-        error: For its dtype.
-        sees_float64: Whether transformers computes in float64 throughout on this architecture.
-        disguised: Whether transformers runs norms of epsilon 1e12.
-    """
-    tolerance = error.tolerance if sees_float64 else max(error.tolerance, TOLERANCE[torch.float32])
-    return max(tolerance, DISGUISE_ERROR) if disguised else tolerance
 
 
 def _drain(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -135,7 +135,7 @@ def rescale_queries_and_keys(
     ratio: float,
     bias: Float[Tensor, " d_model"] | None,
 ) -> None:
-    """W_Q and W_K made to read a norm that divides by `ratio` times the constant, in place.
+    """W_Q and W_K replaced by ones that read a norm that divides by `ratio` times the constant.
 
     So that queries, keys and values can share one norm: with r = ratio and a norm's gain a and
     bias b,  (x a + b) W + b_W  =  (x a / r + b) (r W) + [b_W + (1 - r) b W].

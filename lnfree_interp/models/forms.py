@@ -25,9 +25,7 @@ from lnfree_interp.models.folding import (
 )
 from lnfree_interp.models.norms import FrozenNorm
 from lnfree_interp.models.sites import get_norm, has_norm_sites, list_norm_sites, live_sites
-
-# A reader counts as centred when its column means are below this share of its largest weight.
-_CENTRED = {torch.float64: 1e-12, torch.float32: 1e-6}
+from lnfree_interp.numerics import ROUNDING
 
 
 def finished_model(
@@ -103,7 +101,7 @@ def is_frozen_form(model: HookedTransformer) -> bool:
 
 def reads_mean(model: HookedTransformer) -> str | None:
     """The name of a weight that reads the mean of the residual stream, or None."""
-    tolerance = _CENTRED.get(model.cfg.dtype, 1e-2)
+    tolerance = ROUNDING[model.cfg.dtype]
     readers = {"W_Q": model.W_Q, "W_K": model.W_K, "W_V": model.W_V, "W_in": model.W_in}
     if model.cfg.gated_mlp:
         readers["W_gate"] = torch.stack([block.mlp.W_gate for block in model.blocks])

@@ -6,6 +6,7 @@ zero-mean stream in d dimensions needs only d - 1 numbers. (Pre-RMSNorm and Pre-
 Transformers, arXiv 2305.14858; the orthonormal basis is ours.)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -21,15 +22,14 @@ from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
 from lnfree_interp.models.folding import ConstantNorm, fold_weights
 from lnfree_interp.models.sites import has_norm_sites
-from lnfree_interp.numerics import MeasuredError
+from lnfree_interp.numerics import ROUNDING, MeasuredError
 
 Basis = Literal["orthonormal", "drop"]
 
 _WRITERS = ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out")
 _READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate", "W_U")
 
-# A stream counts as zero-mean when no writer's mean is above this share of its largest weight.
-_ZERO_MEAN = {torch.float64: 1e-12, torch.float32: 1e-6}
+_Narrowing = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _require_zero_mean_stream(model: HookedTransformer) -> None:
         )
     for name, W in model.named_parameters():
         if _writes(name) and W.numel():
-            tolerance = _ZERO_MEAN.get(W.dtype, 1e-2) * W.abs().max()
+            tolerance = ROUNDING[W.dtype] * W.abs().max()
             if W.double().mean(-1).abs().max() > tolerance:
                 raise UnsupportedModelError(
                     f"{name} writes a mean into the residual stream, which CRMSNorm has no room "
@@ -203,9 +203,12 @@ def _measured(
     before: HookedTransformer, after: HookedTransformer, steps: tuple[str, ...], what: str
 ) -> NormConversion:
     error = compare_logits(after, before).require(what)
-    counts = tuple(sum(W.numel() for W in model.parameters()) for model in (before, after))
     widths = (before.cfg.d_model, after.cfg.d_model)
-    return NormConversion(after, steps, error, widths, counts)  # type: ignore[arg-type]
+    return NormConversion(after, steps, error, widths, (_count(before), _count(after)))
+
+
+def _count(model: HookedTransformer) -> int:
+    return sum(W.numel() for W in model.parameters())
 
 
 def _leaf(name: str) -> str:
@@ -225,8 +228,8 @@ def _centred(W: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     return (W64 - W64.mean(-1, keepdim=True)).to(W.dtype)
 
 
-def _orthonormal(d: int) -> tuple:
-    """What writers and readers are multiplied by, on the right, to live in d - 1 dimensions.
+def _orthonormal(d: int) -> tuple[_Narrowing, _Narrowing]:
+    """What takes writers and (transposed) readers, [..., d], to d - 1 dimensions.
 
     The basis is that of the Householder reflection that takes the last axis to 1 / sqrt(d).
     """
@@ -240,5 +243,6 @@ def _orthonormal(d: int) -> tuple:
     return reflect, lambda W: reflect(W) * (d / (d - 1)) ** 0.5
 
 
-def _dropping() -> tuple:
+def _dropping() -> tuple[_Narrowing, _Narrowing]:
+    """As `_orthonormal`: the last coordinate of writers left out, of readers subtracted."""
     return (lambda W: W[..., :-1]), (lambda W: W[..., :-1] - W[..., -1:])
