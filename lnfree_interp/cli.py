@@ -60,6 +60,7 @@ def convert(
     target: Literal["transformers", "transformer_lens"] | None = None,
     dtype: Literal["float32", "float64", "bfloat16"] = "float32",
     revision: str | None = None,
+    tokenizer: str | None = None,
     sigma: Path | None = None,
     check: bool = True,
     dry_run: bool = False,
@@ -80,6 +81,7 @@ def convert(
         target: Layout of the result. Default: for plain transformers where it has a class for it.
         dtype: Of the weights.
         revision: Branch, tag or commit on the hub.
+        tokenizer: Hub id or folder of the tokenizer, for a checkpoint that has none.
         sigma: JSON file with the constant of each norm, for a ckpt.pt, which does not state them.
         check: Compare logits with transformers after loading.
         dry_run: Load and say what would be done; write nothing.
@@ -92,8 +94,10 @@ def convert(
     import torch
 
     from lnfree_interp.checkpoints import converting
+    from lnfree_interp.checkpoints.source import read_tokenizer
 
     constants = None if sigma is None else converting.read_sigma(sigma)
+    own_tokenizer = None if tokenizer is None else read_tokenizer(tokenizer)
     converting.convert(
         source,
         out,
@@ -103,6 +107,7 @@ def convert(
         target=target,
         dtype=getattr(torch, dtype),
         revision=revision,
+        tokenizer=own_tokenizer,
         sigma=constants,
         check=check,
         dry_run=dry_run,

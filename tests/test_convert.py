@@ -39,7 +39,7 @@ def test_a_published_format_becomes_a_folder_for_transformers(
     hf_model = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     lf.compare_logits(lf.load(fake), hf_model).require("converted")
     assert lf.read_sidecar(tmp_path / "out").form == form
-    assert "HookedTransformer against transformers" in (tmp_path / "out/README.md").read_text()
+    assert "HookedTransformer against its source" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_dry_run_writes_nothing(fake, tmp_path, monkeypatch, capsys):
@@ -67,7 +67,7 @@ def test_norms_are_converted(norm, basis, gpt2_folder, tmp_path):
         lf.compare_logits(lf.load(tmp_path / "again"), back).require("again")
 
 
-def test_constants_of_a_nanogpt_file_come_from_json(tmp_path, monkeypatch):
+def test_constants_of_a_nanogpt_file_come_from_json(tmp_path, monkeypatch, tokenizer):
     model = finished(activation_function="gelu")
     write_nanogpt(model, tmp_path / "ckpt.pt")
     names = {"ln_1": "ln1", "ln_2": "ln2"}
@@ -77,7 +77,10 @@ def test_constants_of_a_nanogpt_file_come_from_json(tmp_path, monkeypatch):
     }
     sigma["ln_final"] = [sigma["ln_final"]] * 32
     (tmp_path / "sigma.json").write_text(json.dumps(sigma))
-    run(monkeypatch, tmp_path / "ckpt.pt", tmp_path / "out", "--sigma", tmp_path / "sigma.json")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    more = ("--sigma", tmp_path / "sigma.json", "--tokenizer", tmp_path / "tokenizer")
+    run(monkeypatch, tmp_path / "ckpt.pt", tmp_path / "out", *more)
+    assert lf.load(tmp_path / "out").to_str_tokens("def")[0] == "<|endoftext|>"
     hf_model = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     wanted = lf.load(tmp_path / "ckpt.pt", sigma={k: torch.tensor(v) for k, v in sigma.items()})
     lf.compare_logits(hf_model, wanted).require("converted")
@@ -110,6 +113,10 @@ def test_requests_that_contradict_themselves_or_the_model(gpt2_folder, fake, tmp
     tokenizer.save_pretrained(tmp_path / "llama")
     with pytest.raises(UnsupportedModelError, match="only LayerNorm"):
         lf.convert(tmp_path / "llama", tmp_path / "out", to_norm="crms")
+    with pytest.raises(UnsupportedModelError, match="no class for the result"):
+        lf.convert(
+            gpt2_folder, tmp_path / "out", to_norm="rms", target="transformers", dry_run=True
+        )
     with pytest.raises(CheckpointError, match="no such folder"):
         lf.convert(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -124,3 +131,11 @@ def test_an_interrupted_conversion_leaves_nothing(gpt2_folder, tmp_path, monkeyp
         run(monkeypatch, gpt2_folder, tmp_path / "deep/out")
     assert exit.value.code == 130
     assert not (tmp_path / "deep").exists()
+
+
+def test_the_plan_holds_what_was_measured(gpt2_folder, tmp_path):
+    plan = lf.convert(gpt2_folder, tmp_path / "out", to_norm="rms")
+    assert set(plan.errors) == {
+        "HookedTransformer against its source",
+        "RMSNorm against the original",
+    }

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints.exporting import Target, best_target, export, form_of
 from lnfree_interp.checkpoints.loading import Loaded, load_checkpoint
@@ -28,10 +29,16 @@ class Plan:
 
     source: str
     recognised: str
+    """What the source was recognised as."""
     model: str
+    """Architecture and sizes."""
     norms: str
+    """The norms of the source, in words."""
     steps: tuple[str, ...]
     target: Target
+    """As for `export`."""
+    errors: Mapping[str, MeasuredError]
+    """Measured while loading, and while converting unless it was a dry run."""
 
     def __str__(self) -> str:
         rows = [
@@ -55,6 +62,7 @@ def convert(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     sigma: Sigma | None = None,
     check: bool = True,
     dry_run: bool = False,
@@ -74,6 +82,7 @@ def convert(
         dtype: Of the weights.
         revision: As for `load`.
         cache_dir: As for `load`.
+        tokenizer: As for `load`; goes along into the folder.
         sigma: As for `load`.
         check: Compare the logits with those of transformers after loading.
         dry_run: Load and say what would be done, but do not do it.
@@ -96,18 +105,17 @@ def convert(
         dtype=dtype,
         revision=revision,
         cache_dir=cache_dir,
+        tokenizer=tokenizer,
         sigma=sigma,
         check=check,
     )
     plan = _plan(name, Path(out), loaded, to_norm, basis, target)
     say(str(plan))
-    errors: dict[str, MeasuredError] = {}
-    if loaded.error is not None:
-        errors["HookedTransformer against transformers"] = loaded.error
-        say(f"loaded; largest logit difference from transformers: {loaded.error}")
+    for what, error in plan.errors.items():
+        say(f"loaded; largest logit difference, {what}: {error}")
     if dry_run:
         return plan
-    model = loaded.model
+    model, errors = loaded.model, dict(plan.errors)
     if to_norm is not None:
         conversion = to_rms(model) if to_norm == "rms" else to_crms(model, basis)
         errors[f"{to_norm.upper()}Norm against the original"] = conversion.error
@@ -115,7 +123,7 @@ def convert(
         say(f"converted; largest logit difference from before: {conversion.error}")
     export(model, out, target=plan.target, errors=errors, source=name)
     say(f"wrote {os.fspath(out)}")
-    return plan
+    return replace(plan, errors=errors)
 
 
 def _plan(
@@ -153,6 +161,10 @@ def _plan(
                 f"RMSNorm -> CRMSNorm ({basis}): residual stream {cfg.d_model} -> "
                 f"{cfg.d_model - 1} dimensions"
             )
+    if to_norm is not None and target == "transformers":
+        raise UnsupportedModelError(
+            "transformers has no class for the result: leave target out, or say transformer_lens"
+        )
     where = target or ("transformer_lens" if to_norm else best_target(model))
     what = {
         "transformers": f"{cfg.original_architecture} for plain transformers",
@@ -163,7 +175,10 @@ def _plan(
         f"{cfg.original_architecture}, {cfg.n_layers} layers, d_model {cfg.d_model}, "
         f"{cfg.n_heads} heads, {sum(W.numel() for W in model.parameters()):,} parameters"
     )
-    return Plan(source, loaded.format, size, norms, tuple(steps), where)
+    errors = {}
+    if loaded.error is not None:
+        errors["HookedTransformer against its source"] = loaded.error
+    return Plan(source, loaded.format, size, norms, tuple(steps), where, errors)
 
 
 def read_sigma(file: Path) -> dict[str, float | torch.Tensor]:

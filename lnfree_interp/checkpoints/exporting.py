@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lnfree_interp.checkpoints import native
@@ -98,8 +98,8 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     absent = frozenset() if biased else frozenset(optional)
     state = to_hf_weights(architecture.layout, cfg, weights, absent)
     embedding = architecture.layout[0].hf
-    tied = torch.equal(_as_embedded(state["lm_head.weight"], cfg, architecture), model.W_E)
-    if tied:  # bit by bit, where the way back from a scaled embedding rounds
+    tied = _is_tied(state["lm_head.weight"], model.W_E, architecture)
+    if tied:  # one tensor, where the way back from a scaled embedding rounds
         state[embedding] = state["lm_head.weight"]
     tokenizer = None if model.tokenizer is None else original_tokenizer(model.tokenizer)
     config = hf_config(
@@ -122,11 +122,16 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     return exported, error
 
 
-def _as_embedded(
-    W: Float[Tensor, "d_vocab d_model"], cfg: HookedTransformerConfig, architecture: Architecture
-) -> Float[Tensor, "d_vocab d_model"]:
-    """What an embedding tied to this unembedding gives, scaled where the architecture does."""
-    return W * torch.tensor(cfg.d_model**0.5, dtype=W.dtype) if architecture.scales_embedding else W
+def _is_tied(
+    W: Float[Tensor, "d_vocab d_model"],
+    W_E: Float[Tensor, "d_vocab d_model"],
+    architecture: Architecture,
+) -> bool:
+    """Whether an unembedding is the embedding; to rounding where that is a multiple of it."""
+    if not architecture.scales_embedding:
+        return torch.equal(W, W_E)
+    few_ulp = 4 * torch.finfo(W.dtype).eps
+    return torch.allclose(W * W_E.shape[1] ** 0.5, W_E, rtol=few_ulp, atol=0)
 
 
 def export(

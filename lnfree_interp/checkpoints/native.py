@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import is_finite
+from lnfree_interp.checkpoints.source import read_tokenizer
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import copy_weights, hooked_transformer, original_tokenizer
@@ -122,10 +123,7 @@ def read(
     shapes = _shapes(weights)
     _require_fitting(cfg, shapes, file)
     if tokenizer is None and (folder / "tokenizer.json").is_file():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # the tokenizer libraries raise their own types
-            raise CheckpointError(f"{folder}: no usable tokenizer: {first_line(error)}") from error
+        tokenizer = read_tokenizer(folder)
     with safe_open(weights, framework="pt", device=str(device)) as opened:
         pairs = ((name, _sound(opened.get_tensor(name), name, weights)) for name in shapes)
         if frozen:

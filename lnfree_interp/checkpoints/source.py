@@ -120,7 +120,7 @@ def open_checkpoint(
             raise CheckpointError(f"{name}: sigma is for nanoGPT files; this folder has its own")
         _require_files(path, tokenizer_needed=tokenizer is None)
         config = read_config(path, name)
-        tokenizer = tokenizer or _read_tokenizer(path, name)
+        tokenizer = tokenizer or read_tokenizer(path)
         safetensors = WEIGHTS_FILES[0]
         if (path / safetensors).is_file() or (path / f"{safetensors}.index.json").is_file():
             _require_plausible_size(path, config, _count_weights(path))
@@ -160,11 +160,16 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
     return config
 
 
-def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        CheckpointError: if there is none that can be used.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizer libraries raise their own types
-        raise CheckpointError(f"{name}: no usable tokenizer: {first_line(error)}") from error
+        raise CheckpointError(f"{source}: no usable tokenizer: {first_line(error)}") from error
 
 
 def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> OpenCheckpoint:
