@@ -116,12 +116,12 @@ def read(
         raise
     except Exception as error:  # whatever TransformerLens makes of a wrong type
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
-    norms = {f"blocks.{i}.{ln}" for i in range(cfg.n_layers) for ln in ("ln1", "ln2")}
-    if frozen and (frozen.keys() != norms | {"ln_final"} or cfg.attn_only):
-        raise CheckpointError(f"{file}: frozen must name every norm, or none")
     weights = folder / "model.safetensors"
     shapes = _shapes(weights)
     _require_fitting(cfg, shapes, file)
+    norms = {f"blocks.{i}.{ln}" for i in range(cfg.n_layers) for ln in ("ln1", "ln2")}
+    if frozen and (frozen.keys() != norms | {"ln_final"} or cfg.attn_only):
+        raise CheckpointError(f"{file}: frozen must name every norm, or none")
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder)
     with safe_open(weights, framework="pt", device=str(device)) as opened:

@@ -22,9 +22,13 @@ def logits_of(
     try:
         with torch.no_grad():
             tokens = tokens.to(next(model.parameters()).device)
-            if isinstance(model, PreTrainedModel):
-                return model(tokens, return_dict=True, use_cache=False).logits
-            return model(tokens)
+            if not isinstance(model, PreTrainedModel):
+                return model(tokens)
+            returned, model.config.return_dict = model.config.return_dict, True
+            try:
+                return model(tokens, use_cache=False).logits
+            finally:
+                model.config.return_dict = returned
     finally:
         model.train(was_training)
 
