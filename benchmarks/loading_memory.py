@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ CASES = {
     "LN-free, frozen form": ("lnfree", {"form": "frozen"}),
     "FakeLayerNorm pickle": ("fake", {}),
     "FakeLayerNorm pickle with LoRA": ("lora", {}),
-    "nanoGPT ckpt.pt with its optimiser": ("nanogpt/ckpt.pt", {"sigma": 1.5}),
+    "nanoGPT ckpt.pt with its optimiser": ("nanogpt/ckpt.pt", {"sigma": [1.5, 12]}),
 }
+
+
+KINDS = ("live", "lnfree", "fake", "lora", "nanogpt")
 
 
 def resident(field: str) -> int:
@@ -53,9 +57,10 @@ def load_once(folder: str, options: dict | None) -> dict:
         with torch.no_grad():
             model(torch.zeros(2, 128, dtype=torch.long))
     else:
-        if "sigma" in options:
-            norms = [f"blocks.{i}.{ln}" for i in range(12) for ln in ("ln1", "ln2")]
-            options["sigma"] = dict.fromkeys([*norms, "ln_final"], options["sigma"])
+        if "sigma" in options:  # one constant for every norm of so many layers
+            constant, layers = options["sigma"]
+            norms = [f"blocks.{i}.{ln}" for i in range(layers) for ln in ("ln1", "ln2")]
+            options["sigma"] = dict.fromkeys([*norms, "ln_final"], constant)
         model = lf.load(folder, device="cpu", **options)
     seconds = time.monotonic() - began
     kept = resident("VmRSS") - before
@@ -63,22 +68,23 @@ def load_once(folder: str, options: dict | None) -> dict:
     return {"peak": resident("VmHWM") - before, "kept": kept, "seconds": seconds}
 
 
-def write_checkpoints(folder: Path) -> int:
-    """Both checkpoints; the number of bytes that their parameters take in float32."""
+def write_checkpoints(folder: Path, kinds: Sequence[str] = KINDS) -> int:
+    """Some formats; the number of bytes that the parameters take in float32."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(architectures=["GPT2LMHeadModel"]))
-    words = {f"w{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
+    config = GPT2Config(architectures=["GPT2LMHeadModel"])
+    model, last = GPT2LMHeadModel(config), config.vocab_size - 1
+    words = {f"w{i}": i for i in range(last)} | {"<|endoftext|>": last}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>")),
         eos_token="<|endoftext|>",
         bos_token="<|endoftext|>",
     )
-    _write_pickles(model, tokenizer, folder)
-    for name in ("live", "lnfree"):
+    _write_pickles(model, tokenizer, folder, kinds)
+    for name in [kind for kind in ("live", "lnfree") if kind in kinds]:
         if name == "lnfree":
             model.config.layer_norm_epsilon = 1e12
             with torch.no_grad():
@@ -90,20 +96,16 @@ def write_checkpoints(folder: Path) -> int:
     return sum(W.numel() for W in model.parameters()) * 4
 
 
-def _write_pickles(model: Any, tokenizer: Any, folder: Path) -> None:
+def _write_pickles(model: Any, tokenizer: Any, folder: Path, kinds: Sequence[str]) -> None:
     """The same model in the formats that only pickles hold (tests/published_formats.py)."""
     import torch
 
-    for name in ("fake", "lora", "nanogpt"):
-        (folder / name).mkdir()
-    state, norms = (
-        model.state_dict(),
-        [f"transformer.h.{i}.ln_{j}" for i in range(12) for j in (1, 2)],
-    )
+    config, state = model.config, model.state_dict()
+    norms = [f"transformer.h.{i}.ln_{j}" for i in range(config.n_layer) for j in (1, 2)]
     fake = dict(state)
     for norm in [*norms, "transformer.ln_f"]:
         fake |= {f"{norm}.{flag}": torch.tensor(True) for flag in ("is_fake", "attn_v_is_fake")}
-        fake[f"{norm}.average_std_buffer"] = torch.full((768,), 1.5)
+        fake[f"{norm}.average_std_buffer"] = torch.full((config.n_embd,), 1.5)
     lora, nanogpt = dict(fake), {}
     for name, W in state.items():
         linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -115,19 +117,31 @@ def _write_pickles(model: Any, tokenizer: Any, folder: Path) -> None:
             lora[f"{module}.lora_A"] = torch.randn(W.shape[0], 64) * 0.01
             lora[f"{module}.lora_B"] = torch.randn(64, W.shape[1]) * 0.01
     for name, content in (("fake", fake), ("lora", lora)):
+        if name not in kinds:
+            continue
+        (folder / name).mkdir()
         torch.save(content, folder / name / "pytorch_model.bin")
         model.config.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    moments = {key: {"exp_avg": W, "exp_avg_sq": W.clone()} for key, W in enumerate(state.values())}
-    arguments = {
-        "n_layer": 12,
-        "n_head": 12,
-        "n_embd": 768,
-        "block_size": 1024,
-        "vocab_size": 50257,
-    }
+    if "nanogpt" not in kinds:
+        return
+    (folder / "nanogpt").mkdir()
+    moments = {i: {"exp_avg": W, "exp_avg_sq": W.clone()} for i, W in enumerate(state.values())}
+    arguments = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+    arguments |= {"block_size": config.n_positions, "vocab_size": config.vocab_size}
     checkpoint = {"model": nanogpt, "model_args": arguments, "optimizer": {"state": moments}}
     torch.save(checkpoint, folder / "nanogpt" / "ckpt.pt")
+
+
+def in_own_process(folder: str, options: dict | None) -> dict:
+    """`load_once` where nothing else has used memory before."""
+    child = subprocess.run(
+        [sys.executable, __file__, "--child", folder, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -146,13 +160,7 @@ def main() -> None:
         for name, (kind, options) in CASES.items():
             runs = []
             for _ in range(arguments.runs):
-                child = subprocess.run(
-                    [sys.executable, __file__, "--child", f"{scratch}/{kind}", json.dumps(options)],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-                runs.append(json.loads(child.stdout.splitlines()[-1]))
+                runs.append(in_own_process(f"{scratch}/{kind}", options))
             results[name] = {
                 "peak_ratio": statistics.median(run["peak"] for run in runs) / size,
                 "kept_ratio": statistics.median(run["kept"] for run in runs) / size,

@@ -9,7 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import lnfree_interp as lf
-from lnfree_interp.errors import CheckpointError, NormSiteError, OutputError, UnsupportedModelError
+from lnfree_interp.errors import (
+    CheckpointError,
+    InexactError,
+    NormSiteError,
+    OutputError,
+    UnsupportedModelError,
+)
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -206,6 +212,25 @@ def test_tokenizer_goes_along_unchanged(folded, gpt2_folder, tmp_path):
     ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "model", gpt2_folder))
     for text in ("def add(self):", "", "  x\n\n"):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda right: (
+            lambda *a: {k: W * (1.01 if "c_fc" in k else 1) for k, W in right(*a).items()}
+        ),
+        lambda right: lambda *a: {k: W + ("ln_f.bias" in k) * 0.1 for k, W in right(*a).items()},
+    ],
+    ids=["c_fc", "ln_f.bias"],
+)
+def test_a_mistake_in_the_export_is_caught(mistake, folded, tmp_path, monkeypatch):
+    from lnfree_interp.checkpoints import exporting
+
+    monkeypatch.setattr(exporting, "to_hf_weights", mistake(exporting.to_hf_weights))
+    with pytest.raises(InexactError, match="exported against"):
+        lf.export(folded, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_folder_is_left_alone(folded, tmp_path):
