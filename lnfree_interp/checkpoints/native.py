@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import is_finite
-from lnfree_interp.checkpoints.source import read_tokenizer
+from lnfree_interp.checkpoints.source import read_tokenizer, weight_shapes
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import copy_weights, hooked_transformer, original_tokenizer
@@ -117,7 +117,9 @@ def read(
     except Exception as error:  # whatever TransformerLens makes of a wrong type
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
     weights = folder / "model.safetensors"
-    shapes = _shapes(weights)
+    if not weights.is_file():
+        raise CheckpointError(f"{folder}: no model.safetensors")
+    shapes = weight_shapes(weights)
     _require_fitting(cfg, shapes, file)
     norms = {f"blocks.{i}.{ln}" for i in range(cfg.n_layers) for ln in ("ln1", "ln2")}
     if frozen and (frozen.keys() != norms | {"ln_final"} or cfg.attn_only):
@@ -146,16 +148,6 @@ def _witnesses(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _logits(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:
     return logits_of(model, tokens)[0, -1, :_WITNESSES].double().cpu()
-
-
-def _shapes(weights: Path) -> dict[str, list[int]]:
-    if not weights.is_file():
-        raise CheckpointError(f"{weights.parent}: no model.safetensors")
-    try:
-        with safe_open(weights, framework="pt") as opened:
-            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own types
-        raise CheckpointError(f"{weights}: damaged or truncated: {first_line(error)}") from error
 
 
 def _require_fitting(

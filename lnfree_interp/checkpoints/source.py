@@ -286,19 +286,27 @@ def _require_files(folder: Path, tokenizer_needed: bool) -> None:
         )
 
 
+def weight_shapes(file: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            names = list(weights.keys())
+            return {name: weights.get_slice(name).get_shape() for name in names}
+    except Exception as error:  # safetensors raises its own types
+        raise CheckpointError(
+            f"{file}: weights cannot be loaded: damaged or truncated ({first_line(error)})"
+        ) from error
+
+
 def _count_weights(folder: Path) -> int:
-    """How many numbers the safetensors of a folder hold, from their headers."""
-    stored = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 (not a dict)
-                    stored += torch.Size(weights.get_slice(name).get_shape()).numel()
-        except Exception as error:  # safetensors raises its own types
-            raise CheckpointError(
-                f"{file}: weights cannot be loaded: damaged or truncated ({first_line(error)})"
-            ) from error
-    return stored
+    """How many numbers the safetensors of a folder hold."""
+    files = sorted(folder.glob("*.safetensors"))
+    shapes = (shape for file in files for shape in weight_shapes(file).values())
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def _stored(W: Tensor) -> int:

@@ -1,0 +1,161 @@
+"""An LN-free model as the weights of a class of transformers that always normalises.
+
+An epsilon of 1e12 and gains of 1e6 make every norm subtract the mean and multiply by a constant
+(ApolloResearch/gpt2_noLN). Folded readers ignore the mean, so nothing changes.
+
+The unembedding of a folded model is not the embedding any more. Where it is C diag(a) W_E^T, with a
+bias beta W_E^T, it is tied again, and a and beta go into ln_f, as in the published checkpoints.
+Otherwise the bias, for which there is no slot, rides on the direction that centring has emptied:
+with s in every entry of ln_f's bias and b_U / (s d_model) added to every row of W_U, ln_f's output
+x + s reads
+
+    (x + s 1) (W_U + 1 b_U / (s d))  =  x W_U + b_U        since  x 1 = 0  and  1 W_U = 0
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.checkpoints.architectures import Architecture
+from lnfree_interp.checkpoints.published import DISGUISE_GAIN
+from lnfree_interp.errors import UnsupportedModelError
+from lnfree_interp.models.folding import ConstantNorm, rescale_queries_and_keys
+from lnfree_interp.models.forms import constant_norms, reads_mean
+from lnfree_interp.models.sites import has_norm_sites
+from lnfree_interp.numerics import ROUNDING
+
+
+def is_tied(
+    W: Float[Tensor, "d_vocab d_model"],
+    W_E: Float[Tensor, "d_vocab d_model"],
+    architecture: Architecture,
+) -> bool:
+    """Whether an unembedding is the embedding; to rounding where that is a multiple of it."""
+    if not architecture.scales_embedding:
+        return torch.equal(W, W_E)
+    few_ulp = 4 * torch.finfo(W.dtype).eps
+    return torch.allclose(W * W_E.shape[1] ** 0.5, W_E, rtol=few_ulp, atol=0)
+
+
+def disguised(
+    model: HookedTransformer, architecture: Architecture, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights of an LN-free model with constant norms that transformers can run."""
+    cfg, name = model.cfg, model.cfg.original_architecture
+    if architecture.fixed_epsilon:
+        raise UnsupportedModelError(
+            f"{name} has its epsilon in the code, not in the config: an LN-free model cannot be "
+            "exported to it; use target='transformer_lens'"
+        )
+    if cfg.dtype == torch.float16:
+        raise UnsupportedModelError(
+            "float16 ends at 65504, the exported gains are 1e6: use float32"
+        )
+    norms, _ = constant_norms(model)
+    centres = architecture.centres
+    sites = has_norm_sites(model)  # then gains and biases are still in the norms
+    if centres and not sites and (reader := reads_mean(model)):
+        raise UnsupportedModelError(
+            f"{reader} reads the mean of the residual stream, which {name}'s LayerNorm subtracts: "
+            "only models folded from LayerNorm can be exported to it"
+        )
+    weights = {key: W for key, W in weights.items() if not key.startswith("ln_final.")}
+    W_E, places = weights["embed.W_E"], architecture.norm_weights(cfg)
+    for layer in range(cfg.n_layers):
+        block = f"blocks.{layer}"
+        qk, v = norms.get(f"{block}.ln1.qk"), norms.get(f"{block}.ln1.v")
+        if qk is not None and v is not None and qk.sigma != v.sigma:
+            rescale_queries_and_keys(weights, block, v.sigma / qk.sigma, v.bias)
+        for kind in ("ln1", "ln2", "ln1_post", "ln2_post", "attn.q_norm", "attn.k_norm"):
+            if f"{block}.{kind}.w" not in places:
+                continue
+            norm = norms.get(f"{block}.{kind}") or norms.get(f"{block}.{kind}.v")
+            _put(weights, f"{block}.{kind}", norm, W_E, places)
+    final = norms["ln_final"]
+    if not sites:
+        final, weights["unembed.W_U"] = _unembedding(model, final, architecture)
+    elif model.b_U.any():
+        raise UnsupportedModelError(f"{name} has no unembedding bias: fold the model first")
+    _put(weights, "ln_final", final, W_E, places)
+    return weights
+
+
+def _put(
+    weights: dict[str, Tensor],
+    name: str,
+    norm: ConstantNorm | None,
+    like: Tensor,
+    places: Mapping[str, int],
+) -> None:
+    """Gain and bias of a constant norm, as they stand behind an epsilon of 1e12."""
+    gain = torch.ones(places[f"{name}.w"]) if norm is None else norm.gain
+    weights[f"{name}.w"] = (gain.double().to(like.device) * DISGUISE_GAIN).to(like.dtype)
+    if f"{name}.b" in places:
+        bias = None if norm is None else norm.bias
+        weights[f"{name}.b"] = (torch.zeros_like(gain) if bias is None else bias).to(like)
+
+
+def _unembedding(
+    model: HookedTransformer, final: ConstantNorm, architecture: Architecture
+) -> tuple[ConstantNorm, Float[Tensor, "d_model d_vocab"]]:
+    """The final norm and W_U of a model whose final norm is folded: tied if that is exact."""
+    scale = final.gain.mean().item()  # 1 / sigma in the frozen form, 1 in the folded
+    W_E = model.W_E / (model.cfg.d_model**0.5 if architecture.scales_embedding else 1)
+    tie = retied(W_E, model.W_U * scale, model.b_U, architecture.centres)
+    if tie is not None:
+        gain, bias = tie
+        return ConstantNorm(gain, bias, final.sigma), W_E.T
+    if not model.b_U.any():
+        return final, model.W_U.detach()
+    if not architecture.centres:
+        raise UnsupportedModelError(
+            f"{model.cfg.original_architecture} has no unembedding bias; this model has"
+        )
+    # A bias of the size of the gain keeps the added rows at the size of W_U.
+    bias = torch.full_like(final.gain, scale)
+    W_U = model.W_U.double() + model.b_U.double() / (scale * model.cfg.d_model)
+    return ConstantNorm(final.gain, bias, final.sigma), W_U.to(model.W_U.dtype).detach()
+
+
+def retied(
+    W_E: Float[Tensor, "d_vocab d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"],
+    centred: bool,
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"] | None] | None:
+    """Gain a and bias beta with W_U = C diag(a) W_E^T and b_U = W_E beta, if there are any.
+
+    The least squares solution, in float64; None unless it reproduces W_U and b_U to rounding.
+
+    Args:
+        W_E: Embedding.
+        W_U: Unembedding behind a norm without gain and bias.
+        b_U: Its bias.
+        centred: Whether C subtracts the mean (LayerNorm), or is the identity (RMSNorm).
+    """
+    E, U, d = W_E.detach().double(), W_U.detach().double(), W_E.shape[1]
+    tolerance = ROUNDING[W_E.dtype]
+    gram = E.T @ E
+    C = torch.eye(d, dtype=E.dtype, device=E.device)
+    if centred:
+        C -= 1 / d
+    try:
+        gain = torch.linalg.solve(gram * C, (U * E.T).sum(-1))
+        bias = torch.linalg.solve(gram, E.T @ b_U.detach().double()) if b_U.any() else None
+    except torch.linalg.LinAlgError:
+        return None
+    if not centred and bias is not None:
+        return None  # RMSNorm has no bias
+    for start in range(0, len(E), 4096):
+        rows = slice(start, start + 4096)
+        scaled = E[rows] * gain
+        if centred:
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+        if (scaled - U[:, rows].T).abs().max() > tolerance * U.abs().max():
+            return None
+    if bias is not None and (E @ bias - b_U.double()).abs().max() > tolerance * b_U.abs().max():
+        return None
+    return gain, bias
