@@ -5,9 +5,9 @@ its output, with C = I - 11^T/d (absent for RMSNorm):
 
     ((x C) * a + b) W + b_W  =  x [C diag(a) W]  +  [b_W + b W]
 
-and for a constant norm on a sublayer's output or on queries and keys, W diag(a) + b. Exact in real
-arithmetic, on every input. No weight that writes to the residual stream changes, so its activations
-stay those of the model before. (2409.13710; the algebra is in the documentation.)
+and for a constant RMSNorm (without bias) on a sublayer's output or on queries and keys, W diag(a),
+b_W * a. Exact in real arithmetic, on every input. Nothing else that writes to the residual stream
+changes, so its activations stay those of the model before. (2409.13710; docs/algebra.md)
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
