@@ -94,6 +94,9 @@ def convert(
     Raises:
         LnfreeError: whatever `load`, `to_rms`, `to_crms` and `export` raise; NormSiteError if the
             options contradict each other or the model.
+
+    Example:
+        >>> print(lf.convert("gpt2", "gpt2-rms", to_norm="rms", dry_run=True))  # doctest: +SKIP
     """
     require_writable(out)
     if form is not None and to_norm is not None:

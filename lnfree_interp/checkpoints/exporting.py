@@ -137,6 +137,10 @@ def export(
     Raises:
         OutputError: if the folder holds something.
         UnsupportedModelError, NormSiteError, InexactError: as `to_transformers`.
+
+    Example:
+        >>> lf.export(run.model, "my-lnfree-gpt2", recipe=run.recipe)  # doctest: +SKIP
+        >>> GPT2LMHeadModel.from_pretrained("my-lnfree-gpt2")  # doctest: +SKIP
     """
     measured = dict(errors or {})
     if target not in get_args(Target):

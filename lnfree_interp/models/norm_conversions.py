@@ -100,6 +100,11 @@ def to_rms(model: HookedTransformer) -> NormConversion:
         UnsupportedModelError: for norms after the sublayers or the embedding, or other than
             LayerNorm.
         InexactError: if the logits differ by more than rounding explains.
+
+    Example:
+        >>> conversion = lf.to_rms(lf.load(lf.bundled_checkpoint()))  # doctest: +SKIP
+        >>> conversion.model.cfg.normalization_type  # doctest: +SKIP
+        'RMSPre'
     """
     if has_norm_sites(model):
         raise UnsupportedModelError("convert the stock model, before with_norm_sites")
