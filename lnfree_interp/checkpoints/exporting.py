@@ -72,7 +72,7 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     others: dict[str, Any] = {}
     if not live:
         weights = disguised(model, architecture, weights)
-        others[architecture.config.fields.get("eps", "")] = DISGUISE_EPSILON
+        others[architecture.config.fields["eps"]] = DISGUISE_EPSILON
     elif model.b_U.any():
         raise UnsupportedModelError(f"{name} has no unembedding bias; this model has")
     weights.pop("unembed.b_U", None)

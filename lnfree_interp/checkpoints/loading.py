@@ -156,7 +156,7 @@ def load_checkpoint(
     expected = _reference(opened.hf_model, tokens, name) if check else None
     # From here on the weights go one by one, so that memory never holds two models.
     weights = to_hooked_weights(architecture.layout, cfg, opened.take_weights(), name)
-    norms = None
+    norms, recognised = None, opened.format
     if not architecture.fixed_epsilon:
         norms = published.constant_epsilon_norms(weights, cfg.eps, name, opened.sigma)
     if norms is None:
@@ -165,10 +165,8 @@ def load_checkpoint(
                 f"{name}: its norms are live, so it has no {form} form: remove_norms first, or "
                 "load it with form=None"
             )
-        recognised = opened.format
         model = hooked_transformer(cfg, _drain(weights), opened.tokenizer)
     else:
-        recognised = opened.format
         if not recognised.startswith("LN-free"):
             recognised = f"LN-free, norms with a constant epsilon of {cfg.eps:g} ({recognised})"
         model = _without_norms(cfg, weights, norms, opened, form or "folded")

@@ -35,9 +35,10 @@ DISGUISE_GAIN = 1e6
 _ORDINARY_GAIN = 50.0
 """No pretrained norm has a median gain above this; no gain over sigma times 1e6 is below it."""
 
-_FLAGS = ("is_fake", "attn_v_is_fake", "bos_special_treatment")
 _BUFFERS = (
-    *_FLAGS,
+    "is_fake",
+    "attn_v_is_fake",
+    "bos_special_treatment",
     "real_average_std",
     "real_bos_std",
     "grad_acc_steps",
@@ -100,10 +101,9 @@ def constant_epsilon_norms(
             f"{source}: epsilon {eps:g} in config.json does not fit: folded norms have gains of "
             f"its square root, {root:.4g}, and these have {gain:.4g}"
         )
-    norms = {}
+    norms, known = {}, sigma or {}
     for name, W in gains.items():
         gain = W.double() / root
-        known = sigma or {}
         shown = known.get(name) or known.get(f"{name}.v") or 1 / gain.abs().mean().item()
         weights.pop(f"{name}.w")
         bias = weights.pop(f"{name}.b", None)
@@ -162,8 +162,8 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
     Raises:
         CheckpointError: if a norm is live, or treats a position or a token apart.
     """
-    norms = [name.removesuffix(".average_std_buffer") for name in state if "average_std" in name]
-    norms = [name for name in norms if f"{name}.average_std_buffer" in state]
+    mark = ".average_std_buffer"
+    norms = [name.removesuffix(mark) for name in state if name.endswith(mark)]
     if not norms:
         return None
     sigma: dict[str, float] = {}
@@ -289,6 +289,15 @@ def nanogpt_sigma(
     return sigma
 
 
+def hf_norms(config: GPT2Config) -> dict[str, str]:
+    """TransformerLens' name of each norm -> Hugging Face's."""
+    names = {"ln_final": "transformer.ln_f"}
+    for layer in range(config.n_layer):
+        names[f"blocks.{layer}.ln1"] = f"transformer.h.{layer}.ln_1"
+        names[f"blocks.{layer}.ln2"] = f"transformer.h.{layer}.ln_2"
+    return names
+
+
 def sigma_by_hf_norm(
     sigma: Mapping[str, float | Tensor], config: GPT2Config, source: str
 ) -> dict[str, Tensor]:
@@ -296,14 +305,10 @@ def sigma_by_hf_norm(
 
     Raises:
         NormSiteError: for a norm that is missing or unknown, or a constant that cannot be one.
-        UnsupportedModelError: if q/k and v have different constants.
     """
     if not isinstance(sigma, Mapping):
         raise NormSiteError(f"{source}: sigma must map names of norms to numbers")
-    names = {"ln_final": "transformer.ln_f"}
-    for layer in range(config.n_layer):
-        names[f"blocks.{layer}.ln1"] = f"transformer.h.{layer}.ln_1"
-        names[f"blocks.{layer}.ln2"] = f"transformer.h.{layer}.ln_2"
+    names = hf_norms(config)
     if unknown := sorted(set(sigma) - set(names)):
         raise NormSiteError(f"{source}: sigma names {unknown[0]}, which the model does not have")
     if missing := [name for name in names if name not in sigma]:

@@ -29,7 +29,7 @@ from lnfree_interp.checkpoints.architectures import architecture_of, config_fiel
 from lnfree_interp.checkpoints.hub import WEIGHTS_FILES, first_line, locate
 from lnfree_interp.checkpoints.pickles import read_pickle, read_state_dict, shards_of
 from lnfree_interp.checkpoints.sidecar import read_sidecar
-from lnfree_interp.errors import CheckpointError
+from lnfree_interp.errors import CheckpointError, UnsupportedModelError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 
@@ -181,12 +181,15 @@ def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     kind = "pytorch_model.bin"
     sigma, epsilon = None, None
     if constants is not None:
+        if config.model_type != "gpt2":
+            raise UnsupportedModelError(f"{source}: FakeLayerNorms in {config.model_type!r}")
         epsilon = config.layer_norm_epsilon
         kind = "LN-free, FakeLayerNorm checkpoint"
         published.require_roomy(dtype, source)
         published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
         config.layer_norm_epsilon = published.DISGUISE_EPSILON
-        sigma = _by_hooked_name(config, constants)
+        names = published.hf_norms(config).items()
+        sigma = {ours: constants[theirs] for ours, theirs in names if theirs in constants}
     if adapted:
         kind += " with LoRA adapters merged"
     hf_model = _from_state(folder, config, state, dtype)
@@ -218,16 +221,6 @@ def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCh
 
 def _precision(dtype: torch.dtype) -> float:
     return -torch.finfo(dtype).eps
-
-
-def _by_hooked_name(config: PretrainedConfig, constants: Mapping[str, float]) -> dict[str, float]:
-    """Constants of Hugging Face's norms under TransformerLens' names."""
-    renamed = {
-        **{f"transformer.h.{i}.ln_1": f"blocks.{i}.ln1" for i in range(config.n_layer)},
-        **{f"transformer.h.{i}.ln_2": f"blocks.{i}.ln2" for i in range(config.n_layer)},
-        "transformer.ln_f": "ln_final",
-    }
-    return {renamed[name]: constant for name, constant in constants.items() if name in renamed}
 
 
 def _from_state(
