@@ -83,9 +83,9 @@ def test_what_is_not_trained_stays_so_and_hooks_stay_behind(live, tokens):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"attention_dir": "bidirectional"}, {"attn_scores_soft_cap": 0.5}, {"use_qk_norm": True},
-     {"gated_mlp": True}, {"final_rms": True}, {"parallel_attn_mlp": True}, {"attn_only": True},
-     {"normalization_type": "LNPre"}, {"n_key_value_heads": 2}],
+    [{"attention_dir": "bidirectional"}, {"final_rms": True},
+     {"normalization_type": "LNPre"}, {"post_embedding_ln": True}, {"use_attention_sinks": True},
+     {"positional_embedding_type": "alibi"}, {"original_architecture": "Olmo2ForCausalLM"}],
     ids=str,
 )  # fmt: skip
 def test_models_that_would_be_computed_differently_are_refused(live, setting):

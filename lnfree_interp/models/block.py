@@ -11,10 +11,17 @@ from functools import partial
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer_lens.components import Attention, Embed, TransformerBlock, Unembed
+from transformer_lens.components import (
+    Attention,
+    Embed,
+    GroupedQueryAttention,
+    TransformerBlock,
+    Unembed,
+)
+from transformer_lens.components.abstract_attention import AbstractAttention
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import repeat_along_head_dimension
 from transformer_lens.utilities.activation_functions import gelu_pytorch_tanh
@@ -22,15 +29,19 @@ from transformer_lens.utilities.activation_functions import gelu_pytorch_tanh
 from lnfree_interp.models.norms import Norm, SplitNorm
 
 
-class FusedAttention(Attention):
-    """`Attention` that materialises scores only when somebody looks at them."""
+class _Fused(AbstractAttention):
+    """Attention that materialises scores only when somebody looks at them."""
 
     @classmethod
-    def from_stock(cls, stock: Attention) -> "FusedAttention":
-        """Take over the parameters of a stock attention, without a copy."""
-        fused = cls(stock.cfg, stock.attn_type, stock.layer_id).to(stock.W_Q.device)
-        for name, parameter in stock.named_parameters():
+    def from_stock(cls, stock: AbstractAttention) -> "_Fused":
+        """Take over the parameters and buffers of a stock attention, without a copy."""
+        fused = cls(stock.cfg, stock.attn_type, stock.layer_id)
+        for name, parameter in stock.named_parameters(recurse=False):
             setattr(fused, name, parameter)
+        for name, buffer in stock.named_buffers(recurse=False):
+            setattr(fused, name, buffer)
+        if stock.cfg.use_qk_norm:
+            fused.q_norm, fused.k_norm = Norm(stock.q_norm), Norm(stock.k_norm)
         return fused
 
     def _fusible(self, query_input: Tensor, *arguments: object) -> bool:
@@ -39,6 +50,7 @@ class FusedAttention(Attention):
             query_input.ndim == 3
             and all(argument is None for argument in arguments)
             and not cfg.use_attn_result
+            and not cfg.attn_scores_soft_cap > 0
             and not self.hook_attn_scores.has_hooks()
             and not self.hook_pattern.has_hooks()
         )
@@ -46,8 +58,8 @@ class FusedAttention(Attention):
     def forward(  # type: ignore[override]
         self,
         query_input: Float[Tensor, "batch pos *head d_model"],
-        key_input: Float[Tensor, "batch pos *head d_model"],
-        value_input: Float[Tensor, "batch pos *head d_model"],
+        key_input: Float[Tensor, "batch pos *kv_head d_model"],
+        value_input: Float[Tensor, "batch pos *kv_head d_model"],
         past_kv_cache_entry: object = None,
         additive_attention_mask: object = None,
         attention_mask: object = None,
@@ -59,35 +71,44 @@ class FusedAttention(Attention):
             return super().forward(query_input, key_input, value_input, *unusual)  # type: ignore[arg-type]
         q, k, v = self._project(query_input, key_input, value_input)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if self.cfg.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.cfg.positional_embedding_type == "rotary":
+            q = self.hook_rot_q(self.apply_rotary(q)).to(v.dtype)
+            k = self.hook_rot_k(self.apply_rotary(k)).to(v.dtype)
+        window = self._window(q.shape[1]) if self.attn_type == "local" else None
         z = F.scaled_dot_product_attention(
             *(rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v)),
-            is_causal=True,
+            attn_mask=window,
+            is_causal=window is None,
             scale=1 / self.attn_scale,
+            enable_gqa=k.shape[2] != q.shape[2],
         )
         z = self.hook_z(rearrange(z, "batch head pos d_head -> batch pos head d_head"))
         return F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
 
+    def _window(self, n_pos: int) -> Tensor:
+        """[pos, pos], True where a query sees a key: the last `window_size` positions."""
+        position = torch.arange(n_pos, device=self.W_O.device)
+        behind = position[:, None] - position
+        return (behind >= 0) & (behind < self.cfg.window_size)
+
     def _project(
         self, query_input: Tensor, key_input: Tensor, value_input: Tensor
-    ) -> list[Float[Tensor, "batch pos head d_head"]]:
+    ) -> list[Float[Tensor, "batch pos _ d_head"]]:
         """q, k, v by one product for each run of projections that read the same input."""
-        n_heads = self.cfg.n_heads
 
         def project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-            W = rearrange(
-                torch.stack(weights), "path head d_model d_head -> (path head d_head) d_model"
+            W = rearrange(torch.cat(list(weights)), "head d_model d_head -> (head d_head) d_model")
+            y = F.linear(x, W, torch.cat(list(biases)).flatten())
+            y = rearrange(
+                y, "batch pos (head d_head) -> batch pos head d_head", d_head=self.cfg.d_head
             )
-            y = F.linear(x, W, torch.stack(biases).flatten())
-            return list(
-                rearrange(
-                    y,
-                    "batch pos (path head d_head) -> path batch pos head d_head",
-                    path=len(weights),
-                    head=n_heads,
-                )
-            )
+            return list(y.split([len(W) for W in weights], dim=2))
 
-        W, b = [self.W_Q, self.W_K, self.W_V], [self.b_Q, self.b_K, self.b_V]
+        grouped = isinstance(self, GroupedQueryAttention)
+        W = [self.W_Q, *((self._W_K, self._W_V) if grouped else (self.W_K, self.W_V))]
+        b = [self.b_Q, *((self._b_K, self._b_V) if grouped else (self.b_K, self.b_V))]
         if query_input is key_input and key_input is value_input:
             return project(query_input, W, b)
         if query_input is key_input:
@@ -95,23 +116,38 @@ class FusedAttention(Attention):
         inputs = (query_input, key_input, value_input)
         return [project(x, [W[i]], [b[i]])[0] for i, x in enumerate(inputs)]
 
+    def _apply_qk_norm(self, x: Tensor, norm_module: Norm) -> Tensor:  # type: ignore[override]
+        """With batch and position apart, as every other site."""
+        return norm_module(x)
+
+
+class FusedAttention(_Fused, Attention):
+    """`Attention`, fused."""
+
+
+class FusedGroupedQueryAttention(_Fused, GroupedQueryAttention):
+    """`GroupedQueryAttention`, fused."""
+
 
 class SiteBlock(TransformerBlock):
-    """A pre-norm block with the norm sites `ln1.qk`, `ln1.v` and `ln2`."""
-
-    ln1: SplitNorm
-    ln2: Norm
+    """A pre-norm block, sequential or parallel, whose norms are sites."""
 
     @classmethod
     def from_stock(cls, stock: TransformerBlock, index: int) -> "SiteBlock":
-        """Take over the parameters of a stock LayerNorm block, without a copy."""
-        block = cls(stock.cfg, index)
-        block.attn = FusedAttention.from_stock(stock.attn)
-        block.mlp = stock.mlp
-        if stock.cfg.act_fn == "gelu_new":  # the same function in one kernel
-            block.mlp.act_fn = gelu_pytorch_tanh
+        """Take over the parameters of a stock block, without a copy."""
+        cfg = stock.cfg
+        block = cls(cfg, index)
+        fused = FusedAttention if cfg.n_key_value_heads is None else FusedGroupedQueryAttention
+        block.attn = fused.from_stock(stock.attn)
         block.ln1 = SplitNorm(stock.ln1)
-        block.ln2 = Norm(stock.ln2)
+        if not cfg.attn_only:
+            block.ln2 = Norm(stock.ln2)
+            block.mlp = stock.mlp
+            if cfg.act_fn == "gelu_new":  # the same function in one kernel
+                block.mlp.act_fn = gelu_pytorch_tanh
+        if cfg.use_normalization_before_and_after:
+            block.ln1_post = Norm(stock.ln1_post)
+            block.ln2_post = Norm(stock.ln2_post)
         return block
 
     def forward(
@@ -124,25 +160,58 @@ class SiteBlock(TransformerBlock):
         """As `TransformerBlock.forward`: `resid_pre` to `resid_post`."""
         cfg = self.cfg
         resid_pre = self.hook_resid_pre(resid_pre)
-        if cfg.use_split_qkv_input or cfg.use_attn_in:
-            split = partial(repeat_along_head_dimension, n_heads=cfg.n_heads)
-            if cfg.use_split_qkv_input:
-                hooks = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-                query, key, value = (hook(split(resid_pre)) for hook in hooks)
-            else:
-                query = key = value = self.hook_attn_in(split(resid_pre))
-            inputs = (self.ln1.qk(query), self.ln1.qk(key), self.ln1.v(value))
-        else:
-            x_qk, x_v = self.ln1(resid_pre)
-            inputs = (x_qk, x_qk, x_v)
-        attn_out = self.hook_attn_out(
-            self.attn(
-                *inputs, past_kv_cache_entry=past_kv_cache_entry, attention_mask=attention_mask
-            )
+        attn_out = self.attn(
+            *self._attention_inputs(resid_pre),
+            past_kv_cache_entry=past_kv_cache_entry,
+            attention_mask=attention_mask,
         )
+        if cfg.use_normalization_before_and_after:
+            attn_out = self.ln1_post(attn_out)
+        attn_out = self.hook_attn_out(attn_out)
+        if cfg.attn_only:
+            return self.hook_resid_post(resid_pre + attn_out)
+        if cfg.parallel_attn_mlp:
+            mlp_out = self.apply_mlp(self.ln2(self._mlp_input(resid_pre)))
+            return self.hook_resid_post(resid_pre + attn_out + mlp_out)
         resid_mid = self.hook_resid_mid(resid_pre + attn_out)
-        mlp_in = self.hook_mlp_in(resid_mid.clone()) if cfg.use_hook_mlp_in else resid_mid
-        return self.hook_resid_post(resid_mid + self.apply_mlp(self.ln2(mlp_in)))
+        mlp_out = self.apply_mlp(self.ln2(self._mlp_input(resid_mid)))
+        return self.hook_resid_post(resid_mid + mlp_out)
+
+    def _attention_inputs(self, resid_pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, keys and values read: normalised, with a head dimension if asked for."""
+        cfg = self.cfg
+        if not (cfg.use_split_qkv_input or cfg.use_attn_in):
+            x_qk, x_v = self.ln1(resid_pre)
+            return x_qk, x_qk, x_v
+        per_head = partial(repeat_along_head_dimension, resid_pre)
+        if cfg.use_split_qkv_input:
+            grouped = cfg.n_key_value_heads is not None and not cfg.ungroup_grouped_query_attention
+            kv_heads = cfg.n_key_value_heads if grouped else cfg.n_heads
+            query = self.hook_q_input(per_head(n_heads=cfg.n_heads))
+            key = self.hook_k_input(per_head(n_heads=kv_heads))
+            value = self.hook_v_input(per_head(n_heads=kv_heads))
+        else:
+            query = key = value = self.hook_attn_in(per_head(n_heads=cfg.n_heads))
+        return self.ln1.qk(query), self.ln1.qk(key), self.ln1.v(value)
+
+    def _mlp_input(self, resid: Tensor) -> Tensor:
+        return self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
+
+
+class LookupEmbed(Embed):
+    """The embedding as a lookup, whose gradient is summed in a fixed order, and faster.
+
+    TransformerLens indexes the weight, whose gradient adds up in whatever order threads arrive.
+    """
+
+    def __init__(self, stock: Embed):
+        nn.Module.__init__(self)
+        self.cfg = stock.cfg
+        self.W_E = stock.W_E
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """As `Embed.forward`."""
+        return F.embedding(tokens, self.W_E)
 
 
 class TiedUnembed(Unembed):

@@ -146,8 +146,9 @@ def constant_norms(model: HookedTransformer) -> tuple[dict[str, ConstantNorm], b
     for site in list_norm_sites(model):
         norm = get_norm(model, site)
         gain = norm.w.detach().double() / norm.sigma.double()
-        norms[str(site)] = ConstantNorm(gain, norm.b.detach(), norm.sigma.item())
-    return norms, True
+        bias = None if norm.b is None else norm.b.detach()
+        norms[str(site)] = ConstantNorm(gain, bias, norm.constant)
+    return norms, model.ln_final.centred
 
 
 def _weights_around_norms(model: HookedTransformer) -> dict[str, Tensor]:

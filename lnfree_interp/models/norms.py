@@ -1,100 +1,177 @@
-"""The maps that can stand at a norm site: LayerNorm, live or frozen.
+"""The maps that can stand at a norm site: LayerNorm or RMSNorm, live, frozen or between the two.
 
-Live, a norm divides by each token's own standard deviation. Frozen, it divides by one constant:
+Live, a norm divides by each token's own standard deviation (RMSNorm: root mean square). Frozen, it
+divides by one constant:
 
-    x -> ((x - mean(x)) / sigma) * w + b
+    x -> ((x - mean(x)) / sigma) * w + b        (RMSNorm: x -> (x / sigma) * w)
 
-which is affine in x, and so folds into the weights that read it (`models.folding`). The hook names
-are TransformerLens': `hook_scale` [batch, pos, 1] is what is divided by, `hook_normalized`
-[batch, pos, d_model] the quotient before gain and bias. A frozen norm fires both, with the
-constant at full shape.
+which is affine in x, and so folds into the weights that read it (`models.folding`). With a gate g
+between, it multiplies by  g / own(x) + (1 - g) / sigma.  The hook names are TransformerLens':
+`hook_scale` [batch, pos, 1] is what is divided by, `hook_normalized` [batch, pos, d_model] the
+quotient before gain and bias. A frozen norm fires both, with the constant at full shape. Two more
+are ours: `hook_in`, the norm's input, and `hook_sigma`, the constant before the gate.
 
-Source of the frozen form: "You can remove GPT2's LayerNorm by fine-tuning", arXiv 2409.13710.
+Sources: frozen, "You can remove GPT2's LayerNorm by fine-tuning", arXiv 2409.13710; the gate,
+TaperNorm, arXiv 2602.10408.
 
 `FrozenNorm` is what a finished model keeps of it when gain and bias are folded away.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer_lens.components import LayerNorm
+from transformer_lens.components import LayerNorm, RMSNorm
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError
 
 
 class Norm(nn.Module):
-    """A LayerNorm that can be frozen.
+    """A norm that can be frozen.
 
     Attributes:
-        w: Gain, [d_model].
-        b: Bias, [d_model].
+        w: Gain, [d].
+        b: Bias, [d]; None for an RMSNorm.
+        centred: Whether the mean is subtracted: LayerNorm, not RMSNorm.
         eps: Added to the variance while live.
-        sigma: The constant that a frozen norm divides by, a scalar; NaN while live.
+        sigma: The constant that a frozen norm divides by, a scalar; NaN while there is none.
+        gate: Share of the live norm, a scalar: 1 live, 0 frozen.
+        constant: sigma as a plain number.
     """
 
-    def __init__(self, norm: LayerNorm):
+    def __init__(self, norm: LayerNorm | RMSNorm):
         super().__init__()
         self.w = norm.w
-        self.b = norm.b
+        self.b = norm.b if isinstance(norm, LayerNorm) else None
+        self.centred = isinstance(norm, LayerNorm)
         self.eps = norm.eps
         self.register_buffer("sigma", torch.full((), torch.nan, dtype=torch.float64))
-        self._frozen = False
+        self.register_buffer("gate", torch.ones((), dtype=torch.float64))
+        self.remember()
+        self.hook_in = HookPoint()
+        self.hook_sigma = HookPoint()
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
     sigma: Tensor
+    gate: Tensor
+
+    def remember(self) -> None:
+        """The buffers as plain numbers, which a forward pass reads without waiting for a GPU."""
+        self.constant, self._gate = self.sigma.item(), self.gate.item()
+
+    @property
+    def live(self) -> bool:
+        """Whether the norm divides by each token's own scale, and by nothing else."""
+        return self._gate == 1
 
     @property
     def frozen(self) -> bool:
-        """Whether the norm divides by a constant."""
-        return self._frozen
+        """Whether the norm divides by a constant, and by nothing else."""
+        return self._gate == 0
 
-    def freeze(self, sigma: float) -> None:
-        """Divide by `sigma` from now on.
+    def freeze(self, sigma: float, gate: float = 0.0) -> None:
+        """Divide by `sigma` from now on, with a share `gate` of the live norm left.
 
         Raises:
-            NormSiteError: if sigma is not a positive finite number.
+            NormSiteError: if sigma is not a positive finite number, or the gate not in 0..1.
         """
         if not 0 < sigma < float("inf"):
             raise NormSiteError(f"sigma must be positive and finite, not {sigma}")
+        if not 0 <= gate <= 1:
+            raise NormSiteError(f"a gate lies in 0..1, not at {gate}")
         self.sigma.fill_(sigma)
-        self._frozen = True
+        self.gate.fill_(gate)
+        self.remember()
 
     def thaw(self) -> None:
         """Divide by each token's own standard deviation again."""
         self.sigma.fill_(torch.nan)
-        self._frozen = False
+        self.gate.fill_(1)
+        self.remember()
 
     @property
     def hooked(self) -> bool:
-        """Whether anybody reads or changes an activation inside this norm."""
-        return self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()
+        """Whether anybody reads or changes an activation between this norm's input and output."""
+        hooks = (self.hook_sigma, self.hook_scale, self.hook_normalized)
+        return any(hook.has_hooks() for hook in hooks)
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Normalise over the last dimension; in one kernel when nobody looks inside."""
+    def token_sigma(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+        """Each token's own standard deviation or root mean square: what a live norm divides by."""
+        x = x if x.dtype == torch.float64 else x.float()
+        squares = x.var(-1, keepdim=True, correction=0) if self.centred else _mean_square(x)
+        return (squares + self.eps).sqrt()
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Normalise over the last dimension."""
+        return self.normalise(self.hook_in(x))
+
+    def normalise(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """From `hook_in` on; fused when nobody looks inside."""
         if not self.hooked:
-            if not self._frozen:
-                return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
-            gain = self.w / self.sigma.to(self.w)
-            return torch.addcmul(self.b, x - x.mean(-1, keepdim=True), gain)
+            if self.live:
+                if self.centred:
+                    return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+                return F.rms_norm(x, self.w.shape, self.w, self.eps)
+            if self.frozen:
+                gain = self.w / self.constant
+                if not self.centred:
+                    return x * gain
+                return _CentredAffine.apply(x, gain, self.b)
         # As TransformerLens: squares of half-precision activations overflow.
         dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
-        centred = x - x.mean(-1, keepdim=True)
-        if self._frozen:
-            scale = self.sigma.to(x).expand(*x.shape[:-1], 1)
-        else:
-            scale = (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        return self.hook_normalized(centred / self.hook_scale(scale)).to(dtype) * self.w + self.b
+        centred = x - x.mean(-1, keepdim=True) if self.centred else x
+        scale = self.hook_scale(self._scale(centred))
+        y = self.hook_normalized(centred / scale).to(dtype) * self.w
+        return y if self.b is None else y + self.b
+
+    def _scale(self, centred: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+        """What to divide by: the token's own scale, the constant, or the blend of the two."""
+        if self.live:
+            return (_mean_square(centred) + self.eps).sqrt()
+        sigma = self.hook_sigma(self.sigma.to(centred).expand(*centred.shape[:-1], 1))
+        if self.frozen:
+            return sigma
+        own = (_mean_square(centred) + self.eps).sqrt()
+        return 1 / (self._gate / own + (1 - self._gate) / sigma)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._frozen = not bool(self.sigma.isnan())
+        self.remember()
 
     def extra_repr(self) -> str:
-        """Live, or the constant."""
-        return f"sigma={self.sigma.item():.4g}" if self._frozen else "live"
+        """Live, or the constant, or both."""
+        if self.live:
+            return "live"
+        constant = f"sigma={self.constant:.4g}"
+        return constant if self.frozen else f"{constant}, gate={self._gate:.3g}"
+
+
+def _mean_square(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+class _CentredAffine(torch.autograd.Function):
+    """(x - mean(x)) * gain + bias, with half the passes over memory that autograd would take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        ctx.save_for_backward(centred, gain)
+        return torch.addcmul(bias, centred, gain)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (dy,) = gradients
+        centred, gain = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        d_gain = (rows * centred.flatten(0, -2)).sum(0)
+        dx = dy * gain
+        dx -= dx.mean(-1, keepdim=True)
+        return dx, d_gain, rows.sum(0)
 
 
 class SplitNorm(nn.Module):
@@ -104,7 +181,7 @@ class SplitNorm(nn.Module):
     is frozen, and its sigma. The published order freezes `qk` in every layer before the first `v`.
     """
 
-    def __init__(self, norm: LayerNorm):
+    def __init__(self, norm: LayerNorm | RMSNorm):
         super().__init__()
         self.qk = Norm(norm)
         self.v = Norm(norm)
@@ -113,11 +190,18 @@ class SplitNorm(nn.Module):
         self, x: Float[Tensor, "*batch d_model"]
     ) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch d_model"]]:
         """The input of queries and keys, and that of values; one tensor while they are the same."""
-        x_qk = self.qk(x)
-        both_live = not (self.qk.frozen or self.v.frozen)
-        if both_live and not (self.qk.hooked or self.v.hooked):
-            return x_qk, x_qk
-        return x_qk, self.v(x)
+        x_qk, x_v = self.qk.hook_in(x), self.v.hook_in(x)
+        y_qk = self.qk.normalise(x_qk)
+        same = x_qk is x_v and self._one_map
+        return y_qk, y_qk if same else self.v.normalise(x_v)
+
+    @property
+    def _one_map(self) -> bool:
+        """Whether both sites are the same map, and nobody looks inside either."""
+        qk, v = self.qk, self.v
+        if qk.hooked or v.hooked:
+            return False
+        return (qk.live and v.live) or (qk.frozen and v.frozen and qk.constant == v.constant)
 
 
 class FrozenNorm(nn.Module):

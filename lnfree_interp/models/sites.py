@@ -7,17 +7,18 @@ sublayers write (Gemma 2). Whatever touches norms does so through sites.
 """
 
 import copy
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
 from transformer_lens import HookedTransformer
-from transformer_lens.components import LayerNorm
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.models.block import SiteBlock, TiedUnembed
+from lnfree_interp.models.block import LookupEmbed, SiteBlock, TiedUnembed
 from lnfree_interp.models.norms import FrozenNorm, Norm
 
 SiteKind = Literal[
@@ -49,6 +50,20 @@ class NormSite:
     def __str__(self) -> str:
         return self.name
 
+    @classmethod
+    def parse(cls, name: str) -> "NormSite":
+        """The site of that name.
+
+        Raises:
+            NormSiteError: if no model has such a site.
+        """
+        kind, layer = name, None
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            layer, kind = int(match[1]), match[2]
+        if kind not in get_args(SiteKind) or (layer is None) != (kind == "ln_final"):
+            raise NormSiteError(f"{name!r} is not the name of a norm site")
+        return cls(cast(SiteKind, kind), layer)
+
 
 def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
     """The model's norm sites in the order of computation.
@@ -78,42 +93,40 @@ def has_norm_sites(model: HookedTransformer) -> bool:
     return all(isinstance(block, SiteBlock) for block in model.blocks)
 
 
-def _require_pre_layernorm(model: HookedTransformer) -> None:
+def _require_pre_norm(model: HookedTransformer) -> None:
     cfg = model.cfg
     unsupported = {
         f"normalization_type={cfg.normalization_type!r} (load it unprocessed, with load() or "
-        "from_pretrained_no_processing)": cfg.normalization_type != "LN",
-        "attn_only": cfg.attn_only,
-        "parallel attention and MLP": cfg.parallel_attn_mlp,
-        "norms after the sublayers": cfg.use_normalization_before_and_after,
+        "from_pretrained_no_processing)": cfg.normalization_type not in ("LN", "RMS"),
+        "norms after the sublayers only": cfg.original_architecture in POST_NORM_ARCHITECTURES,
         "a norm after the embedding": cfg.post_embedding_ln,
-        f"{cfg.positional_embedding_type!r} positions": cfg.positional_embedding_type != "standard",
-        "grouped-query attention": cfg.n_key_value_heads is not None,
-        "local attention": cfg.use_local_attn,
+        f"{cfg.positional_embedding_type!r} positions": cfg.positional_embedding_type
+        not in ("standard", "rotary"),
         "bidirectional attention": cfg.attention_dir != "causal",
-        "a soft cap on attention scores": cfg.attn_scores_soft_cap > 0,
-        "norms on queries and keys": cfg.use_qk_norm,
-        "gated MLPs": cfg.gated_mlp,
-        "an RMSNorm at the end": cfg.final_rms,
+        "attention sinks": cfg.use_attention_sinks,
+        "clipped queries, keys and values": cfg.clip_qkv is not None,
+        "a norm inside the MLP": cfg.is_layer_norm_activation(),
+        "an RMSNorm after LayerNorms": cfg.normalization_type == "LN" and cfg.final_rms,
         "several devices": cfg.n_devices > 1,
     }
     found = [what for what, is_so in unsupported.items() if is_so]
     if found:
         raise UnsupportedModelError(
-            f"freezing norms one by one needs sequential pre-LayerNorm blocks; this model has "
-            f"{', '.join(found)}"
+            f"freezing norms one by one needs blocks that normalise what a sublayer reads; this "
+            f"model has {', '.join(found)}"
         )
 
 
 def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
-    """A copy of a stock LayerNorm model whose norms can be frozen one by one.
+    """A copy of a stock model whose norms can be frozen one by one.
 
     Same function, same hook names, except that `blocks.{l}.ln1` is split into `ln1.qk` and `ln1.v`.
     An unembedding that equals the transposed embedding is tied to it, as in GPT-2. Hooks that were
     added to the model are not carried over.
 
     Raises:
-        UnsupportedModelError: for norms that are not LayerNorms before each sublayer.
+        UnsupportedModelError: for norms that do not stand before each sublayer, and for processed
+            models.
         InexactError: if the copy's logits differ, as when a hook on the model changes them.
     """
     if has_norm_sites(model):
@@ -125,13 +138,13 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
 
 def split_norms(model: HookedTransformer) -> HookedTransformer:
     """As `with_norm_sites` of a stock model, without comparing logits."""
-    _require_pre_layernorm(model)
+    _require_pre_norm(model)
     model = copy.deepcopy(model)
     model.reset_hooks(including_permanent=True)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = SiteBlock.from_stock(block, index)
-    final: LayerNorm = model.ln_final
-    model.ln_final = Norm(final)
+    model.ln_final = Norm(model.ln_final)
+    model.embed = LookupEmbed(model.embed)
     if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
         model.unembed = TiedUnembed(model.unembed, model.embed)
     model.setup()
