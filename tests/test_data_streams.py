@@ -1,0 +1,350 @@
+"""Endless blocks: nothing lost, nothing doubled, and every position found again."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from itertools import islice, pairwise
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+
+from lnfree_interp.data.blocks import ShuffledBlocks, TokenBlocks, share
+from lnfree_interp.data.prefetch import Prefetched
+from lnfree_interp.data.streams import PackedStream
+from lnfree_interp.errors import DataError
+
+BLOCK = 8
+N_DOCUMENTS = 23
+
+
+@pytest.fixture(autouse=True)
+def few_documents_per_call(monkeypatch):
+    """So that a few documents are several reads."""
+    monkeypatch.setattr("lnfree_interp.data.streams.DOCUMENTS_PER_CALL", 4)
+
+
+def texts():
+    return [("x" * (i % 5)) + f"def f{i}(self):" * (i % 3) for i in range(N_DOCUMENTS)]
+
+
+def in_memory():
+    return Dataset.from_list([{"id": i, "text": text} for i, text in enumerate(texts())])
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The documents in files of unequal length."""
+    folder = tmp_path_factory.mktemp("shards")
+    cuts = [0, 7, 8, 20, N_DOCUMENTS]
+    for i, (start, stop) in enumerate(pairwise(cuts)):
+        rows = [json.dumps({"id": n, "text": t}) for n, t in enumerate(texts())][start:stop]
+        (folder / f"{i}.jsonl").write_text("\n".join(rows) + "\n")
+        Dataset.from_list([json.loads(row) for row in rows]).to_parquet(
+            folder / f"{i}.parquet", batch_size=3
+        )
+    return folder
+
+
+def streamed(shards, kind="json"):
+    suffix = {"json": "jsonl", "parquet": "parquet"}[kind]
+    files = sorted(str(file) for file in shards.glob(f"*.{suffix}"))
+    return load_dataset(kind, data_files=files, split="train", streaming=True)
+
+
+def tokenised(tokenizer):
+    """Rows of ids, one of them empty."""
+    return Dataset.from_list(
+        [{"input_ids": tokenizer(text)["input_ids"] if text else []} for text in texts()]
+    )
+
+
+def endless(kind, tokenizer, shards):
+    """A fresh source of each kind."""
+    if kind == "map":
+        return PackedStream(in_memory(), tokenizer, BLOCK, seed=3)
+    if kind == "tokens":
+        return PackedStream(tokenised(tokenizer), tokenizer, BLOCK, "input_ids", seed=3)
+    if kind == "shuffled":
+        ids = torch.arange(11 * BLOCK).view(11, BLOCK)
+        return ShuffledBlocks(ids, seed=3)
+    if kind == "prefetched":
+        return Prefetched(PackedStream(streamed(shards), tokenizer, BLOCK))
+    if kind == "plain-stream":  # no features, no files
+        return PackedStream(
+            IterableDataset.from_generator(lambda: ({"text": t} for t in texts())), tokenizer, BLOCK
+        )
+    return PackedStream(streamed(shards, kind), tokenizer, BLOCK)
+
+
+KINDS = ["map", "json", "parquet", "plain-stream", "tokens", "shuffled", "prefetched"]
+
+
+def closed(tokenizer, text):
+    return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_position_is_found_again(kind, tokenizer, shards):
+    """Cut after every block, through several epochs, with resumed runs resumed in turn."""
+    whole = endless(kind, tokenizer, shards)
+    assert isinstance(whole, TokenBlocks)
+    blocks, epochs = [], []
+    for _ in range(90):
+        epochs.append(whole.epoch)
+        blocks.append(whole.take(1))
+    assert set(epochs) >= {0, 1, 2}
+    for size in (1, 3, 7):
+        run = endless(kind, tokenizer, shards)
+        beginning = run.state_dict()
+        for start in range(0, 84, size):
+            assert run.epoch == epochs[start]
+            wanted = torch.cat(blocks[start : start + size])
+            state = json.loads(json.dumps(run.state_dict()))
+            assert torch.equal(run.take(size), wanted), (size, start)
+            run.load_state_dict(state)  # back, in the object that has read on
+            assert torch.equal(run.take(size), wanted), (size, start)
+            resumed = endless(kind, tokenizer, shards)
+            resumed.load_state_dict(state)
+            assert resumed.state_dict() == state
+            assert resumed.epoch == epochs[start]
+            assert torch.equal(resumed.take(size), wanted), (size, start)
+            assert resumed.state_dict() == run.state_dict()
+            run = resumed
+        run.load_state_dict(beginning)
+        assert torch.equal(run.take(9), torch.cat(blocks[:9]))
+        run.load_state_dict(state)
+        assert torch.equal(run.take(size), wanted)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "plain-stream"])
+def test_a_stream_is_its_documents_in_order(kind, tokenizer, shards):
+    one_pass = [token for text in texts() for token in closed(tokenizer, text)]
+    n = len(one_pass) // BLOCK
+    stream = endless(kind, tokenizer, shards)
+    got = stream.take(n - 1)
+    assert got.dtype == torch.int64
+    assert got.flatten().tolist() == one_pass[: (n - 1) * BLOCK]
+    rest = one_pass[(n - 1) * BLOCK :]
+    assert stream.epoch == 0  # the next block begins with the rest
+    assert stream.take(2).flatten()[: len(rest)].tolist() == rest
+    assert stream.epoch == 1
+
+
+def documents_of(tokens, end):
+    """Token lists between ends of text."""
+    found, current = [], []
+    for token in tokens:
+        if token == end:
+            found.append(tuple(current))
+            current = []
+        else:
+            current.append(token)
+    return found
+
+
+def test_each_epoch_has_every_document_once_in_another_order(tokenizer):
+    stream = PackedStream(in_memory(), tokenizer, BLOCK, seed=0)
+    expected = Counter(tuple(tokenizer(text)["input_ids"]) for text in texts())
+    length = sum(len(closed(tokenizer, text)) for text in texts())
+    found = documents_of(
+        stream.take(3 * length // BLOCK + 1).flatten().tolist(), tokenizer.eos_token_id
+    )
+    epochs = [found[i * N_DOCUMENTS : (i + 1) * N_DOCUMENTS] for i in range(3)]
+    assert all(Counter(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    same, other = (PackedStream(in_memory(), tokenizer, BLOCK, seed=s).take(5) for s in (0, 1))
+    again = PackedStream(in_memory(), tokenizer, BLOCK, seed=0)
+    assert torch.equal(again.take(5), same)
+    assert not torch.equal(other, same)
+
+
+def test_rows_of_ids_are_joined_as_they_are(tokenizer):
+    rows = [{"tokens": [1, 2, 3]}, {"tokens": []}, {"tokens": [4, 5, 6, 7]}]
+    stream = PackedStream(
+        IterableDataset.from_generator(lambda: iter(rows)), None, 5, column="tokens"
+    )
+    assert stream.take(2).tolist() == [[1, 2, 3, 4, 5], [6, 7, 1, 2, 3]]
+
+
+def test_shuffled_blocks_come_once_an_epoch():
+    blocks = torch.arange(20).view(10, 2)
+    source = ShuffledBlocks(blocks, seed=1)
+    taken = source.take(25)
+    epochs = [taken[i * 10 : (i + 1) * 10, 0].tolist() for i in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == blocks[:, 0].tolist()
+    assert epochs[0] != epochs[1]
+    assert len(set(epochs[2])) == 5
+    assert (source.epoch, source.state_dict()) == (2, {"taken": 25})
+    # An epoch of one seed is not another epoch of the next seed.
+    assert ShuffledBlocks(blocks, seed=2).take(10)[:, 0].tolist() not in epochs
+
+
+def test_the_data_set_given_is_left_as_it_is(tokenizer, shards):
+    rows = IterableDataset.from_generator(lambda: ({"text": t} for t in texts()))
+    rows = rows.filter(lambda row: True)  # a view, whose inside datasets does not copy
+    reader = iter(rows)
+    first = list(islice(reader, 9))
+    state = rows.state_dict()
+    stream = PackedStream(rows, tokenizer, BLOCK)
+    expected = endless("json", tokenizer, shards).take(6)
+    assert torch.equal(stream.take(6), expected)  # from the beginning, though 9 rows were read
+    assert rows.state_dict() == state
+    assert [row["text"] for row in [*first, *islice(reader, 3)]] == texts()[:12]
+    rows.load_state_dict(rows.state_dict())
+    assert [row["text"] for row in rows] == texts()[12:]
+
+
+@pytest.mark.parametrize("kind", ["map", "json", "tokens", "shuffled"])
+def test_fingerprints_tell_texts_apart(kind, tokenizer, shards):
+    assert (
+        endless(kind, tokenizer, shards).fingerprint()
+        == endless(kind, tokenizer, shards).fingerprint()
+    )
+    if kind in ("shuffled", "tokens"):
+        return
+    rows = streamed(shards) if kind == "json" else in_memory()
+    same = PackedStream(rows, tokenizer, BLOCK).fingerprint()
+    other_rows = Dataset.from_list([{"text": t + "!"} for t in texts()])
+    others = [
+        PackedStream(rows, tokenizer, BLOCK + 1).fingerprint(),
+        PackedStream(other_rows, tokenizer, BLOCK).fingerprint(),
+        PackedStream(rows.take(5), tokenizer, BLOCK, column="id").fingerprint(),
+    ]
+    if kind == "map":
+        others.append(PackedStream(rows, tokenizer, BLOCK, seed=1).fingerprint())
+        others.append(PackedStream(rows.select(range(9)), tokenizer, BLOCK).fingerprint())
+    assert len({same, *others}) == 1 + len(others)
+
+
+def test_short_text_repeats_until_a_block_is_full(tokenizer):
+    document = closed(tokenizer, "x")
+    stream = PackedStream(Dataset.from_list([{"text": "x"}]), tokenizer, 64)
+    assert stream.take(1)[0].tolist() == (document * 64)[:64]
+    assert stream.epoch == 64 // len(document)
+
+
+def test_text_without_a_token_is_refused(tokenizer):
+    with pytest.raises(DataError, match="no documents"):
+        PackedStream(Dataset.from_dict({"text": []}), tokenizer, BLOCK)
+    with pytest.raises(DataError, match="no documents"):
+        PackedStream(IterableDataset.from_generator(lambda: iter([])), tokenizer, BLOCK)
+    empty = Dataset.from_list([{"input_ids": []}] * 9)
+    for documents in (empty, empty.to_iterable_dataset()):
+        with pytest.raises(DataError, match="not one token"):
+            PackedStream(documents, tokenizer, BLOCK, "input_ids").take(1)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"code": "x"}], "no column 'text'.*'code'"),
+        ([{"text": "x"}, {"text": None}], "a document is a NoneType"),
+        ([{"text": None}, {"text": "x"}], "neither text nor"),
+        ([{"text": [1, 296]}], "token id 296 is outside .* of 296"),
+        ([{"text": [1, -1]}], "token id -1"),
+        ([{"text": [0.5]}], "neither text nor a list of token ids"),
+    ],
+)
+def test_unusable_documents_are_refused_and_stay_unread(rows, message, stream, tokenizer):
+    documents = Dataset.from_list(rows)
+    with pytest.raises(DataError, match=message):  # noqa: PT012
+        source = PackedStream(
+            documents.to_iterable_dataset() if stream else documents, tokenizer, BLOCK
+        )
+        before = source.state_dict()
+        with pytest.raises(DataError, match=message):
+            source.take(1)
+        assert source.state_dict() == before
+        source.take(1)
+
+
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_a_failed_read_is_not_the_end_of_the_text(prefetched, tokenizer):
+    failures = [True]
+
+    def rows():
+        for i, text in enumerate(texts()):
+            if i == 9 and failures:
+                failures.pop()
+                raise OSError("connection lost")
+            yield {"text": text}
+
+    stream = PackedStream(IterableDataset.from_generator(rows), tokenizer, BLOCK)
+    stream = Prefetched(stream) if prefetched else stream
+    one_pass = [token for text in texts() for token in closed(tokenizer, text)]
+    n = len(one_pass) // BLOCK
+    with pytest.raises(DataError, match=r"cannot be read on: .*connection lost"):
+        stream.take(n)
+    assert stream.take(n).flatten().tolist() == one_pass[: n * BLOCK]
+
+
+def test_arguments_are_checked(tokenizer):
+    with pytest.raises(DataError, match="block of 0 tokens"):
+        PackedStream(in_memory(), tokenizer, 0)
+    with pytest.raises(DataError, match="hold no text"):
+        ShuffledBlocks(torch.zeros(0, 4, dtype=torch.long), seed=0)
+    for blocks in (
+        PackedStream(in_memory(), tokenizer, 4),
+        ShuffledBlocks(torch.ones(2, 4).long(), seed=0),
+    ):
+        with pytest.raises(DataError, match="0 blocks cannot be taken"):
+            blocks.take(0)
+
+
+def test_prefetching_changes_nothing(tokenizer):
+    plain = PackedStream(in_memory(), tokenizer, BLOCK)
+    before = threading.active_count()
+    with Prefetched(PackedStream(in_memory(), tokenizer, BLOCK)) as ahead:
+        assert (ahead.block, ahead.fingerprint()) == (BLOCK, plain.fingerprint())
+        for n in (2, 2, 2, 5, 1, 1, 3, 40, 2):
+            assert ahead.state_dict() == plain.state_dict()
+            assert torch.equal(ahead.take(n), plain.take(n))
+            assert ahead.epoch == plain.epoch
+        state = ahead.state_dict()
+        source = ahead._blocks
+    ahead.close()
+    assert threading.active_count() == before
+    assert source.state_dict() == state == plain.state_dict()
+    assert torch.equal(source.take(3), plain.take(3))
+    with pytest.raises(DataError, match="closed"):
+        ahead.take(1)
+
+
+def test_errors_of_the_thread_surface_in_take(tokenizer):
+    rows = [{"text": [1] * 8}, {"text": [2] * 9}, {"text": [3] * 8}, {"text": [4] * 8}]
+    broken = Dataset.from_list([*rows, {"text": [999]}]).to_iterable_dataset()
+    with Prefetched(PackedStream(broken, tokenizer, 8)) as ahead:
+        assert ahead.take(1).tolist() == [[1] * 8]
+        state = ahead.state_dict()
+        assert ahead.take(1).tolist() == [[2] * 8]
+        for _ in range(2):
+            with pytest.raises(DataError, match="token id 999"):
+                ahead.take(9)
+        ahead.load_state_dict(state)
+        assert ahead.take(1).tolist() == [[2] * 8]
+
+
+def test_an_unclosed_thread_does_not_keep_the_interpreter():
+    code = (
+        "import torch; from lnfree_interp.data.blocks import ShuffledBlocks\n"
+        "from lnfree_interp.data.prefetch import Prefetched\n"
+        "ahead = Prefetched(ShuffledBlocks(torch.ones(4, 8).long(), 0))\n"
+        "ahead.take(2)\n"
+        "raise SystemExit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 7
+
+
+def test_processes_share_a_batch_without_overlap():
+    batch = torch.arange(24).view(12, 2)
+    parts = [share(batch, rank, 4) for rank in range(4)]
+    assert all(part.shape == (3, 2) for part in parts)
+    assert torch.equal(torch.cat(parts).sort(dim=0).values, batch)
+    with pytest.raises(DataError, match="12 blocks does not divide among 5"):
+        share(batch, 0, 5)
+    with pytest.raises(DataError, match="rank 4 is not one of 4"):
+        share(batch, 4, 4)
