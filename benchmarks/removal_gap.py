@@ -67,7 +67,7 @@ def run_seed(
 def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 250,
-    distillation: float = lf.recipes.demo().distillation,
+    distillation: float = 0.5,
     out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Run the benchmark.
@@ -103,7 +103,7 @@ def main(
     print(f"gap: mean {statistics.mean(gaps):+.4f}, standard deviation {spread:.4f} nats per token")
     print(
         f"distillation {distillation}; "
-        f"{steps} steps of {lf.recipes.demo().batch * model.cfg.n_ctx} tokens; "
+        f"{steps} steps of {recipe.batch * model.cfg.n_ctx} tokens; "
         f"{text['heldout'].numel()} held-out tokens; Python {platform.python_version()}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}"

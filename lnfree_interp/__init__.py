@@ -3,7 +3,7 @@
     import lnfree_interp as lf
 
     model = lf.load("gpt2")
-    run = lf.remove_norms(model, lf.recipes.demo(n_layers=12), data)
+    run = lf.remove_norms(model, lf.recipes.demo(model), data)
     free = lf.fold(run.model)
     lf.attribute_logits(free, "The Eiffel Tower is in", " Paris", by="head").verify()
 
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
-    from lnfree_interp.removal.recipes import Recipe
-    from lnfree_interp.removal.trainer import Run, remove_norms
+    from lnfree_interp.removal.recipe import Recipe
+    from lnfree_interp.removal.run import Run
+    from lnfree_interp.removal.trainer import remove_norms
 
 # Where each public name lives; the imports above are the same table for type checkers.
 _HOME = {
@@ -78,8 +79,8 @@ _HOME = {
     "live_sites": "lnfree_interp.models.sites",
     "with_norm_sites": "lnfree_interp.models.sites",
     "MeasuredError": "lnfree_interp.numerics",
-    "Recipe": "lnfree_interp.removal.recipes",
-    "Run": "lnfree_interp.removal.trainer",
+    "Recipe": "lnfree_interp.removal.recipe",
+    "Run": "lnfree_interp.removal.run",
     "remove_norms": "lnfree_interp.removal.trainer",
 }
 

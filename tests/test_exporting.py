@@ -16,6 +16,7 @@ from lnfree_interp.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from lnfree_interp.removal.schedule import sequential_sites
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -102,7 +103,7 @@ def test_the_frozen_form_comes_back_with_its_constants(frozen, dtype, tmp_path):
 
 
 def test_the_model_card_says_what_the_model_is(frozen, dtype, tmp_path):
-    recipe = lf.recipes.demo(3, steps=20)
+    recipe = lf.recipes.demo(sequential_sites(3), steps=20)
     error = lf.compare_logits(lf.fold(frozen), frozen)
     lf.export(
         frozen, tmp_path / "model", recipe=recipe, errors={"folded against frozen": error},
@@ -118,7 +119,7 @@ def test_the_model_card_says_what_the_model_is(frozen, dtype, tmp_path):
     sidecar = lf.read_sidecar(tmp_path / "model")
     assert sidecar.form == "sites"
     assert sidecar.recipe["steps"] == 20
-    assert sidecar.recipe["events"][0] == [0, "blocks.0.ln2"]
+    assert sidecar.recipe["events"][0] == [0, "blocks.0.ln2", 0]
     assert sidecar.errors["export against HookedTransformer"]["relative"] < 1e-5
     assert str(tmp_path) not in card
 

@@ -16,9 +16,14 @@ from lnfree_interp.removal.objectives import (
     distillation_loss,
     scale_anchor_loss,
 )
-from lnfree_interp.removal.recipes import Recipe
-from lnfree_interp.removal.schedule import Event, cosine_with_warmup, published_order
-from lnfree_interp.removal.statistics import measure_sigma
+from lnfree_interp.removal.recipe import Recipe, Statistics
+from lnfree_interp.removal.schedule import (
+    Event,
+    cosine_with_warmup,
+    published_order,
+    sequential_sites,
+)
+from lnfree_interp.removal.statistics import TokenGroups, measure_sigma
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def data():
 
 def small_recipe(**changes):
     settings = {
-        "events": published_order(2, start=2, ln2_gap=1, qk_gap=1, v_gap=2),
+        "events": published_order(sequential_sites(2), start=2, ln2_gap=1, qk_gap=1, v_gap=2),
         "steps": 16,
         "batch": 4,
         "lr": 1e-3,
@@ -44,7 +49,7 @@ def small_recipe(**changes):
 
 
 def test_published_order():
-    events = published_order(3, start=20, ln2_gap=2, qk_gap=2, v_gap=3)
+    events = published_order(sequential_sites(3), start=20, ln2_gap=2, qk_gap=2, v_gap=3)
     steps = {str(event.site): event.step for event in events}
     assert steps == {
         "blocks.0.ln2": 20, "blocks.1.ln2": 22, "blocks.2.ln2": 24,
@@ -56,7 +61,7 @@ def test_published_order():
 
 def test_order_reproduces_the_published_steps_of_gpt2_small():
     """gpt2_aux of 2507.02559: ln2 20 (2), qk 44 (2), v 68 (3), ln_f 104."""
-    events = published_order(12, start=20, ln2_gap=2, qk_gap=2, v_gap=3)
+    events = published_order(sequential_sites(12), start=20, ln2_gap=2, qk_gap=2, v_gap=3)
     first = {kind: min(e.step for e in events if e.site.kind == kind) for kind in
              ("ln2", "ln1.qk", "ln1.v", "ln_final")}  # fmt: skip
     assert first == {"ln2": 20, "ln1.qk": 44, "ln1.v": 68, "ln_final": 104}
@@ -73,7 +78,7 @@ def test_learning_rate():
 @pytest.mark.parametrize("n_layers", [1, 4, 12])
 @pytest.mark.parametrize("steps", [130, 200, 1000])
 def test_demo_recipe_spreads_its_events_and_leaves_time_to_recover(steps, n_layers):
-    events = lf.recipes.demo(n_layers, steps=steps).events
+    events = lf.recipes.demo(sequential_sites(n_layers), steps=steps).events
     assert (
         len({event.site for event in events}) == len({e.step for e in events}) == 3 * n_layers + 1
     )
@@ -82,9 +87,9 @@ def test_demo_recipe_spreads_its_events_and_leaves_time_to_recover(steps, n_laye
 
 
 def test_demo_recipe_needs_a_step_for_every_event():
-    assert max(event.step for event in lf.recipes.demo(4, steps=13).events) == 12
+    assert max(event.step for event in lf.recipes.demo(sequential_sites(4), steps=13).events) == 12
     with pytest.raises(RecipeError, match="12 steps are too few for 13 norm sites"):
-        lf.recipes.demo(4, steps=12)
+        lf.recipes.demo(sequential_sites(4), steps=12)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,7 @@ def test_impossible_recipes_are_refused(changes, message):
     with pytest.raises(RecipeError, match=message):
         small_recipe(**changes)
     with pytest.raises(RecipeError, match="negative"):
-        published_order(2, start=-1, ln2_gap=1, qk_gap=1, v_gap=1)
+        published_order(sequential_sites(2), start=-1, ln2_gap=1, qk_gap=1, v_gap=1)
 
 
 def test_all_norms_are_gone_and_the_model_learned(model, data):
@@ -116,7 +121,7 @@ def test_all_norms_are_gone_and_the_model_learned(model, data):
 
 
 def test_events_fire_before_their_step_with_measured_sigma(model, data, monkeypatch):
-    recipe = small_recipe(sigma_blocks=len(data))
+    recipe = small_recipe(statistics=Statistics(blocks=len(data)))
     in_training = []
 
     def keep(stock):
@@ -140,7 +145,9 @@ def test_events_fire_before_their_step_with_measured_sigma(model, data, monkeypa
 
 
 def test_sigma_is_that_of_the_model_at_the_event_under_the_users_hooks(model, data):
-    recipe = small_recipe(events=(Event(0, NormSite("ln2", 1)),), sigma_blocks=len(data), steps=3)
+    recipe = small_recipe(
+        events=(Event(0, NormSite("ln2", 1)),), statistics=Statistics(blocks=len(data)), steps=3
+    )
 
     def tenfold(resid, hook):
         return 10 * resid
@@ -202,8 +209,8 @@ def test_learning_rate_reaches_the_optimizer_and_gradients_are_clipped(model, da
     clipped = []
     right = torch.nn.utils.clip_grad_norm_
 
-    def spy(parameters, max_norm):
-        norm = right(parameters, max_norm)
+    def spy(parameters, max_norm, **settings):
+        norm = right(parameters, max_norm, **settings)
         clipped.append(max_norm)
         return norm
 
@@ -235,7 +242,10 @@ def test_the_anchor_holds_the_scale_together(model, data):
 def test_position_0_and_end_of_text_are_not_ordinary(gpt2_folder):
     model = lf.load(gpt2_folder)
     tokens = torch.tensor([[5, model.tokenizer.eos_token_id, 7]])
-    assert trainer._ordinary(tokens, model).tolist() == [[False, False, True]]
+    groups = TokenGroups(model.tokenizer.eos_token_id)
+    groups.mark(tokens)
+    assert groups.of["ordinary"].tolist() == [[False, False, True]]
+    assert groups.of["end_of_text"].tolist() == [[False, True, False]]
 
 
 def test_micro_batches_add_up(model, data):
@@ -343,7 +353,7 @@ def test_a_run_that_blows_up_says_so(model, data):
     def explode(resid, hook):
         return resid * float("inf")
 
-    with pytest.raises(TrainingError, match="at step 0: lower lr, or widen the gaps"):
+    with pytest.raises(TrainingError, match=r"diverged at step 0: loss .*; lower lr"):
         lf.remove_norms(
             model, small_recipe(), data, fwd_hooks=[("blocks.1.hook_resid_post", explode)],
             progress=False,

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -242,9 +241,7 @@ def form_of(model: HookedTransformer) -> str:
 
 
 def _plain_recipe(recipe: "Recipe") -> dict[str, Any]:
-    fields = asdict(recipe)
-    fields["events"] = [[event.step, str(event.site)] for event in recipe.events]
-    return fields
+    return recipe.to_json()
 
 
 def _own_sigma(model: HookedTransformer) -> dict[str, float]:

@@ -96,7 +96,8 @@ def _opening(target: str, lnfree: bool) -> str:
 def _recipe(sidecar: Sidecar) -> str:
     recipe = dict(sidecar.recipe or {})
     events = recipe.pop("events", [])
-    rows = [f"| {name} | {value} |" for name, value in recipe.items()]
+    technical = ("guard", "sources")
+    rows = [f"| {name} | {value} |" for name, value in recipe.items() if name not in technical]
     table = "\n".join(["| field | value |", "|---|---|", *rows])
     if not events:
         return table

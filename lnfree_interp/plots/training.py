@@ -5,9 +5,18 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from lnfree_interp.plots.style import MODEL_COLOURS, MODEL_NAMES, styled
-from lnfree_interp.removal.trainer import Run
+from lnfree_interp.removal.run import Run
 
-_KIND_COLOURS = {"ln2": "#1b7837", "qk": "#762a83", "v": "#c51b7d", "ln_final": "#000000"}
+_KIND_COLOURS = {
+    "ln2": "#1b7837",
+    "ln2_post": "#7fbf7b",
+    "qk": "#762a83",
+    "q_norm": "#9970ab",
+    "k_norm": "#c2a5cf",
+    "v": "#c51b7d",
+    "ln1_post": "#e9a3c9",
+    "ln_final": "#000000",
+}
 
 
 def training_curve(runs: Mapping[str, Run], window: int = 10) -> go.Figure:

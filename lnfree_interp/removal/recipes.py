@@ -1,68 +1,258 @@
-"""Recipes: functions that return a configuration of the fine-tuning that removes the norms."""
+"""Recipes: functions that return a `Recipe`.
 
-from dataclasses import dataclass, replace
+The published ones come from two repositories. What they share: AdamW, gradients clipped at 1,
+blocks of 1024 tokens of OpenWebText packed with end-of-text, the order `ln2`, `ln1` for queries
+and keys, `ln1` for values, `ln_final`. What this engine does not repeat of them: dropout, bfloat16
+master weights, untrained end-of-text, a special sigma on channel 0 (docs/removal.md).
+"""
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.removal.schedule import Event, published_order
+from lnfree_interp.removal.recipe import Recipe, Special, Statistics
+from lnfree_interp.removal.schedule import (
+    Sites,
+    all_at_once,
+    published_order,
+    sequential_sites,
+    sites_of,
+    taper,
+)
+
+__all__ = [
+    "BY_NAME",
+    "Recipe",
+    "at_once",
+    "demo",
+    "gpt2_large",
+    "gpt2_medium",
+    "gpt2_small",
+    "gpt2_small_2024",
+    "gpt2_xl",
+    "published_style",
+    "tapered",
+]
+
+_CONFIG = "submarat/removing-layer-norm, config.py"
+_TRAIN = "submarat/removing-layer-norm, train.py"
+_SOURCES = {
+    "events, steps, batch, lr, final_lr, warmup, scale_anchor": f"{_CONFIG}; 2507.02559",
+    "decay_steps": f"{_CONFIG}: max_steps, published as a checkpoint before the end",
+    "statistics": f"{_TRAIN} with EXP_RECOMPUTE_STD_ON_REAL=1, as its runners set it; there once "
+    "per micro-batch, hence momentum to their number; one buffer for ln1.qk and ln1.v",
+    "clip, weight_decay": f"{_TRAIN}: 1.0 and 0.01",
+    "betas": "transformers.TrainingArguments' defaults",
+    "batch": f"{_CONFIG}: blocks per micro-batch times accumulation steps",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that a removal run is made of, except the model and the text."""
-
-    events: tuple[Event, ...]
-    """When which site is frozen. Empty: an ordinary fine-tuning."""
-    steps: int
-    batch: int
-    """Blocks of text per optimiser step."""
-    micro_batch: int = 4
-    """Blocks per forward pass; gradients add up over the batch. On a CPU, small is fast: logits
-    that fit into the cache."""
-    lr: float
-    """Peak learning rate of AdamW."""
-    warmup: int
-    final_lr: float
-    """What the learning rate falls to, as a share of `lr`."""
-    weight_decay: float = 0.01
-    """On weight matrices and embeddings; never on biases and gains."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    """Largest gradient norm."""
-    distillation: float = 0.0
-    """Share of the loss that is the KL divergence from the original model; cross-entropy is the
-    rest. Costs one forward pass of the original per step."""
-    scale_anchor: float = 0.1
-    """Weight of the auxiliary loss that keeps ln_final's input at one scale."""
-    sigma_blocks: int = 64
-    """Blocks of text on which a site's sigma is measured when its event comes."""
-    seed: int = 0
-    """Of the order of the data."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "lr", "clip", "sigma_blocks"):
-            if getattr(self, name) <= 0:
-                raise RecipeError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.warmup < self.steps:
-            raise RecipeError(f"warmup must lie in 0..{self.steps - 1}, not {self.warmup}")
-        if not 0 <= self.distillation <= 1:
-            raise RecipeError(f"distillation must lie in 0..1, not {self.distillation}")
-        for event in self.events:
-            if not 0 <= event.step < self.steps:
-                raise RecipeError(
-                    f"{event.site} would be frozen at step {event.step}, outside the {self.steps} "
-                    "steps of training"
-                )
-        sites = [event.site for event in self.events]
-        if twice := [str(site) for site in sites if sites.count(site) > 1]:
-            raise RecipeError(f"{twice[0]} would be frozen twice")
-
-    def vanilla(self) -> "Recipe":
-        """The control: same steps, data order and learning rates, but nothing is removed."""
-        return replace(self, events=(), scale_anchor=0.0, distillation=0.0)
+def _published(
+    n_layers: int,
+    *,
+    name: str,
+    steps: int,
+    micro_batch: int,
+    accumulation: int,
+    lr: float,
+    min_lr: float,
+    warmup: int,
+    anchor: float,
+    momentum: float,
+    start: int,
+    gaps: tuple[int, int, int],
+    decay_steps: int | None = None,
+) -> Recipe:
+    ln2_gap, qk_gap, v_gap = gaps
+    return Recipe(
+        name=name,
+        events=published_order(
+            sequential_sites(n_layers), start=start, ln2_gap=ln2_gap, qk_gap=qk_gap, v_gap=v_gap
+        ),
+        steps=steps,
+        decay_steps=decay_steps,
+        batch=micro_batch * accumulation,
+        micro_batch=micro_batch,
+        lr=lr,
+        final_lr=min_lr / lr,
+        warmup=warmup,
+        betas=(0.9, 0.999),
+        scale_anchor=anchor,
+        statistics=Statistics(source="ema", momentum=momentum**accumulation, share_ln1=True),
+        block=1024,
+        sources=_SOURCES,
+    )
 
 
-def demo(n_layers: int = 4, *, steps: int = 250, seed: int = 0) -> Recipe:
-    """The published order, scaled to a small model and a few minutes on two CPU cores.
+def gpt2_small(*, anchor: bool = True) -> Recipe:
+    """2507.02559's recipe for GPT-2 small: 300 steps, 157M tokens, schaeff/gpt2-small_LNFree300.
+
+    Args:
+        anchor: With the auxiliary loss, as published; or their variant without it.
+    """
+    return _published(
+        12,
+        name="gpt2_aux" if anchor else "gpt2",
+        steps=300,
+        micro_batch=32 if anchor else 40,
+        accumulation=16 if anchor else 12,
+        lr=6e-4,
+        min_lr=3e-4,
+        warmup=25 if anchor else 20,
+        anchor=0.1 if anchor else 0.0,
+        momentum=0.9,
+        start=20,
+        gaps=(2, 2, 3),
+    )
+
+
+def gpt2_medium(*, anchor: bool = True) -> Recipe:
+    """2507.02559's recipe for GPT-2 medium: 500 steps, 259M tokens.
+
+    Args:
+        anchor: With the auxiliary loss, as published; or their variant without it.
+    """
+    return _published(
+        24,
+        name="medium_fasttune_aux" if anchor else "medium_fasttune",
+        steps=500,
+        micro_batch=22,
+        accumulation=23,
+        lr=6e-4,
+        min_lr=3e-4,
+        warmup=10,
+        anchor=0.1 if anchor else 0.0,
+        momentum=0.9,
+        start=20,
+        gaps=(2, 2, 3),
+    )
+
+
+def gpt2_large(*, anchor: bool = True) -> Recipe:
+    """2507.02559's recipe for GPT-2 large: published at step 600 of 1200, 310M tokens.
+
+    Args:
+        anchor: With the auxiliary loss, as published; or their variant without it, 1200 steps.
+    """
+    return _published(
+        36,
+        name="large_aux" if anchor else "large",
+        steps=600 if anchor else 1200,
+        decay_steps=1200,
+        micro_batch=28,
+        accumulation=18,
+        lr=3e-4,
+        min_lr=4e-5,
+        warmup=15,
+        anchor=0.03 if anchor else 0.0,
+        momentum=0.912,
+        start=30,
+        gaps=(4, 4, 6),
+    )
+
+
+def gpt2_xl(*, anchor: bool = True) -> Recipe:
+    """2507.02559's recipe for GPT-2 XL: published at step 800 of 1200, 413M tokens.
+
+    Args:
+        anchor: With the auxiliary loss, as published; or their variant without it, 1200 steps.
+    """
+    return _published(
+        48,
+        name="xl_aux" if anchor else "xl",
+        steps=800 if anchor else 1200,
+        decay_steps=1200,
+        micro_batch=18,
+        accumulation=28,
+        lr=1e-4,
+        min_lr=2e-5,
+        warmup=20,
+        anchor=0.01 if anchor else 0.0,
+        momentum=0.942,
+        start=50 if anchor else 20,
+        gaps=(4, 4, 6) if anchor else (2, 2, 3),
+    )
+
+
+def gpt2_small_2024() -> Recipe:
+    """2409.13710's recipe for GPT-2 small: 1200 steps, 590M tokens, apollo-research/gpt2_noLN.
+
+    Position 0 has its own sigma until step 1160, end-of-text (on the value path) until 1060. Their
+    code put the special sigma on channel 0 instead of position 0; this is what was meant.
+    """
+    code = "ApolloResearch/gpt2_noLN"
+    return Recipe(
+        name="gpt2_noLN hf_1200",
+        events=published_order(
+            sequential_sites(12), start=200, ln2_gap=20, qk_gap=20, v_gap=30
+        ),
+        steps=1200,
+        decay_steps=2000,
+        batch=480,
+        micro_batch=48,
+        lr=6e-4,
+        final_lr=0.1,
+        warmup=100,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        scale_anchor=0.0,
+        statistics=Statistics(source="start", tokens="ordinary"),
+        special=Special(
+            first_until=1160, end_of_text_until=1060, end_of_text_kinds=("ln1.v",)
+        ),
+        block=1024,
+        sources={
+            "events, special": f"{code}, train.py; 2409.13710",
+            "steps, decay_steps": f"{code}: stopped at 1200 of a decay over 2000",
+            "batch, lr, final_lr, warmup, weight_decay, betas, clip": f"{code}, nanoGPT settings",
+            "statistics": f"{code}, std_dicts.py: constants of the original model, written down; "
+            "measured here before the first step",
+        },
+    )  # fmt: skip
+
+
+def _scaled_gaps(model: Sites, steps: int) -> tuple[int, tuple[int, int, int]]:
+    """Start and gaps of the published order, stretched so that events take a quarter of a run."""
+    sites = sites_of(model)
+    if steps < len(sites):
+        raise RecipeError(f"{steps} steps are too few for {len(sites)} norm sites: give more steps")
+    start = min(steps // 30, steps - len(sites))
+    one = published_order(sites, start=0, ln2_gap=2, qk_gap=2, v_gap=3)
+    unit = (steps // 4 - start) // max(1, one[-1].step)
+    return start, (2 * unit, 2 * unit, 3 * unit) if unit > 0 else (1, 1, 1)
+
+
+def published_style(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
+    """2507.02559's recipe for GPT-2 small on any model, and in any number of steps.
+
+    The same order, ratio of gaps, moving-average sigma, auxiliary loss and learning rates. Events
+    take the first quarter of the steps (theirs: the first third), single steps where there is no
+    time for more.
+
+    Args:
+        model: A model or its sites.
+        steps: Optimiser steps.
+        seed: Of the data order.
+
+    Raises:
+        RecipeError: if there are fewer steps than events.
+    """
+    start, (ln2_gap, qk_gap, v_gap) = _scaled_gaps(model, steps)
+    return Recipe(
+        name="published style",
+        events=published_order(model, start=start, ln2_gap=ln2_gap, qk_gap=qk_gap, v_gap=v_gap),
+        steps=steps,
+        batch=16,
+        lr=6e-4,
+        final_lr=0.5,
+        warmup=min(20, steps // 12),
+        betas=(0.9, 0.999),
+        scale_anchor=0.1,
+        statistics=Statistics(source="ema", momentum=0.5, share_ln1=True),
+        seed=seed,
+        sources={"all but steps and batch": f"{_CONFIG}, gpt2_aux, scaled"},
+    )
+
+
+def demo(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
+    """This project's recipe: the published order and half of the loss from the original.
 
     Events take the first quarter of the steps, with the gaps of the published schedule for GPT-2
     small (2, 2 and 3 steps a layer; 2507.02559) or a multiple of them; single steps where there is
@@ -70,23 +260,17 @@ def demo(n_layers: int = 4, *, steps: int = 250, seed: int = 0) -> Recipe:
     the published recipes do not have: with so few tokens, cross-entropy alone leaves a gap.
 
     Args:
-        n_layers: Blocks in the model.
+        model: A model or its sites, of any architecture.
         steps: Optimiser steps.
         seed: Of the data order.
 
     Raises:
         RecipeError: if there are fewer steps than events.
     """
-    n_sites = 3 * n_layers + 1
-    if steps < n_sites:
-        raise RecipeError(f"{steps} steps are too few for {n_sites} norm sites: give more steps")
-    start = min(steps // 30, steps - n_sites)
-    unit = (steps // 4 - start) // (7 * n_layers)
-    gaps = (2 * unit, 2 * unit, 3 * unit) if unit > 0 else (1, 1, 1)
+    start, (ln2_gap, qk_gap, v_gap) = _scaled_gaps(model, steps)
     return Recipe(
-        events=published_order(
-            n_layers, start=start, ln2_gap=gaps[0], qk_gap=gaps[1], v_gap=gaps[2]
-        ),
+        name="demo",
+        events=published_order(model, start=start, ln2_gap=ln2_gap, qk_gap=qk_gap, v_gap=v_gap),
         steps=steps,
         batch=16,
         lr=6e-4,
@@ -95,3 +279,69 @@ def demo(n_layers: int = 4, *, steps: int = 250, seed: int = 0) -> Recipe:
         distillation=0.5,
         seed=seed,
     )
+
+
+def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
+    """TaperNorm's schedule: one gate for all sites, live for a tenth of the steps, closed at half.
+
+    The constant is the least squares one, followed by a moving average, and the auxiliary loss has
+    a fixed target. Unlike in the paper the final norm fades too. (2602.10408)
+
+    Args:
+        model: A model or its sites, of any architecture.
+        steps: Optimiser steps.
+        seed: Of the data order.
+
+    Raises:
+        RecipeError: if there are fewer than ten steps.
+    """
+    if steps < 10:
+        raise RecipeError(f"{steps} steps are too few for a taper: give at least 10")
+    return Recipe(
+        name="taper",
+        events=taper(model, start=steps // 10, over=steps // 2 - steps // 10),
+        steps=steps,
+        batch=16,
+        lr=6e-4,
+        warmup=min(20, steps // 10),
+        final_lr=0.05,
+        anchor_target="frozen",
+        statistics=Statistics(source="ema", average="least_squares"),
+        seed=seed,
+    )
+
+
+def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
+    """Every norm at one step, when the warm-up is over; otherwise as `demo`.
+
+    Args:
+        model: A model or its sites, of any architecture.
+        steps: Optimiser steps.
+        seed: Of the data order.
+    """
+    warmup = min(20, steps // 10)
+    return Recipe(
+        name="all at once",
+        events=all_at_once(model, step=warmup),
+        steps=steps,
+        batch=16,
+        lr=6e-4,
+        warmup=warmup,
+        final_lr=0.05,
+        distillation=0.5,
+        seed=seed,
+    )
+
+
+BY_NAME = {
+    "demo": demo,
+    "published-style": published_style,
+    "taper": tapered,
+    "at-once": at_once,
+    "gpt2-small": gpt2_small,
+    "gpt2-medium": gpt2_medium,
+    "gpt2-large": gpt2_large,
+    "gpt2-xl": gpt2_xl,
+    "gpt2-small-2024": gpt2_small_2024,
+}
+"""What `lnfree remove --recipe` knows."""

@@ -1,78 +1,195 @@
-"""When which norm site is frozen: pure data, and the published order that makes it."""
+"""When which norm site goes from live to frozen: pure data, and the orders that make it."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.models.sites import NormSite, SiteKind
+from lnfree_interp.models.sites import NormSite, SiteKind, list_norm_sites
 
 
 @dataclass(frozen=True)
 class Event:
-    """Before the forward pass of `step` (from 0), `site` goes from live to frozen."""
+    """From the forward pass of `step` (from 0) on, `site` goes from live to frozen."""
 
     step: int
     site: NormSite
+    over: int = 0
+    """Steps that this takes: 0 at once, else the site's gate falls from 1 to 0 along a cosine."""
+
+    @property
+    def end(self) -> int:
+        """The first step at which the site is frozen."""
+        return self.step + self.over
+
+    def gate(self, step: int) -> float:
+        """Share of the live norm in the forward pass of `step`."""
+        if step < self.step:
+            return 1.0
+        if step >= self.end:
+            return 0.0
+        return 0.5 * (1 + math.cos(math.pi * (step - self.step) / self.over))
 
 
 @dataclass(frozen=True)
-class Phase:
-    """All sites of one kind, layer by layer."""
+class Ramp:
+    """A weight that moves in a straight line between two steps and stays where it is outside."""
 
-    kind: SiteKind
-    start: int
-    """Step at which layer 0 is frozen."""
-    gap: int = 0
-    """Steps between one layer and the next; 0 freezes all layers at once."""
+    start: float
+    end: float
+    from_step: int
+    to_step: int
 
-    def events(self, n_layers: int) -> tuple[Event, ...]:
-        """The phase for a model of `n_layers`."""
-        layers: Iterable[int | None] = [None] if self.kind == "ln_final" else range(n_layers)
-        return tuple(
-            Event(self.start + index * self.gap, NormSite(self.kind, layer))
-            for index, layer in enumerate(layers)
-        )
+    def __post_init__(self) -> None:
+        if self.to_step <= self.from_step:
+            raise RecipeError(f"a ramp from step {self.from_step} must end after it")
+
+    def at(self, step: int) -> float:
+        """The weight at a step."""
+        done = (step - self.from_step) / (self.to_step - self.from_step)
+        return self.start + (self.end - self.start) * min(1.0, max(0.0, done))
+
+    def __str__(self) -> str:
+        return f"{self.start:g} to {self.end:g} (steps {self.from_step} to {self.to_step})"
+
+
+Weight = float | Ramp
+"""A weight in the loss: constant, or moving."""
+
+
+def weight_at(weight: Weight, step: int) -> float:
+    """The weight at a step."""
+    return weight.at(step) if isinstance(weight, Ramp) else weight
+
+
+Sites = HookedTransformer | Sequence[NormSite]
+"""What a schedule is made for: a model, or its sites."""
+
+
+def sites_of(model: Sites) -> tuple[NormSite, ...]:
+    """The sites of a model, or the given ones.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    sites = list_norm_sites(model) if isinstance(model, HookedTransformer) else tuple(model)
+    if not sites:
+        raise RecipeError("there are no norm sites: is the model LN-free already?")
+    return sites
+
+
+def sequential_sites(n_layers: int) -> tuple[NormSite, ...]:
+    """The sites of a model like GPT-2, GPT-NeoX or Llama with that many blocks."""
+    kinds: tuple[SiteKind, ...] = ("ln1.qk", "ln1.v", "ln2")
+    blocks = [NormSite(kind, layer) for layer in range(n_layers) for kind in kinds]
+    return (*blocks, NormSite("ln_final"))
+
+
+PHASES: tuple[tuple[SiteKind, ...], ...] = (
+    ("ln2",),
+    ("ln2_post",),
+    ("ln1.qk",),
+    ("attn.q_norm", "attn.k_norm"),
+    ("ln1.v",),
+    ("ln1_post",),
+    ("ln_final",),
+)
+"""The published order of 2507.02559 (`ln2`, `ln1` for queries and keys, `ln1` for values,
+`ln_final`); sites that GPT-2 does not have stand behind the one whose path they are on."""
+
+assert {kind for phase in PHASES for kind in phase} == set(get_args(SiteKind)) - {"ln1"}
 
 
 def published_order(
-    n_layers: int, *, start: int, ln2_gap: int, qk_gap: int, v_gap: int
+    model: Sites, *, start: int, ln2_gap: int, qk_gap: int, v_gap: int
 ) -> tuple[Event, ...]:
-    """ln2, then ln1 for queries and keys, then ln1 for values, then ln_final.
+    """Phase by phase (`PHASES`), each layer by layer from 0.
 
-    Each kind goes layer by layer from 0; a phase begins one gap after the last layer of the phase
-    before it. Values come late and with the widest gaps: removing them is what most often makes
-    gradients explode (2507.02559).
+    A phase begins one gap after the last layer of the phase before it. Values come late and with
+    the widest gaps: removing them is what most often makes gradients explode (2507.02559).
 
     Args:
-        n_layers: Blocks in the model.
+        model: A model or its sites, of any architecture.
         start: Step of the first event.
-        ln2_gap: Steps between two layers' `ln2`.
-        qk_gap: Steps between two layers' `ln1.qk`.
-        v_gap: Steps between two layers' `ln1.v`.
+        ln2_gap: Steps between two layers' `ln2`, and their `ln2_post`.
+        qk_gap: Steps between two layers' `ln1.qk`, and their norms on queries and keys.
+        v_gap: Steps between two layers' `ln1.v`, and their `ln1_post`.
 
     Raises:
-        RecipeError: if start or a gap is negative.
+        RecipeError: if start or a gap is negative, or there are no sites.
     """
     if min(start, ln2_gap, qk_gap, v_gap) < 0:
         raise RecipeError("start and gaps of a removal schedule cannot be negative")
-    qk_start = start + n_layers * ln2_gap
-    v_start = qk_start + n_layers * qk_gap
-    phases = (
-        Phase("ln2", start, ln2_gap),
-        Phase("ln1.qk", qk_start, qk_gap),
-        Phase("ln1.v", v_start, v_gap),
-        Phase("ln_final", v_start + n_layers * v_gap),
+    gaps = dict(zip(PHASES, (ln2_gap, ln2_gap, qk_gap, qk_gap, v_gap, v_gap, 0), strict=True))
+    sites, events = sites_of(model), []
+    for phase in PHASES:
+        in_phase = [site for site in sites if site.kind in phase]
+        layers = sorted({site.layer or 0 for site in in_phase})
+        at = {layer: start + index * gaps[phase] for index, layer in enumerate(layers)}
+        events += [Event(at[site.layer or 0], site) for site in in_phase]
+        start += len(layers) * gaps[phase]
+    return tuple(events)
+
+
+def all_at_once(model: Sites, *, step: int) -> tuple[Event, ...]:
+    """Every site at the same step."""
+    return tuple(Event(step, site) for site in sites_of(model))
+
+
+def taper(model: Sites, *, start: int, over: int, gap: int = 0) -> tuple[Event, ...]:
+    """Every site fades from live to frozen, in the published order if there is a gap.
+
+    With `gap=0`, one gate for all sites: the schedule of TaperNorm (2602.10408), there with the
+    final norm kept.
+
+    Args:
+        model: A model or its sites.
+        start: Step at which the first gate begins to fall.
+        over: Steps from live to frozen, for each site.
+        gap: Steps by which each site begins after the one before it.
+
+    Raises:
+        RecipeError: if start, over or gap is negative, or there are no sites.
+    """
+    if min(start, over, gap) < 0:
+        raise RecipeError("start, over and gap of a taper cannot be negative")
+    in_order = published_order(model, start=0, ln2_gap=0, qk_gap=0, v_gap=0)
+    return tuple(
+        Event(start + index * gap, event.site, over) for index, event in enumerate(in_order)
     )
-    return tuple(event for phase in phases for event in phase.events(n_layers))
+
+
+def widened(events: Iterable[Event], after: int, factor: float) -> tuple[Event, ...]:
+    """The same events, those that are not over at step `after` spread out by a factor from there.
+
+    What a run that diverged continues with: larger gaps (2507.02559).
+    """
+
+    def later(step: int) -> int:
+        return step if step <= after else after + math.ceil((step - after) * factor)
+
+    return tuple(
+        event
+        if event.end <= after
+        else replace(event, step=later(event.step), over=later(event.end) - later(event.step))
+        for event in events
+    )
+
+
+def last_step(events: Iterable[Event]) -> int:
+    """The step from which on every site of the events is frozen; 0 without events."""
+    return max((event.end for event in events), default=0)
 
 
 def cosine_with_warmup(step: int, *, steps: int, warmup: int, floor: float) -> float:
     """The learning rate at `step` (from 0) as a share of its peak.
 
-    Linear up over `warmup` steps, then a cosine down to `floor` at `steps`.
+    Linear up over `warmup` steps, then a cosine down to `floor` at `steps`, and no further.
     """
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

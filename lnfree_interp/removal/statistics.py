@@ -1,53 +1,193 @@
-"""sigma: the constant that takes the place of a token's own standard deviation."""
+"""sigma: the constant that takes the place of a token's own standard deviation.
+
+Everything is measured by hooks: a meter on a site's `hook_in` adds up what a live norm would divide
+by there, token by token.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.sites import NormSite, get_norm
+from lnfree_interp.removal.recipe import Statistics
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., object]]]
 """TransformerLens' own form: (name or filter, function of the activation and `hook`)."""
 
+Group = Literal["ordinary", "first", "end_of_text"]
+GROUPS: tuple[Group, ...] = ("ordinary", "first", "end_of_text")
+"""Tokens fall into three groups: position 0, other end-of-text tokens, and the rest."""
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum over the processes of a distributed run."""
+
 _MEASURING_BATCH = 4
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens of their standard deviation r."""
+
+    count: float
+    first: float
+    """Sum of r."""
+    second: float
+    """Sum of r^2."""
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count, self.first + other.first, self.second + other.second
+        )
+
+    def average(self, kind: str) -> float:
+        """E[r], sqrt(E[r^2]) or E[r^2] / E[r], as `Statistics.average` names them."""
+        if kind == "mean":
+            return self.first / self.count
+        if kind == "rms":
+            return (self.second / self.count) ** 0.5
+        return self.second / self.first
+
+
+class TokenGroups:
+    """Which token of the batch at hand belongs to which group."""
+
+    def __init__(self, end_of_text: int | None):
+        self.end_of_text = end_of_text
+        self.of: dict[Group, Bool[Tensor, "batch pos"]] = {}
+
+    def mark(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        """Look at the tokens of the next forward pass."""
+        first = torch.zeros_like(tokens, dtype=torch.bool)
+        first[:, 0] = True
+        if self.end_of_text is None:
+            end_of_text = torch.zeros_like(first)
+        else:
+            end_of_text = (tokens == self.end_of_text) & ~first
+        ordinary = ~(first | end_of_text)
+        self.of = {"ordinary": ordinary, "first": first, "end_of_text": end_of_text}
+
+
+class SigmaMeter:
+    """Adds up the standard deviations that tokens have at some sites."""
+
+    def __init__(
+        self, model: HookedTransformer, sites: Iterable[NormSite | str], groups: TokenGroups
+    ):
+        self.norms: dict[str, Norm] = {str(site): get_norm(model, site) for site in sites}
+        self.groups = groups
+        self.sums: dict[str, Float[Tensor, "group moment"]] = {}
+
+    @property
+    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        """For `model.hooks(fwd_hooks=...)`; they change nothing."""
+        return [(f"{name}.hook_in", self._add) for name in self.norms]
+
+    @torch.no_grad()
+    def _add(self, x: Float[Tensor, "batch pos *head d"], hook: HookPoint) -> None:
+        assert hook.name is not None
+        name = hook.name.removesuffix(".hook_in")
+        r = self.norms[name].token_sigma(x.detach()).flatten(2)  # [batch, pos, head]
+        counts = torch.stack([self.groups.of[group] for group in GROUPS]).to(r.dtype)
+        first, second = (
+            torch.einsum("gbp,bp->g", counts, power.sum(-1)) for power in (r, r.pow(2))
+        )
+        sums = torch.stack([counts.sum((1, 2)) * r.shape[-1], first, second], -1).double()
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+
+    def read(self, reduce: Reduce = lambda sums: sums) -> dict[str, dict[Group, Moments]]:
+        """What has come together since the last reading, over all processes."""
+        if not self.sums:
+            return {}
+        rows = reduce(torch.stack(list(self.sums.values()))).tolist()
+        names, self.sums = list(self.sums), {}
+        return {
+            name: {group: Moments(*row) for group, row in zip(GROUPS, site, strict=True)}
+            for name, site in zip(names, rows, strict=True)
+        }
+
+
+def common(groups: dict[Group, Moments], statistics: Statistics) -> float:
+    """The sigma of all tokens together, or of the ordinary ones, as the recipe says."""
+    ordinary, first, end_of_text = (groups[group] for group in GROUPS)
+    together = ordinary + first + end_of_text
+    if statistics.tokens == "ordinary" and ordinary.count:
+        together = ordinary
+    return together.average(statistics.average)
+
+
 @torch.no_grad()
+def measure(
+    model: HookedTransformer,
+    sites: Iterable[NormSite | str],
+    tokens: Int[Tensor, "blocks pos"],
+    fwd_hooks: Hooks = (),
+    *,
+    groups: TokenGroups | None = None,
+    reduce: Reduce = lambda sums: sums,
+) -> dict[str, dict[Group, Moments]]:
+    """The moments of each site's standard deviations, by group of tokens.
+
+    Args:
+        model: With norm sites.
+        sites: The sites to measure, live or not.
+        tokens: [blocks, pos], the text to measure on; of this process.
+        fwd_hooks: Active while measuring, as in `run_with_hooks`.
+        groups: Knows end-of-text. Default: the model's tokenizer does.
+        reduce: Sum over processes.
+
+    Raises:
+        NormSiteError: if the model lacks a site.
+    """
+    groups = TokenGroups(end_of_text(model)) if groups is None else groups
+    meter = SigmaMeter(model, sites, groups)
+    with model.hooks(fwd_hooks=[*fwd_hooks, *meter.hooks]):
+        for batch in tokens.split(_MEASURING_BATCH):
+            groups.mark(batch)
+            model(batch, return_type=None)
+    return meter.read(reduce)
+
+
 def measure_sigma(
     model: HookedTransformer,
     sites: Iterable[NormSite | str],
     tokens: Int[Tensor, "blocks pos"],
     fwd_hooks: Hooks = (),
+    statistics: Statistics | None = None,
 ) -> dict[str, float]:
-    """The mean of each site's `hook_scale` over live text: the arithmetic mean over all tokens of
-    sqrt(variance + eps), as in 2507.02559.
+    """The constant that would take the place of each site's own standard deviation.
+
+    By default the mean over all tokens of sqrt(variance + eps), as in 2507.02559; for an RMSNorm
+    the root mean square instead of the standard deviation.
 
     Args:
-        model: With norm sites; the sites to measure must be live to give anything new.
+        model: With norm sites.
         sites: The sites to measure.
         tokens: [blocks, pos], the text to measure on.
         fwd_hooks: Active while measuring, as in `run_with_hooks`.
+        statistics: Another average, or other tokens.
 
     Returns:
-        From site name to sigma.
+        From site name to sigma, in the units of the residual stream.
 
     Raises:
         NormSiteError: if the model lacks a site.
+
+    Example:
+        >>> sites = lf.with_norm_sites(model)  # doctest: +SKIP
+        >>> measure_sigma(sites, lf.list_norm_sites(sites), tokens)  # doctest: +SKIP
     """
-    sums = {str(site): 0.0 for site in sites}
-    for name in sums:
-        get_norm(model, name)
+    statistics = Statistics() if statistics is None else statistics
+    found = measure(model, sites, tokens, fwd_hooks)
+    return {name: common(moments, statistics) for name, moments in found.items()}
 
-    def accumulate(scale: Float[Tensor, "batch pos one"], hook: HookPoint) -> None:
-        assert hook.name is not None
-        sums[hook.name.removesuffix(".hook_scale")] += scale.double().sum().item()
 
-    probes = [(f"{name}.hook_scale", accumulate) for name in sums]
-    with model.hooks(fwd_hooks=[*fwd_hooks, *probes]):
-        for batch in tokens.split(_MEASURING_BATCH):
-            model(batch, return_type=None)
-    return {name: total / tokens.numel() for name, total in sums.items()}
+def end_of_text(model: HookedTransformer) -> int | None:
+    """The token that closes a document, if the model's tokenizer has one."""
+    return getattr(model.tokenizer, "eos_token_id", None)

@@ -1,0 +1,40 @@
+"""Watching a run for divergence."""
+
+import math
+from collections.abc import Mapping
+
+from lnfree_interp.removal.recipe import Guard
+
+
+class Watch:
+    """Says when a run has gone wrong, and why.
+
+    Attributes:
+        best: The lowest cross-entropy of a step so far, in nats per token.
+        rollbacks: How often the run has been set back.
+    """
+
+    def __init__(self, guard: Guard):
+        self.guard = guard
+        self.best = math.inf
+        self.rollbacks = 0
+
+    def verdict(
+        self, loss: float, gradient: float, drift: Mapping[str, float] | None = None
+    ) -> str | None:
+        """What is wrong after a step, in words; None if nothing is.
+
+        Args:
+            loss: The step's cross-entropy.
+            gradient: The norm of its gradient.
+            drift: By frozen site, sigma of its inputs over its constant, when it was measured.
+        """
+        if not (math.isfinite(loss) and math.isfinite(gradient)):
+            return f"loss {loss:.4g}, gradient norm {gradient:.4g}"
+        if loss > self.best + self.guard.above_best:
+            return f"loss {loss:.4g}, {loss - self.best:.3g} above the lowest so far"
+        self.best = min(self.best, loss)
+        for site, ratio in (drift or {}).items():
+            if not 1 / self.guard.sigma_factor < ratio < self.guard.sigma_factor:
+                return f"the inputs of {site} have {ratio:.3g} times its sigma"
+        return None

@@ -1,0 +1,118 @@
+"""Watching a run: the progress bar, and trackers that somebody asked for."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from tqdm import tqdm
+
+from lnfree_interp.errors import RecipeError
+from lnfree_interp.removal.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lnfree_interp.removal.run import StepRecord
+
+TRACKERS: Mapping[str, Callable[[str, Path], GeneralTracker]] = {
+    "tensorboard": lambda name, folder: TensorBoardTracker(name, logging_dir=folder),
+    "wandb": lambda name, folder: WandBTracker(name, dir=folder),
+}
+
+
+class Watcher:
+    """What a person sees of a run; only the main process shows anything."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokens_per_step: int,
+        trackers: Sequence[str] = (),
+        folder: str | os.PathLike[str] | None = None,
+        show: bool = True,
+    ):
+        """A bar for a recipe.
+
+        Args:
+            recipe: Its name and length.
+            tokens_per_step: For the speed, in tokens per second.
+            trackers: Of `TRACKERS`.
+            folder: Where they write. Default: here.
+            show: Whether to show the bar.
+
+        Raises:
+            RecipeError: for a tracker that is not known or not installed.
+        """
+        for name in trackers:
+            if name not in TRACKERS:
+                raise RecipeError(f"no tracker {name!r}; there are {', '.join(TRACKERS)}")
+            if find_spec(name) is None and not (
+                name == "tensorboard" and find_spec("tensorboardX") is not None
+            ):
+                raise RecipeError(f"{name} is not installed: pip install {name}")
+        self.recipe, self.tokens_per_step = recipe, tokens_per_step
+        self.trackers = [
+            TRACKERS[name]("lnfree", Path(folder or ".")) for name in dict.fromkeys(trackers)
+        ]
+        self.bar = tqdm(
+            total=recipe.steps,
+            desc="removing norms" if recipe.events else "control",
+            unit="step",
+            disable=not show,
+        )
+
+    def __enter__(self) -> "Watcher":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def reset(self, step: int, steps: int) -> None:
+        """The run goes on from another step, or to another end."""
+        self.bar.total, self.bar.n = steps, step
+        self.bar.initial = step
+        self.bar.refresh()
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        if not self.bar.disable:
+            self.bar.write(line)
+
+    def show(self, record: "StepRecord", n_frozen: int) -> None:
+        """A step is done."""
+        speed = self.tokens_per_step / record.seconds
+        status = {"loss": f"{record.loss:.3f}", "tok/s": f"{speed:,.0f}"}
+        if self.recipe.events:
+            status["frozen"] = f"{n_frozen}/{len(self.recipe.events)}"
+        if record.frozen:
+            status["event"] = next(reversed(record.frozen))
+        if record.heldout is not None:
+            status["held-out"] = f"{record.heldout:.3f}"
+        self.bar.set_postfix(status, refresh=False)
+        self.bar.update()
+        for tracker in self.trackers:
+            tracker.log(_scalars(record) | {"tokens_per_second": speed}, step=record.step)
+
+
+def _scalars(record: "StepRecord") -> dict[str, float]:
+    """A record as flat numbers, for trackers."""
+    names = ("loss", "anchor", "lr", "distillation", "gradient", "heldout")
+    values: dict[str, Any] = {name: getattr(record, name) for name in names}
+    values |= {f"sigma/{site}": sigma for site, sigma in record.frozen.items()}
+    for name, probe in record.probes.items():
+        if isinstance(probe, Mapping):
+            values |= {f"{name}/{key}": value for key, value in probe.items()}
+        elif isinstance(probe, list):
+            values |= {f"{name}/{layer}": value for layer, value in enumerate(probe)}
+        else:
+            values[name] = probe
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,226 @@
+"""The norms of a model on their way: which site stands where, and at which sigma."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from lnfree_interp.errors import TrainingError
+from lnfree_interp.models.sites import NormSite, get_norm
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.schedule import Event, last_step
+from lnfree_interp.removal.statistics import (
+    GROUPS,
+    Group,
+    Hooks,
+    Moments,
+    Reduce,
+    SigmaMeter,
+    TokenGroups,
+    common,
+    end_of_text,
+    measure,
+)
+
+
+class Transition:
+    """Fires a recipe's events on a model with norm sites, and keeps sigma up to date.
+
+    Before every step `before(step)` puts each site where the schedule wants it; during the step
+    `hooks()` are active; after it `after()` takes in what they have measured.
+
+    Attributes:
+        events: The schedule, which a rollback may stretch.
+        groups: Must be told the tokens of every forward pass (`groups.mark`).
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        recipe: Recipe,
+        text: Int[Tensor, "blocks pos"],
+        fwd_hooks: Hooks = (),
+        reduce: Reduce = lambda sums: sums,
+    ):
+        """A transition that has not begun.
+
+        Args:
+            model: With norm sites.
+            recipe: Its events, statistics and special tokens count here.
+            text: To measure sigma on where it is not measured on the training text itself.
+            fwd_hooks: The user's, active while measuring.
+            reduce: Sum over processes.
+
+        Raises:
+            NormSiteError: if an event names a site that the model lacks.
+        """
+        self.model, self.statistics, self.special = model, recipe.statistics, recipe.special
+        self.events: tuple[Event, ...] = recipe.events
+        self.norms = {str(event.site): get_norm(model, event.site) for event in recipe.events}
+        self.text, self.fwd_hooks, self.reduce = text, tuple(fwd_hooks), reduce
+        self.groups = TokenGroups(end_of_text(model))
+        self.estimates: dict[str, dict[Group, Moments]] = {}
+        self.scales: dict[str, dict[Group, float]] = {}
+        self.meter = SigmaMeter(model, self.norms, self.groups)
+        self.step = 0
+
+    def before(self, step: int) -> dict[str, float]:
+        """Put every site where it stands at this step.
+
+        Returns:
+            The sites that are frozen from this step on, and their sigma.
+        """
+        self.step = step
+        if not self.estimates and self.statistics.source != "event" and self.events:
+            self._measure(list(self.norms))
+        due = [e for e in self.events if e.gate(step) < 1]
+        if self.statistics.source == "event":
+            new = [str(e.site) for e in due if self.norms[str(e.site)].live]
+            users = {self._shared(name): name for name in new}
+            self._measure([n for n, user in users.items() if n == user or n not in self.estimates])
+        frozen = {}
+        for event in due:
+            name = str(event.site)
+            norm = self.norms[name]
+            was_frozen = norm.frozen
+            sigma = self._sigma(name) if norm.live or self._follows(event) else norm.constant
+            norm.freeze(sigma, event.gate(step))
+            if norm.frozen and not was_frozen:
+                frozen[name] = sigma
+        return frozen
+
+    def hooks(self, metering: bool = False) -> list[tuple[str, Callable[..., Any]]]:
+        """The forward hooks of this step: special tokens, and the meter where sigma moves.
+
+        Args:
+            metering: Measure every site, for the probes.
+        """
+        hooks: list[tuple[str, Callable[..., Any]]] = []
+        if self.step < self.special.until:
+            sites = [name for name, norm in self.norms.items() if not norm.live]
+            hooks += [(f"{name}.hook_sigma", self._special_scale) for name in sites]
+        if metering or self._moving:
+            hooks += self.meter.hooks
+        return hooks
+
+    def after(self) -> dict[str, dict[Group, Moments]]:
+        """Take in what was measured in this step, and return it."""
+        found = self.meter.read(self.reduce)
+        if found and self._moving:
+            for name, new in found.items():
+                old = self.estimates.get(name, new)
+                self.estimates[name] = {group: self._blend(old[group], new[group]) for group in new}
+        return found
+
+    def drift(self, found: Mapping[str, Mapping[Group, Moments]]) -> dict[str, float]:
+        """By frozen site, what its inputs' sigma has become, in units of its constant."""
+        return {
+            name: common(dict(groups), self.statistics) / self.norms[name].constant
+            for name, groups in found.items()
+            if self.norms[name].frozen
+        }
+
+    def _blend(self, old: Moments, new: Moments) -> Moments:
+        if new.count == 0:
+            return old
+        if old.count == 0 or self.statistics.source == "batch":
+            return new
+        # Per token, so that a batch with more of them does not count more.
+        m, scale = self.statistics.momentum, old.count / new.count
+        return Moments(
+            old.count,
+            m * old.first + (1 - m) * new.first * scale,
+            m * old.second + (1 - m) * new.second * scale,
+        )
+
+    @property
+    def _moving(self) -> bool:
+        """Whether sigma is being averaged over the training text."""
+        moves = self.statistics.source in ("ema", "batch")
+        return moves and bool(self.events) and self.step <= last_step(self.events)
+
+    def _follows(self, event: Event) -> bool:
+        """Whether the site's sigma may still move at this step."""
+        if not self._moving:
+            return False
+        if self.statistics.follow_frozen or self.step <= event.end:
+            return True
+        partner = _partner(str(event.site))
+        ends = [e.end for e in self.events if str(e.site) == partner]
+        return self.statistics.share_ln1 and any(self.step <= end for end in ends)
+
+    def _shared(self, name: str) -> str:
+        """The site whose sigma this one uses."""
+        partner = _partner(name)
+        share = self.statistics.share_ln1 and name.endswith(".ln1.v")
+        return partner if share and partner in self.norms else name
+
+    def _measure(self, sites: list[str]) -> None:
+        if sites:
+            hooks = [*self.fwd_hooks, *self.hooks()]
+            self.estimates |= measure(
+                self.model, sites, self.text, hooks, groups=self.groups, reduce=self.reduce
+            )
+            self.meter.sums = {}
+
+    def _sigma(self, name: str) -> float:
+        """The constant of a site by its estimate, and those of its special tokens beside it."""
+        groups = self.estimates[self._shared(name)]
+        self.scales[name] = {
+            group: groups[group].average(self.statistics.average)
+            for group in GROUPS[1:]
+            if groups[group].count
+        }
+        sigma = common(groups, self.statistics)
+        if not 0 < sigma < float("inf"):
+            raise TrainingError(f"sigma of {name} came out as {sigma}: the run has blown up")
+        return sigma
+
+    def _special_scale(
+        self, sigma: Float[Tensor, "batch pos *head one"], hook: HookPoint
+    ) -> Float[Tensor, "batch pos *head one"]:
+        """A hook on a site's `hook_sigma`."""
+        assert hook.name is not None
+        name, special = hook.name.removesuffix(".hook_sigma"), self.special
+        until = {"first": special.first_until, "end_of_text": special.end_of_text_until}
+        for group, scale in self.scales[name].items():
+            kinds = special.end_of_text_kinds if group == "end_of_text" else None
+            here_too = kinds is None or NormSite.parse(name).kind in kinds
+            if here_too and self.step < (until[group] or 0):
+                tokens = self.groups.of[group]
+                tokens = tokens.view(*tokens.shape, *[1] * (sigma.ndim - 2))
+                sigma = torch.where(tokens, scale, sigma)
+        return sigma
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data. The constants and gates themselves are buffers of the model."""
+        return {
+            "events": [[event.step, str(event.site), event.over] for event in self.events],
+            "estimates": {
+                name: {group: [m.count, m.first, m.second] for group, m in groups.items()}
+                for name, groups in self.estimates.items()
+            },
+            "scales": self.scales,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Where `state_dict` was taken, for a transition of the same recipe."""
+        sites = {str(event.site): event.site for event in self.events}
+        self.events = tuple(Event(step, sites[name], over) for step, name, over in state["events"])
+        self.estimates = {
+            name: {group: Moments(*sums) for group, sums in groups.items()}
+            for name, groups in state["estimates"].items()
+        }
+        self.scales = {name: dict(scales) for name, scales in state["scales"].items()}
+
+
+def _partner(name: str) -> str | None:
+    """The other half of a block's `ln1`."""
+    for ours, theirs in ((".ln1.v", ".ln1.qk"), (".ln1.qk", ".ln1.v")):
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs
+    return None
