@@ -19,8 +19,22 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.removal.statistics import TokenGroups
 
-_CHUNK = {"cpu": 2**22, "cuda": 2**26}
-"""Logits held at once."""
+
+@dataclass(frozen=True)
+class Reading:
+    """Logits h W^T + b that are not computed yet."""
+
+    h: Float[Tensor, "tokens d_model"]
+    """What the unembedding reads."""
+    W: Float[Tensor, "d_vocab d_model"]
+    """The unembedding, transposed."""
+    b: Float[Tensor, " d_vocab"] | None = None
+    """Its bias; None for none."""
+
+    def logits(self, tokens: slice) -> Float[Tensor, "_ d_vocab"]:
+        """Of some of the tokens."""
+        logits = self.h[tokens] @ self.W.T
+        return logits if self.b is None else logits + self.b
 
 
 def distillation_loss(
@@ -76,82 +90,83 @@ class _LogitsLoss(torch.autograd.Function):
         ctx: Any,
         h: Tensor,
         W: Tensor,
-        b: Tensor,
+        b: Tensor | None,
         targets: Tensor,
-        teacher: tuple[Tensor, Tensor, Tensor] | None,
+        teacher: Reading | None,
         share: float,
         dtype: torch.dtype,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n_tokens = len(h)
-        low, W_low = h.to(dtype), W.to(dtype)
+        reading = Reading(h.to(dtype), W.to(dtype), b)
         if teacher is not None:
-            teacher_h, teacher_W, teacher_b = teacher
-            teacher_h, teacher_W = teacher_h.to(dtype), teacher_W.to(dtype)
-        dh = torch.empty_like(low) if with_gradient else None
-        dW = torch.zeros_like(W) if with_gradient else None
-        db = torch.zeros_like(b) if with_gradient else None
-        ce, kl = h.new_zeros((), dtype=torch.float64), h.new_zeros((), dtype=torch.float64)
-        rows = max(1, _CHUNK.get(h.device.type, 2**22) // len(W))
-        for part in (slice(i, i + rows) for i in range(0, n_tokens, rows)):
+            teacher = Reading(teacher.h.to(dtype), teacher.W.to(dtype), teacher.b)
+        dh, dW = torch.empty_like(reading.h), torch.zeros_like(W)
+        db = None if b is None else torch.zeros_like(b)
+        rows = _rows(h.device.type, len(W))
+        p_chunk = h.new_empty(min(rows, len(h)), len(W))  # one buffer: fresh pages cost more
+        q_chunk = None if teacher is None else torch.empty_like(p_chunk)
+        ce, kl = h.new_zeros(2, dtype=torch.float64).unbind()
+        for part in (slice(i, i + rows) for i in range(0, len(h), rows)):
             target = targets[part, None]
-            logits = _logits(low[part], W_low, b)
-            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            ce -= log_p.gather(-1, target).sum().double()
-            p = log_p.exp() if teacher is not None else log_p.exp_()
-            if teacher is not None:
-                log_q = _logits(teacher_h[part], teacher_W, teacher_b)
-                log_q.sub_(log_q.logsumexp(-1, keepdim=True))
-                q = log_q.exp()
-                kl += (q * log_q.sub_(log_p)).sum().double()
-                if with_gradient:
-                    p.sub_(q, alpha=share)
+            logits = reading.logits(part)
+            p, log_sum = _softmax(logits, p_chunk)
+            ce += (log_sum - logits.gather(-1, target)).double().sum()
+            if teacher is not None and q_chunk is not None:
+                theirs = teacher.logits(part)
+                q, their_log_sum = _softmax(theirs, q_chunk)
+                apart = torch.linalg.vecdot(q, theirs.to(q.dtype).sub_(logits))[:, None]
+                kl += (apart - their_log_sum + log_sum).double().sum()
+                p.sub_(q, alpha=share)
             if with_gradient:
                 p.scatter_add_(-1, target, p.new_full((), share - 1).expand(target.shape))
-                p.div_(n_tokens)
-                db += p.sum(0)
+                if db is not None:
+                    db += p.sum(0)
                 p = p.to(dtype)
-                torch.mm(p, W_low, out=dh[part])
+                torch.mm(p, reading.W, out=dh[part])
                 if dtype == W.dtype:
-                    dW.addmm_(p.T, low[part])
+                    dW.addmm_(p.T, reading.h[part])
                 else:
-                    dW += p.T @ low[part]
-        ctx.gradients = (dh, dW, db)
-        ce, kl = (x.to(h.dtype) / n_tokens for x in (ce, kl))
+                    dW += p.T @ reading.h[part]
+        ctx.gradients, ctx.n_tokens = (dh, dW, db), len(h)
+        ce, kl = (x.to(h.dtype) / len(h) for x in (ce, kl))
         return torch.lerp(ce, kl, share), ce, kl
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # In place: they are as large as the weights, and nobody else has them.
         ours, ctx.gradients = ctx.gradients, None
-        dh, dW, db = (gradient.mul_(gradients[0]) for gradient in ours)
+        scale = gradients[0] / ctx.n_tokens
+        dh, dW, db = (None if gradient is None else gradient.mul_(scale) for gradient in ours)
         return dh, dW, db, None, None, None, None, None
 
 
-def _logits(h: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """In float32 (float64 for double), whatever the product was taken in."""
-    logits = h @ W.T
-    return (logits if logits.dtype == torch.float64 else logits.float()) + b
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, in `out`, and the logarithm of what they were divided by."""
+    p = out[: len(logits)].copy_(logits)
+    largest = p.amax(-1, keepdim=True)
+    total = p.sub_(largest).exp_().sum(-1, keepdim=True)
+    return p.div_(total), largest + total.log()
+
+
+def _rows(device: str, d_vocab: int) -> int:
+    """Tokens whose logits are held at once: few enough for a cache, enough for a product."""
+    return max(512, (2**26 if device == "cuda" else 2**21) // d_vocab)
 
 
 def logits_loss(
-    h: Float[Tensor, "tokens d_model"],
-    W: Float[Tensor, "d_vocab d_model"],
-    b: Float[Tensor, " d_vocab"],
+    reading: Reading,
     targets: Int[Tensor, " tokens"],
     *,
-    teacher: tuple[Tensor, Tensor, Tensor] | None = None,
+    teacher: Reading | None = None,
     share: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
     """Cross-entropy and KL divergence of logits h W^T + b that are never all there at once.
 
     Args:
-        h: What the unembedding reads.
-        W: The unembedding, transposed.
-        b: Its bias.
+        reading: What the unembedding reads, and the unembedding.
         targets: The next tokens.
-        teacher: h, W and b of the original.
+        teacher: The original's.
         share: Weight of the KL divergence; cross-entropy has the rest.
         dtype: Of the matrix products; the softmax is float32 at least.
 
@@ -159,10 +174,9 @@ def logits_loss(
         The weighted sum, which has a gradient; cross-entropy; KL divergence (0 without teacher).
         In nats per token.
     """
+    h, W, b = reading.h, reading.W, reading.b
     with torch.autocast(h.device.type, enabled=False):
-        return _LogitsLoss.apply(
-            h, W, b, targets, teacher, share, dtype, torch.is_grad_enabled()
-        )  # fmt: skip
+        return _LogitsLoss.apply(h, W, b, targets, teacher, share, dtype, torch.is_grad_enabled())
 
 
 @dataclass(frozen=True)
@@ -202,6 +216,7 @@ class Objective(nn.Module):
         self.model, self.dtype, self.groups = model, dtype, groups
         self._teacher = (teacher,)  # in a tuple: its parameters are not ours
         self.anchor_target: float | None = None
+        self._biased = model.unembed.b_U.requires_grad or bool(model.unembed.b_U.any())
 
     @property
     def teacher(self) -> HookedTransformer | None:
@@ -254,10 +269,15 @@ class Objective(nn.Module):
             theirs = None
             if taught is not None and teacher is not None:
                 with torch.no_grad():
-                    theirs = _reader(teacher.ln_final(taught), teacher)
-        h, W, b = _reader(model.unembed.hook_in(normalised), model)
+                    theirs = self._reading(teacher.ln_final(taught), teacher)
+        ours = self._reading(model.unembed.hook_in(normalised), model)
         targets = tokens[:, 1:].flatten()
-        return logits_loss(h, W, b, targets, teacher=theirs, share=distillation, dtype=self.dtype)
+        return logits_loss(ours, targets, teacher=theirs, share=distillation, dtype=self.dtype)
+
+    def _reading(self, h: Tensor, model: HookedTransformer) -> Reading:
+        """At the positions that have a next token."""
+        b_U = model.unembed.b_U if self._biased else None
+        return Reading(h[:, :-1].flatten(0, 1), model.unembed.W_U.T, b_U)
 
     def _explicit(
         self, normalised: Tensor, taught: Tensor | None, tokens: Tensor, distillation: float
@@ -271,11 +291,6 @@ class Objective(nn.Module):
             theirs = _capped(self.teacher, self.teacher.unembed(self.teacher.ln_final(taught)))
         kl = distillation_loss(logits, theirs)
         return torch.lerp(ce, kl, distillation), ce, kl
-
-
-def _reader(h: Tensor, model: HookedTransformer) -> tuple[Tensor, Tensor, Tensor]:
-    """What is read at the positions that have a next token, by which weight and bias."""
-    return h[:, :-1].flatten(0, 1), model.unembed.W_U.T, model.unembed.b_U
 
 
 def _capped(model: HookedTransformer, logits: Tensor) -> Tensor:

@@ -1,0 +1,260 @@
+"""Training throughput and memory: this engine, transformers with SDPA, stock HookedTransformer.
+
+    python benchmarks/train_throughput.py [--json FILE]
+    python benchmarks/train_throughput.py --shapes gpt2-small-1024 --device cuda
+
+The same random GPT-2, batch, dtype, optimiser (fused AdamW, clipped at 1) and machine for all, in one
+run: rounds of a few steps take turns, and the median step counts. The engine runs as a user runs it,
+through `remove_norms` with a hook of the user's and its own probes. Its norms are live, or all frozen
+("removing"). Memory is measured in processes of its own: the largest resident set (on a GPU: the
+largest allocation) above what the loaded model takes.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+import lnfree_interp as lf
+from lnfree_interp.models.loss import next_token_loss
+from lnfree_interp.removal.objectives import bf16_is_fast
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.schedule import all_at_once
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 and a batch."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    vocab_size: int
+    pos: int
+    batch: int
+
+
+SHAPES = {
+    "4x256": Shape(4, 256, 4, 4096, 256, 16),
+    "gpt2-small-512": Shape(12, 768, 12, 50257, 512, 2),
+    "gpt2-small-1024": Shape(12, 768, 12, 50257, 1024, 16),
+}
+Contender = Literal["transformers", "stock", "engine, live", "engine, removing"]
+CONTENDERS: tuple[Contender, ...] = ("transformers", "stock", "engine, live", "engine, removing")
+Dtype = Literal["float32", "bfloat16"]
+
+
+def hf_model(shape: Shape) -> GPT2LMHeadModel:
+    """Random weights; no dropout, which HookedTransformer does not have."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=shape.n_layer, n_embd=shape.n_embd, n_head=shape.n_head, n_positions=shape.pos,
+        vocab_size=shape.vocab_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def text_of(shape: Shape, blocks: int) -> Tensor:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(shape.vocab_size, (blocks, shape.pos), generator=generator)
+
+
+def plain_loop(
+    contender: Contender, shape: Shape, dtype: Dtype, device: str
+) -> Callable[[int], list[float]]:
+    """A function that trains some steps of transformers' model or of the stock one, timed."""
+    source = hf_model(shape)
+    if contender == "transformers":
+        model = source.to(device)
+    else:
+        model = lf.load(source, device=device, check=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    text = text_of(shape, 4 * shape.batch).to(device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def step(index: int) -> None:
+        tokens = text[shape.batch * (index % 4) :][: shape.batch]
+        with autocast:
+            if contender == "transformers":
+                loss = model(tokens, labels=tokens, use_cache=False).loss
+            else:
+                loss = next_token_loss(model(tokens), tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def run(steps: int) -> list[float]:
+        return [timed(lambda index=index: step(index), device) for index in range(steps)]
+
+    return run
+
+
+def engine(
+    contender: Contender, shape: Shape, dtype: Dtype, device: str
+) -> Callable[[int], list[float]]:
+    """The same for `remove_norms`."""
+    model = lf.load(hf_model(shape), device=device, check=False)
+    text = text_of(shape, 4 * shape.batch)
+    seen: list[int] = []
+
+    def run(steps: int) -> list[float]:
+        recipe = Recipe(
+            events=all_at_once(model, step=0) if contender == "engine, removing" else (),
+            steps=steps + 1,  # the first meets the events, and warms up
+            batch=shape.batch,
+            micro_batch=shape.batch,
+            lr=1e-4,
+            warmup=0,
+            final_lr=1.0,
+            precision=dtype,
+        )
+        if contender == "engine, live":
+            recipe = replace(recipe, scale_anchor=0.0)
+        recipe = replace(recipe, statistics=replace(recipe.statistics, blocks=2))
+        hooks = [("blocks.0.hook_mlp_out", lambda x, hook: seen.append(len(x)))]
+        done = lf.remove_norms(model, recipe, text, fwd_hooks=hooks, progress=False)
+        return [record.seconds for record in done.history[1:]]
+
+    return run
+
+
+def timed(step: Callable[[], object], device: str) -> float:
+    """Seconds that a step takes."""
+    import time
+
+    began = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def contender_of(
+    name: Contender, shape: Shape, dtype: Dtype, device: str
+) -> Callable[[int], list[float]]:
+    """What trains `n` steps and returns their seconds."""
+    make = engine if name.startswith("engine") else plain_loop
+    return make(name, shape, dtype, device)
+
+
+def peak_memory(name: Contender, shape: Shape, dtype: Dtype, device: str) -> float:
+    """Of three steps, in MB above the loaded model, in this process."""
+    train = contender_of(name, shape, dtype, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        train(3)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    before = resident("VmRSS")
+    train(3)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """A field of this process's status, in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1e3
+    raise KeyError(field)
+
+
+def in_own_process(name: Contender, shape: str, dtype: Dtype, device: str) -> float:
+    """`peak_memory` where nothing else has run."""
+    command = [sys.executable, __file__, "--shapes", shape, "--dtypes", dtype, "--device", device]
+    ran = subprocess.run(
+        [*command, "--memory-of", name], capture_output=True, text=True, check=True
+    )
+    return float(ran.stdout.split()[-1])
+
+
+def main(
+    shapes: tuple[str, ...] = ("4x256", "gpt2-small-512"),
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16"),
+    device: str = "cpu",
+    rounds: int = 5,
+    steps: int = 4,
+    memory_of: Annotated[Contender | None, tyro.conf.arg(help="one process's part")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Run the benchmark.
+
+    Args:
+        shapes: Of 4x256, gpt2-small-512 and gpt2-small-1024.
+        dtypes: float32, and bfloat16 autocast over float32 weights.
+        device: cpu or cuda.
+        rounds: In each, every contender trains some steps.
+        steps: Per round.
+        memory_of: Print the memory of one contender, and nothing else.
+        out: Also write the rows there.
+    """
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if memory_of is not None:
+        print(peak_memory(memory_of, SHAPES[shapes[0]], dtypes[0], device))
+        return
+    rows = []
+    print("| shape | dtype | contender | tokens/s | to transformers | memory, MB | to transformers |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for shape in shapes:
+        for dtype in dtypes:
+            rows += one_table(shape, dtype, device, rounds, steps)
+    print(f"medians of {rounds} x {steps} steps; bfloat16 native: {bf16_is_fast(torch.device(device))}")
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu()
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {name}")
+    if out is not None:
+        out.write_text(json.dumps({"hardware": name, "rows": rows}, indent=1) + "\n")
+
+
+def one_table(shape: str, dtype: Dtype, device: str, rounds: int, steps: int) -> list[dict]:
+    """The rows of one shape and dtype."""
+    size = SHAPES[shape]
+    train = {name: contender_of(name, size, dtype, device) for name in CONTENDERS}
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for run in train.values():
+        run(1)
+    for _ in range(rounds):
+        for name, run in train.items():
+            seconds[name] += run(steps)
+    memory = {name: in_own_process(name, shape, dtype, device) for name in CONTENDERS}
+    tokens, rows = size.batch * size.pos, []
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    for name in CONTENDERS:
+        row = {
+            "shape": shape, "dtype": dtype, "contender": name,
+            "tokens_per_second": tokens / median[name],
+            "speed": median["transformers"] / median[name],
+            "memory_mb": memory[name],
+            "memory": memory[name] / memory["transformers"],
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"| {shape} | {dtype} | {name} | {row['tokens_per_second']:,.0f} | {row['speed']:.2f} | "
+            f"{row['memory_mb']:,.0f} | {row['memory']:.2f} |",
+            flush=True,
+        )
+    return rows
+
+
+def _cpu() -> str:
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return f"{torch.get_num_threads()} threads of {name}"
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))

@@ -1,0 +1,140 @@
+"""A recipe in words, before anything starts."""
+
+from collections.abc import Iterable, Iterator
+
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.schedule import Event, Weight
+
+_AVERAGES = {
+    "mean": "mean of the tokens' standard deviations",
+    "rms": "root mean square of the tokens' standard deviations",
+    "least_squares": "constant nearest to the live norm in least squares",
+}
+
+
+def plan(recipe: Recipe, block: int | None = None) -> str:
+    """What a recipe will do, line by line.
+
+    Args:
+        recipe: The recipe.
+        block: Tokens per block of the text. Default: what the recipe was made for.
+    """
+    rows = list(_rows(recipe, block or recipe.block))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
+    return "\n".join([f"recipe: {recipe.name}", *lines])
+
+
+def _rows(recipe: Recipe, block: int | None) -> Iterator[tuple[str, str]]:
+    size = f"{recipe.steps} of {recipe.batch} blocks"
+    if block is not None:
+        tokens = recipe.batch * block
+        size += f" x {block} tokens: {tokens:,} a step, {recipe.steps * tokens:,} in all"
+    yield "steps", size
+    decay = recipe.decay_steps or recipe.steps
+    yield (
+        "learning rate",
+        f"AdamW, {recipe.lr:g} after {recipe.warmup} steps, cosine to "
+        f"{recipe.lr * recipe.final_lr:g} at step {decay}; betas {recipe.betas[0]:g}, "
+        f"{recipe.betas[1]:g}; decay {recipe.weight_decay:g}; clipped at {recipe.clip:g}",
+    )
+    yield "loss", _loss(recipe)
+    yield "precision", f"{recipe.precision}, over float32 weights"
+    if recipe.patience is not None:
+        yield (
+            "early stop",
+            f"after {recipe.patience} evaluations (every {recipe.evaluate_every} steps) "
+            "without a new minimum",
+        )
+    if not recipe.events:
+        yield "norms", "stay live: a control"
+        return
+    yield "sigma", _sigma(recipe)
+    guard = recipe.guard
+    action = "stop" if guard.action == "stop" else f"back, gaps x {guard.widen:g}"
+    yield (
+        "diverging",
+        f"loss {guard.above_best:g} above the lowest, or a site's inputs {guard.sigma_factor:g} "
+        f"times its sigma: {action}",
+    )
+    yield "norms", f"{len(recipe.events)} sites; all gone at step {recipe.removed_at}"
+    for phase in _phases(recipe.events):
+        yield _phase(phase)
+    yield from _special(recipe)
+    for what, source in recipe.sources.items():
+        yield "source", f"{what}: {source}"
+
+
+def _loss(recipe: Recipe) -> str:
+    def term(weight: Weight, what: str) -> str:
+        return f"{weight:g} {what}" if isinstance(weight, float | int) else f"{what} {weight}"
+
+    parts = ["cross-entropy of the next token, end-of-text included"]
+    if recipe.distillation:
+        parts = [f"cross-entropy, {term(recipe.distillation, 'of it KL from the original')}"]
+    if recipe.scale_anchor:
+        target = {"batch": "the batch's mean", "frozen": "their mean at the start"}
+        parts.append(
+            term(recipe.scale_anchor, "x distance of ln_final's input sigmas from ")
+            + target[recipe.anchor_target]
+        )
+    return "; ".join(parts)
+
+
+def _sigma(recipe: Recipe) -> str:
+    statistics = recipe.statistics
+    where = {
+        "start": f"{statistics.blocks} blocks before the first step",
+        "event": f"{statistics.blocks} blocks at the site's event",
+        "ema": f"a moving average over the training text (momentum {statistics.momentum:.3g})",
+        "batch": "the latest step's text",
+    }[statistics.source]
+    text = f"{_AVERAGES[statistics.average]}, over {where}"
+    if statistics.tokens == "ordinary":
+        text += ", position 0 and end-of-text apart"
+    text += "; one for ln1.qk and ln1.v" if statistics.share_ln1 else ""
+    return text + ("; follows until the last event" if statistics.follow_frozen else "")
+
+
+def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    special = recipe.special
+    if special.first_until:
+        yield "position 0", f"has a sigma of its own until step {special.first_until}"
+    if special.end_of_text_until:
+        kinds = special.end_of_text_kinds
+        where = "" if kinds is None else f" at {', '.join(kinds)}"
+        yield (
+            "end-of-text",
+            f"has a sigma of its own{where} until step {special.end_of_text_until}",
+        )
+
+
+def _phases(events: Iterable[Event]) -> list[list[Event]]:
+    """Events of one kind that follow each other at one distance."""
+    phases: list[list[Event]] = []
+    for event in sorted(events, key=lambda e: (e.step, e.site.kind, e.site.layer or 0)):
+        for phase in phases:
+            last = phase[-1]
+            gap = phase[1].step - phase[0].step if len(phase) > 1 else event.step - last.step
+            regular = event.step - last.step == gap and event.over == last.over
+            next_layer = (event.site.layer or 0) == (last.site.layer or 0) + 1
+            if event.site.kind == last.site.kind and regular and next_layer:
+                phase.append(event)
+                break
+        else:
+            phases.append([event])
+    return phases
+
+
+def _phase(phase: list[Event]) -> tuple[str, str]:
+    first, last = phase[0], phase[-1]
+    kind = first.site.kind
+    if len(phase) == 1:
+        kind = kind if first.site.layer is None else f"{first.site}"
+        when = f"step {first.step}"
+    else:
+        gap = phase[1].step - first.step
+        layers = f"blocks {first.site.layer} to {last.site.layer}"
+        when = f"{layers}: step {first.step}" + (f" to {last.step}, every {gap}" if gap else "")
+    over = f", each fading over {first.over} steps" if first.over else ""
+    return f"  {kind}", when + over
