@@ -27,7 +27,7 @@ from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.forms import constant_norms, is_frozen_form
 from lnfree_interp.models.norm_conversions import CRMSNormPre
-from lnfree_interp.models.sites import has_norm_sites, live_sites
+from lnfree_interp.models.sites import has_norm_sites, list_norm_sites, live_sites
 from lnfree_interp.numerics import MeasuredError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
         )
     architecture = ARCHITECTURES[name]
     live = live_sites(model)
-    if live and has_norm_sites(model):
+    if live and has_norm_sites(model) and len(live) < len(list_norm_sites(model)):
         raise NormSiteError(
             f"{len(live)} norm sites are live: a model is exported before the removal or after it"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.checkpoints.architectures import ARCHITECTURES
-from lnfree_interp.checkpoints.layouts import hooked_names
+from lnfree_interp.checkpoints.layouts import hooked_names, optional_names
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.norms import Norm
 from lnfree_interp.removal.processes import spread_like, whole
@@ -24,11 +24,10 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
     What the model's architecture has no place for is not trained: a bias in every Llama layer would
     be one that transformers cannot hold.
     """
-    architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
-    places = None if architecture is None else hooked_names(architecture.layout, model.cfg)
+    homeless = _without_place(model)
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
-        if places is not None and name.replace(".ln1.qk.", ".ln1.") not in places:
+        if name in homeless:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             leaf = name.rpartition(".")[2].lstrip("_")
@@ -38,6 +37,20 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
         {"params": kept, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+
+
+def _without_place(model: HookedTransformer) -> set[str]:
+    """Parameters that the model's class in transformers does not have, as far as we know it."""
+    architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
+    if architecture is None:
+        return set()
+    parameters = dict(model.named_parameters())
+    optional = optional_names(architecture.layout, model.cfg)
+    switched = {ours for names in optional.values() for ours in names}
+    places = hooked_names(architecture.layout, model.cfg)
+    if not any(parameters[name].any() for name in switched):
+        places = places - switched
+    return {name for name in parameters if name.replace(".ln1.qk.", ".ln1.") not in places}
 
 
 def fingerprint(model: HookedTransformer) -> str:

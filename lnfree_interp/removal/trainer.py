@@ -40,7 +40,7 @@ def remove_norms(
     recipe: Recipe,
     data: TokenBlocks | Int[Tensor, "blocks pos"],
     *,
-    heldout: Int[Tensor, "blocks pos"] | None = None,
+    heldout: Int[Tensor, "heldout_blocks heldout_pos"] | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,

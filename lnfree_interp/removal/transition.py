@@ -79,9 +79,9 @@ class Transition:
             self._measure(list(self.norms))
         due = [e for e in self.events if e.gate(step) < 1]
         if self.statistics.source == "event":
-            new = [str(e.site) for e in due if self.norms[str(e.site)].live]
-            users = {self._shared(name): name for name in new}
-            self._measure([n for n, user in users.items() if n == user or n not in self.estimates])
+            new = (str(e.site) for e in due if self.norms[str(e.site)].live)
+            sites = dict.fromkeys(map(self._shared, new))
+            self._measure([site for site in sites if site not in self.estimates])
         frozen = {}
         for event in due:
             name = str(event.site)

@@ -1,0 +1,232 @@
+"""A removal as a job: from the names of a model and a text to a folder with the finished model."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.bundled import bundled_checkpoint
+from lnfree_interp.checkpoints.exporting import best_target, export
+from lnfree_interp.checkpoints.loading import load_checkpoint
+from lnfree_interp.data.blocks import TokenBlocks
+from lnfree_interp.data.prefetch import Prefetched
+from lnfree_interp.data.sources import STDLIB, open_blocks
+from lnfree_interp.errors import CheckpointError, RecipeError
+from lnfree_interp.files import require_writable
+from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.forms import fold
+from lnfree_interp.models.sites import live_sites
+from lnfree_interp.numerics import MeasuredError
+from lnfree_interp.removal.plan import plan
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.recipes import BY_NAME
+from lnfree_interp.removal.run import Run
+from lnfree_interp.removal.rundir import RunFolder
+from lnfree_interp.removal.trainer import remove_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `lnfree remove` was asked for; `run.json` keeps it, so that it can go on."""
+
+    model: str | None = None
+    """Hub id or local folder; None: the bundled checkpoint."""
+    revision: str | None = None
+    text: str = STDLIB
+    """`stdlib`, local files, or a hub data set."""
+    split: str = "train"
+    name: str | None = None
+    """Configuration of a hub data set."""
+    column: str | None = None
+    text_revision: str | None = None
+    block: int | None = None
+    """Tokens per block; None: the recipe's, or the model's context up to 1024."""
+    heldout: int = 64
+    """Blocks to evaluate on: of stdlib's other split; else the first ones, not trained on."""
+    checkpoint_every: int = 50
+    log_every: int = 10
+    trackers: tuple[str, ...] = ()
+
+
+def make_recipe(
+    name: str, model: HookedTransformer, *, steps: int | None, vanilla: bool, **changes: Any
+) -> Recipe:
+    """A recipe by its name for a model, with some settings changed.
+
+    Args:
+        name: Of `recipes.BY_NAME`.
+        model: What it is for.
+        steps: Optimiser steps. Default: the recipe's.
+        vanilla: The control instead.
+        changes: Fields of `Recipe`; None leaves one as it is.
+
+    Raises:
+        RecipeError: for a name or setting that does not exist or does not fit.
+    """
+    if name not in BY_NAME:
+        raise RecipeError(f"no recipe {name!r}; there are {', '.join(BY_NAME)}")
+    make: Callable[..., Recipe] = BY_NAME[name]
+    if name.startswith("gpt2"):  # for one size of GPT-2, in so many steps
+        recipe = make()
+        if steps is not None:
+            changes["steps"] = steps
+    else:
+        recipe = make(model, **({} if steps is None else {"steps": steps}))
+    given = {field: value for field, value in changes.items() if value is not None}
+    recipe = replace(recipe, **given)
+    return recipe.vanilla() if vanilla else recipe
+
+
+def run_job(
+    job: Job,
+    out: str | os.PathLike[str] | None,
+    recipe_of: Callable[[HookedTransformer], Recipe],
+    *,
+    only_plan: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Run | None:
+    """Load, remove, fold, write.
+
+    Args:
+        job: Model and text.
+        out: The run's folder; gets `model/` beside metrics and checkpoints. None for a plan.
+        recipe_of: The recipe for the model.
+        only_plan: Say what would be done and stop.
+        resume: Go on with the run in `out`.
+        progress: Whether to show progress bars.
+        say: Gets a line before and after each stage.
+
+    Raises:
+        LnfreeError: whatever loading, `remove_norms`, `fold` and `export` raise.
+    """
+    if not (resume or only_plan or out is None):
+        require_writable(out)
+    source = str(bundled_checkpoint()) if job.model is None else job.model
+    shown = "the bundled checkpoint" if job.model is None else source
+    say(f"loading {shown}")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = torch.device("cpu") if several else None  # else every process loads onto one GPU
+    loaded = load_checkpoint(source, revision=job.revision, device=device)
+    model = loaded.model
+    if loaded.error is not None:
+        say(f"    largest logit difference from transformers: {loaded.error}")
+    recipe = recipe_of(model)
+    block = job.block or min(recipe.block or 1024, model.cfg.n_ctx)
+    say(plan(recipe, block))
+    if only_plan or out is None:
+        return None
+    say(f"opening {job.text}")
+    with Prefetched(_training_text(job, recipe, model, block)) as text:
+        heldout = _heldout_text(job, recipe, model, block, text)
+        run = remove_norms(
+            model,
+            recipe,
+            text,
+            heldout=heldout,
+            out=out,
+            resume=resume,
+            about=asdict(job),
+            checkpoint_every=job.checkpoint_every,
+            log_every=job.log_every,
+            trackers=job.trackers,
+            progress=progress,
+        )
+    if os.environ.get("RANK", "0") == "0":
+        errors = write_finished(run, Path(out) / "model", source=shown)
+        for what, error in errors.items():
+            say(f"    {what}: {error}")
+    return run
+
+
+def resume_job(
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Run | None:
+    """Go on with the run in a folder.
+
+    Args:
+        out: The run's folder.
+        progress: Whether to show progress bars.
+        say: Gets a line before and after each stage.
+
+    Raises:
+        CheckpointError: if there is no run that could go on.
+        LnfreeError: as `run_job`.
+    """
+    folder, config = RunFolder.open(out)
+    if (folder.path / "model").exists():
+        raise CheckpointError(f"{out}/model exists: this run is finished")
+    recipe, about = Recipe.from_json(config["recipe"]), config["about"]
+    if not about:
+        raise CheckpointError(
+            f"{out} was not started on the command line: call remove_norms(..., resume=True)"
+        )
+    try:
+        job = Job(**about | {"trackers": tuple(about["trackers"])})
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{out}/run.json says nothing usable about the run") from error
+    return run_job(job, out, lambda model: recipe, resume=True, progress=progress, say=say)
+
+
+def write_finished(
+    run: Run,
+    folder: str | os.PathLike[str],
+    *,
+    source: str,
+    errors: Mapping[str, MeasuredError] | None = None,
+) -> dict[str, MeasuredError]:
+    """Write the model of a run for plain transformers, or where no class can hold it, in
+    TransformerLens' layout, folded.
+
+    Args:
+        run: Finished, removal or control.
+        folder: A new folder.
+        source: What the model was made from, for the model card.
+        errors: Measured on the way, for the model card.
+
+    Returns:
+        The errors, with that of folding.
+    """
+    measured = dict(errors or {})
+    model, target = run.model, best_target(run.model)
+    if not live_sites(model):
+        folded = fold(model)
+        measured["folded against frozen norms"] = compare_logits(folded, model)
+        target = best_target(folded)
+        model = model if target == "transformers" else folded
+    export(model, folder, target=target, recipe=run.recipe, errors=measured, source=source)
+    return measured
+
+
+def _training_text(job: Job, recipe: Recipe, model: HookedTransformer, block: int) -> TokenBlocks:
+    return open_blocks(
+        job.text,
+        model.tokenizer,
+        block,
+        split=job.split,
+        name=job.name,
+        column=job.column,
+        revision=job.text_revision,
+        seed=recipe.seed,
+    )
+
+
+def _heldout_text(
+    job: Job, recipe: Recipe, model: HookedTransformer, block: int, text: TokenBlocks
+) -> Int[Tensor, "blocks pos"] | None:
+    if job.heldout < 1:
+        return None
+    if job.text == STDLIB and job.split == "train":
+        other = replace(job, split="heldout")
+        return _training_text(other, recipe, model, block).take(job.heldout)
+    return text.take(job.heldout)

@@ -1,0 +1,49 @@
+"""Trains a small model and prints its losses; started once or as several gloo processes."""
+
+import json
+import os
+import sys
+
+import torch
+from conftest import make_gpt2
+
+import lnfree_interp as lf
+from lnfree_interp.removal.recipe import Recipe, Special, Statistics
+from lnfree_interp.removal.schedule import published_order, sequential_sites
+from lnfree_interp.removal.state import fingerprint
+
+
+def main() -> None:
+    """Arguments: the run's folder, and `resume` to go on with it."""
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    data = torch.randint(300, (40, 24), generator=torch.Generator().manual_seed(3))
+    recipe = Recipe(
+        events=published_order(sequential_sites(2), start=1, ln2_gap=1, qk_gap=1, v_gap=1),
+        steps=12, batch=8, micro_batch=2, lr=1e-3, warmup=2, final_lr=0.1, precision="float32",
+        distillation=0.5, scale_anchor=0.1, anchor_target="frozen", evaluate_every=6,
+        statistics=Statistics(source="ema", blocks=8, tokens="ordinary"),
+        special=Special(first_until=9),
+    )  # fmt: skip
+    fired = []
+    run = lf.remove_norms(
+        model, recipe, data, heldout=data[:6], out=sys.argv[1], resume="resume" in sys.argv,
+        fwd_hooks=[("blocks.0.hook_mlp_out", lambda x, hook: fired.append(len(x)))],
+        checkpoint_every=5, log_every=4, progress=False,
+    )  # fmt: skip
+    report = {
+        "losses": [record.loss for record in run.history],
+        "gradients": [record.gradient for record in run.history],
+        "distillation": [record.distillation for record in run.history],
+        "sigma": {k: v for record in run.history for k, v in record.frozen.items()},
+        "heldout": [r.heldout for r in run.history if r.heldout is not None],
+        "drift": [r.probes["drift"] for r in run.history if r.probes],
+        "weights": fingerprint(run.model),
+        "forwards": len(fired),
+    }
+    rank = os.environ.get("RANK", "0")
+    with open(f"{sys.argv[1]}-{rank}.json", "w") as file:
+        json.dump(report, file)
+
+
+if __name__ == "__main__":
+    main()
