@@ -3,11 +3,11 @@
     python benchmarks/train_throughput.py [--json FILE]
     python benchmarks/train_throughput.py --shapes gpt2-small-1024 --device cuda
 
-The same random GPT-2, batch, dtype, optimiser (fused AdamW, clipped at 1) and machine for all, in one
-run: rounds of a few steps take turns, and the median step counts. The engine runs as a user runs it,
-through `remove_norms` with a hook of the user's and its own probes. Its norms are live, or all frozen
-("removing"). Memory is measured in processes of its own: the largest resident set (on a GPU: the
-largest allocation) above what the loaded model takes.
+The same random GPT-2, batch, dtype, optimiser (fused AdamW, clipped at 1) and machine for all, in
+one run: rounds of a few steps take turns, and the median step counts. The engine runs as a user
+runs it, through `remove_norms` with a hook of the user's and its own probes. Its norms are live, or
+all frozen ("removing"). Memory is measured in processes of its own: the largest resident set (on a
+GPU: the largest allocation) above what the loaded model takes.
 """
 
 import json
@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -135,8 +136,6 @@ def engine(
 
 def timed(step: Callable[[], object], device: str) -> float:
     """Seconds that a step takes."""
-    import time
-
     began = time.perf_counter()
     step()
     if device == "cuda":
@@ -209,12 +208,15 @@ def main(
         print(peak_memory(memory_of, SHAPES[shapes[0]], dtypes[0], device))
         return
     rows = []
-    print("| shape | dtype | contender | tokens/s | to transformers | memory, MB | to transformers |")
+    print(
+        "| shape | dtype | contender | tokens/s | to transformers | memory, MB | to transformers |"
+    )
     print("|---|---|---|---|---|---|---|", flush=True)
     for shape in shapes:
         for dtype in dtypes:
             rows += one_table(shape, dtype, device, rounds, steps)
-    print(f"medians of {rounds} x {steps} steps; bfloat16 native: {bf16_is_fast(torch.device(device))}")
+    native = bf16_is_fast(torch.device(device))
+    print(f"medians of {rounds} x {steps} steps; bfloat16 native: {native}")
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu()
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {name}")
     if out is not None:
@@ -244,8 +246,8 @@ def one_table(shape: str, dtype: Dtype, device: str, rounds: int, steps: int) ->
         }  # fmt: skip
         rows.append(row)
         print(
-            f"| {shape} | {dtype} | {name} | {row['tokens_per_second']:,.0f} | {row['speed']:.2f} | "
-            f"{row['memory_mb']:,.0f} | {row['memory']:.2f} |",
+            f"| {shape} | {dtype} | {name} | {row['tokens_per_second']:,.0f} "
+            f"| {row['speed']:.2f} | {row['memory_mb']:,.0f} | {row['memory']:.2f} |",
             flush=True,
         )
     return rows

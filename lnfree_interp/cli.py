@@ -272,5 +272,8 @@ def main() -> None:
         print(f"lnfree: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nlnfree: interrupted", file=sys.stderr)
+        print(
+            "\nlnfree: interrupted; a run with a checkpoint goes on with lnfree remove --resume",
+            file=sys.stderr,
+        )
         sys.exit(130)

@@ -287,7 +287,8 @@ class _Trainer:
 
     def _evaluated(self, record: StepRecord) -> StepRecord:
         """With the held-out loss, if it is time for it."""
-        if self.heldout is None or self.next_step % self.recipe.evaluate_every:
+        due = self.next_step % self.recipe.evaluate_every == 0 or self.next_step == self.steps
+        if self.heldout is None or not due:
             return record
         heldout = self._heldout_loss()
         if record.step >= self.recipe.removed_at + self.steps - self.recipe.steps:

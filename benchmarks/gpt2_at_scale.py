@@ -1,0 +1,124 @@
+"""GPT-2 small at full scale on one GPU: the published recipe, its control, and what came out.
+
+    python benchmarks/gpt2_at_scale.py OUT [--model gpt2] [--data Skylion007/openwebtext]
+    python benchmarks/gpt2_at_scale.py OUT --recipe gpt2-small --distillation 0.5
+    python benchmarks/gpt2_at_scale.py OUT --tiny        # everything at toy size, on the CPU
+
+Two runs of 157M tokens each, meant for one 80 GB GPU. Cut off, the same command goes on. Model and
+data are names on the hub, or local: a folder that `save_pretrained` wrote, and text, jsonl or
+parquet files. OUT gets `lnfree/`, `vanilla/` (each a run that `lnfree remove --resume` understands)
+and `result.json`.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from transformer_lens import HookedTransformer
+
+import lnfree_interp as lf
+from lnfree_interp.data.sources import STDLIB, open_blocks
+from lnfree_interp.removal.job import Job, make_recipe, resume_job, run_job
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.schedule import published_order
+
+
+def shrunk(recipe: Recipe, model: HookedTransformer) -> Recipe:
+    """The same recipe in a few steps of a few blocks."""
+    return replace(
+        recipe,
+        events=published_order(model, start=1, ln2_gap=1, qk_gap=1, v_gap=1)
+        if recipe.events
+        else (),
+        steps=20,
+        decay_steps=None,
+        batch=4,
+        micro_batch=2,
+        warmup=2,
+        evaluate_every=10,
+        statistics=replace(recipe.statistics, blocks=4),
+        special=type(recipe.special)(),
+    )
+
+
+def main(
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    model: str = "gpt2",
+    data: str = "Skylion007/openwebtext",
+    recipe: str = "gpt2-small",
+    distillation: float | None = None,
+    micro_batch: int = 32,
+    heldout: int = 512,
+    tiny: bool = False,
+) -> None:
+    """Run removal and control, one after the other.
+
+    Args:
+        out: Folder for both runs.
+        model: Hub id or local folder.
+        data: Hub id or local files.
+        recipe: As `lnfree remove --recipe`.
+        distillation: Replaces the recipe's.
+        micro_batch: Blocks per forward pass; lower it on a smaller GPU.
+        heldout: Blocks that are evaluated, while training and in the end, and not trained on.
+        tiny: The bundled model, the standard library and a few steps.
+    """
+    job = Job(
+        model=None if tiny else model,
+        text=STDLIB if tiny else data,
+        heldout=8 if tiny else heldout,
+        block=64 if tiny else 1024,
+        checkpoint_every=5 if tiny else 25,
+    )
+    result: dict[str, dict[str, float]] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("lnfree", "vanilla"):
+        folder = out / name
+
+        def recipe_of(loaded: HookedTransformer, name: str = name) -> Recipe:
+            made = make_recipe(
+                recipe,
+                loaded,
+                steps=None,
+                vanilla=name == "vanilla",
+                distillation=distillation if name == "lnfree" else None,
+                micro_batch=micro_batch,
+            )
+            return shrunk(made, loaded) if tiny else made
+
+        if (folder / "model").exists():
+            print(f"{folder} is finished")
+        elif folder.exists():
+            resume_job(folder, say=print)
+        else:
+            run_job(job, folder, recipe_of, say=print)
+        result[name] = scores(lf.load(folder / "model"), job, job.heldout)
+    original = lf.load(lf.bundled_checkpoint() if tiny else model)
+    result["original"] = scores(original, job, job.heldout)
+    for name, row in result.items():
+        print(name, ", ".join(f"{what} {value:.4f}" for what, value in row.items()))
+    gap = result["lnfree"]["mean"] - result["vanilla"]["mean"]
+    print(f"LN-free minus vanilla: {gap:+.4f} nats per token on held-out text")
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    report = {"job": asdict(job), "hardware": hardware, **result}
+    (out / "result.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def scores(model: HookedTransformer, job: Job, blocks: int) -> dict[str, float]:
+    """Mean, median and 99.9th percentile of cross-entropy on held-out blocks."""
+    split = "heldout" if job.text == STDLIB else job.split
+    assert job.block is not None
+    text = open_blocks(job.text, model.tokenizer, job.block, split=split).take(blocks)
+    losses = lf.evaluate_loss(model, text, batch=4).per_token.numpy()
+    median, p999 = np.quantile(losses, [0.5, 0.999]).tolist()
+    mean, largest = float(losses.mean()), float(losses.max())
+    return {"mean": mean, "median": median, "p99.9": p999, "largest": largest}
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
