@@ -22,6 +22,19 @@ TRACKERS: Mapping[str, Callable[[str, Path], GeneralTracker]] = {
 }
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse, before the work, a tracker that is not known or not installed.
+
+    Raises:
+        RecipeError: then.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f"no tracker {name!r}; there are {', '.join(TRACKERS)}")
+        if find_spec(name) is None:
+            raise RecipeError(f"{name} is not installed: pip install {name}")
+
+
 class Watcher:
     """What a person sees of a run; only the main process shows anything."""
 
@@ -41,17 +54,7 @@ class Watcher:
             trackers: Of `TRACKERS`.
             folder: Where they write. Default: here.
             show: Whether to show the bar.
-
-        Raises:
-            RecipeError: for a tracker that is not known or not installed.
         """
-        for name in trackers:
-            if name not in TRACKERS:
-                raise RecipeError(f"no tracker {name!r}; there are {', '.join(TRACKERS)}")
-            if find_spec(name) is None and not (
-                name == "tensorboard" and find_spec("tensorboardX") is not None
-            ):
-                raise RecipeError(f"{name} is not installed: pip install {name}")
         self.recipe, self.tokens_per_step = recipe, tokens_per_step
         self.trackers = [
             TRACKERS[name]("lnfree", Path(folder or ".")) for name in dict.fromkeys(trackers)

@@ -31,7 +31,7 @@ from lnfree_interp.removal.run import Run, StepRecord
 from lnfree_interp.removal.rundir import Checkpoint, RunFolder
 from lnfree_interp.removal.schedule import cosine_with_warmup, weight_at, widened
 from lnfree_interp.removal.statistics import Hooks, common, measure
-from lnfree_interp.removal.tracking import Watcher
+from lnfree_interp.removal.tracking import Watcher, require_trackers
 from lnfree_interp.removal.transition import Transition
 
 
@@ -93,6 +93,7 @@ def remove_norms(
         raise RecipeError("resuming and rolling back need the run's folder: give out=...")
     if checkpoint_every < 1 or log_every < 0:
         raise RecipeError("checkpoint_every must be positive, log_every cannot be negative")
+    require_trackers(trackers)
     source = _source(data, recipe)
     if source.block < 2:
         raise RecipeError("a block of one token has no next token to learn")
