@@ -4,10 +4,10 @@
     python benchmarks/train_throughput.py --shapes gpt2-small-1024 --device cuda
 
 The same random GPT-2, batch, dtype, optimiser (fused AdamW, clipped at 1) and machine for all, in
-one run: rounds of a few steps take turns, and the median step counts. The engine runs as a user
-runs it, through `remove_norms` with a hook of the user's and its own probes. Its norms are live, or
-all frozen ("removing"). Memory is measured in processes of its own: the largest resident set (on a
-GPU: the largest allocation) above what the loaded model takes.
+one run: each lives in a process of its own, as it would in use, and they take turns at a few steps;
+the median step counts. The engine runs as a user runs it, through `remove_norms` with a hook of the
+user's and its own probes. Its norms are live, or all frozen ("removing"). Memory is the largest
+resident set (on a GPU: the largest allocation) above what the loaded model takes.
 """
 
 import json
@@ -151,18 +151,40 @@ def contender_of(
     return make(name, shape, dtype, device)
 
 
-def peak_memory(name: Contender, shape: Shape, dtype: Dtype, device: str) -> float:
-    """Of three steps, in MB above the loaded model, in this process."""
+def serve(name: Contender, shape: Shape, dtype: Dtype, device: str) -> None:
+    """For every number on a line: train so many steps, print their seconds and the peak in MB."""
     train = contender_of(name, shape, dtype, device)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+    cuda = device == "cuda"
+    before = torch.cuda.memory_allocated() / 1e6 if cuda else resident("VmRSS")
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-        train(3)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = resident("VmRSS")
-    train(3)
-    return resident("VmHWM") - before
+    for line in sys.stdin:
+        seconds = train(int(line))
+        peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident("VmHWM")
+        print(json.dumps([seconds, peak - before]), flush=True)
+
+
+class Server:
+    """A contender in a process of its own."""
+
+    def __init__(self, name: Contender, shape: str, dtype: Dtype, device: str):
+        command = [sys.executable, "-W", "ignore", __file__, "--serve", name, "--shapes", shape]
+        self.process = subprocess.Popen(
+            [*command, "--dtypes", dtype, "--device", device],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def train(self, steps: int) -> tuple[list[float], float]:
+        """Seconds of each step, and the peak of memory so far in MB."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("[["):
+                seconds, peak = json.loads(line)
+                return seconds, peak
+        raise RuntimeError(f"{self.process.args} stopped with {self.process.wait()}")
 
 
 def resident(field: str) -> float:
@@ -173,22 +195,13 @@ def resident(field: str) -> float:
     raise KeyError(field)
 
 
-def in_own_process(name: Contender, shape: str, dtype: Dtype, device: str) -> float:
-    """`peak_memory` where nothing else has run."""
-    command = [sys.executable, __file__, "--shapes", shape, "--dtypes", dtype, "--device", device]
-    ran = subprocess.run(
-        [*command, "--memory-of", name], capture_output=True, text=True, check=True
-    )
-    return float(ran.stdout.split()[-1])
-
-
 def main(
     shapes: tuple[str, ...] = ("4x256", "gpt2-small-512"),
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16"),
     device: str = "cpu",
     rounds: int = 5,
     steps: int = 4,
-    memory_of: Annotated[Contender | None, tyro.conf.arg(help="one process's part")] = None,
+    serve_: Annotated[Contender | None, tyro.conf.arg(name="serve")] = None,
     out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Run the benchmark.
@@ -199,13 +212,13 @@ def main(
         device: cpu or cuda.
         rounds: In each, every contender trains some steps.
         steps: Per round.
-        memory_of: Print the memory of one contender, and nothing else.
+        serve_: Be the process of one contender (used by the benchmark itself).
         out: Also write the rows there.
     """
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if memory_of is not None:
-        print(peak_memory(memory_of, SHAPES[shapes[0]], dtypes[0], device))
+    if serve_ is not None:
+        serve(serve_, SHAPES[shapes[0]], dtypes[0], device)
         return
     rows = []
     print(
@@ -226,14 +239,17 @@ def main(
 def one_table(shape: str, dtype: Dtype, device: str, rounds: int, steps: int) -> list[dict]:
     """The rows of one shape and dtype."""
     size = SHAPES[shape]
-    train = {name: contender_of(name, size, dtype, device) for name in CONTENDERS}
+    servers = {name: Server(name, shape, dtype, device) for name in CONTENDERS}
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for run in train.values():
-        run(1)
+    memory: dict[str, float] = {}
+    for server in servers.values():
+        server.train(1)
     for _ in range(rounds):
-        for name, run in train.items():
-            seconds[name] += run(steps)
-    memory = {name: in_own_process(name, shape, dtype, device) for name in CONTENDERS}
+        for name, server in servers.items():
+            new, memory[name] = server.train(steps)
+            seconds[name] += new
+    for server in servers.values():
+        server.process.kill()
     tokens, rows = size.batch * size.pos, []
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name in CONTENDERS:
