@@ -9,7 +9,7 @@ help:
 	@echo "make demo   install, then remove every LayerNorm from the bundled GPT-2 (lnfree-demo/)"
 	@echo "make test   install, then run the tests"
 	@echo "make lint   install, then ruff"
-	@echo "make bench  install, then the benchmark behind docs/benchmarks.md (about 20 minutes)"
+	@echo "make bench  install, then what removal costs by recipe, docs/benchmarks.md (about an hour)"
 	@echo "make bridge install transformer-lens 4 beside it, and open exported models there"
 	@echo "make clean  remove .venv and what the demo wrote"
 
@@ -31,7 +31,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/removal_gap.py
+	$(BIN)/python benchmarks/removal_quality.py --jobs 2
 
 # transformer-lens 4 has no HookedTransformer, so it cannot live in .venv.
 .venv-bridge/installed:
