@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
     from lnfree_interp.removal.recipe import Recipe
+    from lnfree_interp.removal.remove import remove_norms
     from lnfree_interp.removal.run import Run
-    from lnfree_interp.removal.trainer import remove_norms
 
 # Where each public name lives; the imports above are the same table for type checkers.
 _HOME = {
@@ -81,7 +81,7 @@ _HOME = {
     "MeasuredError": "lnfree_interp.numerics",
     "Recipe": "lnfree_interp.removal.recipe",
     "Run": "lnfree_interp.removal.run",
-    "remove_norms": "lnfree_interp.removal.trainer",
+    "remove_norms": "lnfree_interp.removal.remove",
 }
 
 _MODULES = {

@@ -126,7 +126,6 @@ def remove(
     _say("importing torch, transformers and transformer_lens ...")
     _quiet_libraries()
     from lnfree_interp.removal import job as jobs
-    from lnfree_interp.removal.recipe import Guard
 
     progress = os.environ.get("RANK", "0") == "0"
     if resume is not None:
@@ -156,7 +155,7 @@ def remove(
             "patience": patience,
             "evaluate_every": evaluate_every,
             "seed": seed,
-            "guard": Guard(action="rollback") if rollback else None,
+            "rollback": rollback,
         }
         run = jobs.run_job(
             job,

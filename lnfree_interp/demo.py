@@ -31,7 +31,8 @@ from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.plots.page import Section, Table, page
 from lnfree_interp.plots.style import MODEL_NAMES
 from lnfree_interp.removal import recipes
-from lnfree_interp.removal.trainer import Run, remove_norms
+from lnfree_interp.removal.remove import remove_norms
+from lnfree_interp.removal.run import Run
 
 LEVELS: tuple[Level, ...] = ("block", "head", "neuron")
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
 
-def start(out, processes, *arguments):
+def run(out, processes, *arguments):
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -19,10 +19,14 @@ def start(out, processes, *arguments):
         "PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_CPU": "true", "HOME": str(out.parent), "PYTHONPATH": str(SCRIPT.parent),
     }  # fmt: skip
-    ran = subprocess.run(
+    return subprocess.run(
         [*command, str(SCRIPT), str(out), *arguments],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
+
+
+def start(out, processes, *arguments):
+    ran = run(out, processes, *arguments)
     assert ran.returncode == 0, ran.stderr[-3000:]
     ranks = range(processes)
     return [json.loads(out.with_name(f"{out.name}-{rank}.json").read_text()) for rank in ranks]
@@ -54,6 +58,26 @@ def test_two_processes_train_as_one(one, two):
     assert two[0]["weights"] == two[1]["weights"]
     # Each process did half of the work.
     assert two[0]["forwards"] == two[1]["forwards"] == pytest.approx(one["forwards"] / 2, abs=2)
+
+
+def test_spread_weights_train_as_whole_ones(one, folder):
+    """FSDP 2, by torch itself on two gloo processes: events, checkpoints, resumption."""
+    spread = start(folder / "spread", 2, "fsdp")
+    for report in spread:
+        for what in ("losses", "gradients", "distillation", "heldout"):
+            assert report[what] == pytest.approx(one[what], rel=2e-5), what
+        assert report["sigma"] == pytest.approx(one["sigma"], rel=2e-5)
+    assert spread[0]["weights"] == spread[1]["weights"]
+    shutil.rmtree(folder / "spread" / "checkpoints" / "step-000012")
+    resumed = start(folder / "spread", 2, "fsdp", "resume")
+    assert resumed[0]["weights"] == spread[0]["weights"]
+
+
+def test_a_run_goes_on_with_as_many_processes(two, folder):
+    shutil.copytree(folder / "two", folder / "fewer")
+    ran = run(folder / "fewer", 1, "resume")
+    assert ran.returncode != 0
+    assert "the run had 2 processes, now there are 1" in ran.stderr
 
 
 def test_one_writes_for_both_and_the_run_can_go_on(two, folder):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from architectures import make_model
@@ -135,9 +136,28 @@ def test_widening_spreads_what_is_left():
         Event(14, NormSite("ln_final")),
         Event(4, NormSite("ln1.v", 0), over=8),
     )
-    wider = widened(events, after=6, factor=2.0)
-    assert [(e.step, e.end) for e in wider] == [(2, 2), (14, 14), (22, 22), (4, 18)]
-    assert last_step(wider) == 22
+    wider = widened(events, done=6, factor=2.0)
+    assert [(e.step, e.end) for e in wider] == [(2, 2), (15, 15), (23, 23), (4, 19)]
+    assert last_step(wider) == 23
+    # What would fire first comes later too, or the run would only be repeated.
+    assert widened(events, done=10, factor=2.0)[1].step == 11
+
+
+def test_a_widened_recipe_stretches_everything_that_is_tied_to_the_events():
+    recipe = Recipe(
+        events=all_at_once(sequential_sites(1), step=10), steps=30, batch=1, lr=1.0, warmup=0,
+        final_lr=1.0, special=Special(first_until=14, end_of_text_until=3),
+        distillation=Ramp(1.0, 0.0, 2, 16), scale_anchor=0.3,
+    )  # fmt: skip
+    wider = recipe.widened(6, 2.0)
+    assert {event.step for event in wider.events} == {15}
+    assert wider.special == Special(first_until=23, end_of_text_until=3)
+    assert wider.distillation == Ramp(1.0, 0.0, 2, 27)
+    assert wider.scale_anchor == 0.3
+    assert wider.removed_at == 23
+    assert wider.steps == wider.decay_steps == 30 + 23 - 14  # as long to recover as before
+    assert recipe.widened(15, 2.0) is recipe  # everything has happened
+    assert recipe.vanilla().widened(0, 2.0) == recipe.vanilla()
 
 
 def test_ramps():
@@ -173,6 +193,30 @@ def test_odd_recipes_survive_json_and_broken_ones_do_not():
             Recipe.from_json(broken)
 
 
+def control(**settings):
+    plain = {"events": (), "steps": 9, "batch": 1, "lr": 1.0, "warmup": 0, "final_lr": 1.0}
+    return Recipe(**(plain | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "word"),
+    [
+        (control(), "precision", "bf16"),
+        (control(), "anchor_target", "frozne"),
+        (Guard(), "action", "rolback"),
+        (Statistics(), "average", "median"),
+        (Statistics(), "source", "evnet"),
+        (Statistics(), "tokens", "most"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_refused(settings, field, word):
+    """It would act as another one. Set afterwards: the tests' own type checks refuse it before."""
+    wrong = replace(settings)
+    object.__setattr__(wrong, field, word)
+    with pytest.raises(RecipeError, match=f"{field} is '{word}'; choices: "):
+        wrong.__post_init__()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -180,6 +224,16 @@ def test_odd_recipes_survive_json_and_broken_ones_do_not():
         (lambda: Statistics(momentum=1.0), "momentum must lie"),
         (lambda: Guard(widen=1.0), "must become wider"),
         (lambda: Guard(sigma_factor=0.5), "thresholds"),
+        (lambda: Guard(above_best=math.nan), "thresholds"),
+        (lambda: Guard(rollbacks=-1), "rollbacks cannot be"),
+        (lambda: Special(first_until=-4), "cannot be special until"),
+        (lambda: control(lr=math.inf), "lr must be positive"),
+        (lambda: control(patience=0), "patience must be positive"),
+        (lambda: control(decay_steps=-5), "decay_steps must be positive"),
+        (lambda: control(weight_decay=-1.0), "weight_decay cannot be"),
+        (lambda: control(betas=(0.9, 1.5)), "betas must lie"),
+        (lambda: control(distillation=Ramp(0.0, 2.0, 50, 60)), "distillation must lie"),
+        (lambda: control(scale_anchor=Ramp(0.0, -1.0, 50, 60)), "scale_anchor cannot be"),
         (lambda: BY_NAME["taper"](sequential_sites(2), steps=9), "too few for a taper"),
     ],
 )

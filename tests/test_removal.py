@@ -8,10 +8,16 @@ import torch
 from conftest import make_gpt2
 
 import lnfree_interp as lf
-from lnfree_interp.errors import DataError, NormSiteError, RecipeError, TrainingError
+from lnfree_interp.errors import (
+    DataError,
+    NormSiteError,
+    RecipeError,
+    TrainingError,
+    UnsupportedModelError,
+)
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.sites import NormSite
-from lnfree_interp.removal import trainer
+from lnfree_interp.removal import remove, trainer
 from lnfree_interp.removal.objectives import (
     distillation_loss,
     scale_anchor_loss,
@@ -342,6 +348,25 @@ def test_refusals(model, data):
         lf.remove_norms(model, small_recipe(), data.new_zeros(40, 100), progress=False)
     with pytest.raises(DataError, match="tokenized for another model"):
         lf.remove_norms(model, small_recipe(), data + 300, progress=False)
+    for wrong in (data.float(), data[0], data[None]):
+        with pytest.raises(DataError, match="must be token ids"):
+            remove._require_sound(model, small_recipe(), wrong, None, [])
+        with pytest.raises(DataError, match="heldout must be token ids"):
+            remove._require_sound(model, small_recipe(), data, wrong, [])
+    with pytest.raises(RecipeError, match="needs held-out text"):
+        lf.remove_norms(model, small_recipe(patience=2), data, progress=False)
+    for hooks in ("blocks.0.ln1.hook_scale", lambda name: False):
+        with pytest.raises(RecipeError, match="no hook point"):
+            lf.remove_norms(
+                model, small_recipe(), data, fwd_hooks=[(hooks, lambda x, hook: None)],
+                progress=False,
+            )  # fmt: skip
+    half = lf.load(make_gpt2(n_layer=2), device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="training needs float32"):
+        lf.remove_norms(half, small_recipe(), data, progress=False)
+    frozen = lf.load(make_gpt2(n_layer=2), device="cpu").requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="requires a gradient"):
+        lf.remove_norms(frozen, small_recipe(), data, progress=False)
     with pytest.raises(RecipeError, match="no next token"):
         lf.remove_norms(model, small_recipe(), data[:, :1], progress=False)
     elsewhere = small_recipe(events=(Event(0, NormSite("ln2", 9)),))

@@ -127,6 +127,7 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, capsys):
     [
         (("--recipe", "gpt3"), "no recipe 'gpt3'; there are demo"),
         (("--recipe", "gpt2-small"), "no norm site 'blocks.3.ln2'"),
+        (("--patience", "0"), "patience must be positive"),
         (("--steps", "3"), "3 steps are too few for 10 norm sites"),
         (("--data", "./nothing.jsonl"), "nothing.jsonl"),
         (("--column", "body"), "no column 'body'"),
@@ -171,6 +172,16 @@ def test_a_run_of_the_library_is_not_resumed_by_the_command(monkeypatch, tmp_pat
     assert "not started on the command line" in capsys.readouterr().err
 
 
+def test_wandb_itself_takes_the_numbers(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    recipe = make_recipe("demo", model, steps=8, batch=4)
+    data = torch.randint(300, (16, 24))
+    lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False, trackers=["wandb"])
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
     """Through Accelerate's tracker; the package itself is not needed for that."""
     seen = {}
@@ -179,7 +190,11 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
         def __init__(self, name, logging_dir):
             seen["folder"] = logging_dir
 
+        def start(self):
+            seen["started"] = True
+
         def log(self, values, step):
+            assert seen["started"]
             seen[step] = values
 
         def finish(self):

@@ -15,6 +15,7 @@ import torch
 from conftest import make_gpt2
 
 import lnfree_interp as lf
+from lnfree_interp.data.blocks import ShuffledBlocks
 from lnfree_interp.errors import CheckpointError, OutputError, RecipeError, TrainingError
 from lnfree_interp.removal.guard import Watch
 from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
@@ -53,13 +54,13 @@ def noise(x, hook):
     return x + 0.01 * torch.randn_like(x)
 
 
-def train(model, data, out, resume=False, recipe=None, hook=noise, **more):
+def train(model, data, out, resume=False, recipe=None, hook=noise, heldout=None, **more):
     torch.manual_seed(11)
     return lf.remove_norms(
         model,
         a_recipe() if recipe is None else recipe,
         data,
-        heldout=data[:6],
+        heldout=data[:6] if heldout is None else heldout,
         out=out,
         resume=resume,
         fwd_hooks=[("blocks.0.hook_mlp_out", hook)],
@@ -109,6 +110,7 @@ sys.path.insert(0, {tests!r})
 import test_resume as t
 import torch
 import lnfree_interp as lf
+from lnfree_interp.data.blocks import ShuffledBlocks
 from conftest import make_gpt2
 model = lf.load(make_gpt2(n_layer=2), device="cpu")
 data = torch.randint(300, (40, 24), generator=torch.Generator().manual_seed(3))
@@ -151,6 +153,22 @@ def test_killed_by_the_system_and_resumed_bit_by_bit(tmp_path):
         assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
             "step-000020", "step-000024",
         ]  # fmt: skip
+
+
+def test_the_same_stream_may_be_used_again(model, data, tmp_path, uninterrupted):
+    """In a notebook, after Ctrl-C: the stream stands where the run was cut off."""
+    count = iter(range(10**6))
+
+    def cut(x, hook):
+        if torch.is_grad_enabled() and next(count) == 20:
+            raise Cut
+        return noise(x, hook)
+
+    stream = ShuffledBlocks(data, 0)
+    with pytest.raises(Cut):
+        train(model, stream, tmp_path / "run", hook=cut, heldout=data[:6])
+    resumed = train(model, stream, tmp_path / "run", resume=True, heldout=data[:6])
+    assert fingerprint(resumed.model) == fingerprint(uninterrupted.model)
 
 
 def test_resuming_a_finished_run_changes_nothing(model, data, tmp_path):
@@ -291,9 +309,9 @@ def test_a_diverging_run_goes_back_with_wider_gaps(model, data, tmp_path):
     frozen = {site: record.step for record in run.history for site in record.frozen}
     planned = {str(event.site): event.step for event in recipe.events}
     for site, step in planned.items():
-        assert frozen[site] == (step if step <= 5 else 5 + 2 * (step - 5)), site
-    last = max(planned.values())
-    assert len(run.history) == STEPS + (last - 5)  # as much time to recover as planned
+        assert frozen[site] == (step if step < 5 else 4 + 2 * (step - 4)), site
+    assert run.recipe == recipe.widened(5, 2.0)
+    assert len(run.history) == run.recipe.steps > STEPS
     assert [record.step for record in run.history] == list(range(len(run.history)))
     (told,) = [record for record in run.history if record.rollback]
     assert told.step == 5
@@ -306,6 +324,46 @@ def test_a_run_that_diverges_again_and_again_stops(model, data, tmp_path):
     recipe = a_recipe(guard=Guard(action="rollback", rollbacks=2))
     with pytest.raises(TrainingError, match=r"diverged at step 8: .*2 rollbacks did not help"):
         train(model, data, tmp_path / "run", recipe=recipe, hook=explode_at(8, times=9))
+
+
+def test_a_poisoned_checkpoint_is_passed_over(model, data, tmp_path):
+    """Weights that one update ruined are noticed a step later; then the one before must do."""
+    recipe = a_recipe(guard=Guard(action="rollback"))
+    steps = {"seen": 0}
+
+    def poison(gradient, hook):
+        steps["seen"] += 1
+        if steps["seen"] == 2 * 10 - 1:  # in the step whose weights the checkpoint of step 10 has
+            steps["poisoned"] = True
+
+    right = torch.optim.AdamW.step
+
+    def step(self, *arguments, **more):
+        result = right(self, *arguments, **more)
+        if steps.pop("poisoned", False):
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(math.nan)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        run = train(
+            model, data, tmp_path / "run", recipe=recipe,
+            bwd_hooks=[("blocks.0.hook_mlp_out", poison)],
+        )  # fmt: skip
+    (told,) = [record for record in run.history if record.rollback]
+    assert told.step == 5
+    assert all(math.isfinite(record.loss) for record in run.history)
+
+
+def test_a_run_with_nothing_left_to_widen_stops_at_once(model, data, tmp_path):
+    recipe = a_recipe(guard=Guard(action="rollback")).vanilla()
+    with pytest.raises(TrainingError, match="no event is left"):
+        train(model, data, tmp_path / "run", recipe=recipe, hook=explode_at(8))
+
+
+def test_going_back_needs_a_folder(model, data):
+    recipe = a_recipe(guard=Guard(action="rollback"))
     with pytest.raises(RecipeError, match="give out="):
         train(model, data, None, recipe=recipe)
 
@@ -356,5 +414,6 @@ def test_early_stop_waits_for_the_last_event(model, data):
 def test_held_out_loss_is_that_of_the_model_at_that_step(model, data):
     recipe = a_recipe(steps=20, evaluate_every=20, precision="float32", patience=None)
     run = lf.remove_norms(model, recipe, data, heldout=data[:6], progress=False)
+    assert [r.step for r in run.history if r.heldout is not None] == [19]
     expected = lf.evaluate_loss(run.model, data[:6]).mean
     assert run.history[-1].heldout == pytest.approx(expected, rel=1e-5)

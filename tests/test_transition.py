@@ -9,6 +9,7 @@ from architectures import make_model
 from conftest import make_gpt2, make_tokenizer
 
 import lnfree_interp as lf
+from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.sites import NormSite
 from lnfree_interp.removal.recipe import Recipe, Special, Statistics
 from lnfree_interp.removal.schedule import Event, all_at_once, published_order, taper
@@ -260,8 +261,9 @@ def test_the_state_of_a_transition_is_its_future(model, text):
     transition = Transition(sites, recipe, text)
     for number in range(5):
         step(transition, text[number : number + 1], number)
-    other = lf.with_norm_sites(sites)
+    other = lf.with_norm_sites(model)
     resumed = Transition(other, recipe, text)
+    other.load_state_dict(sites.state_dict())
     resumed.load_state_dict(json.loads(json.dumps(transition.state_dict())))
     for number in range(5, 14):
         tokens = text[number % 6 : number % 6 + 1]
@@ -282,6 +284,12 @@ def test_drift_compares_with_the_constant(model, text):
     constant = lf.get_norm(model, "blocks.1.ln2").constant
     assert drift == {"blocks.1.ln2": pytest.approx(now / constant, rel=1e-5)}
     assert drift["blocks.1.ln2"] > 1.1
+
+
+def test_what_is_frozen_already_is_not_removed_again(model, text):
+    lf.freeze_site(model, "blocks.1.ln2", 2.0)
+    with pytest.raises(NormSiteError, match=r"blocks\.1\.ln2 is no live norm any more"):
+        Transition(model, a_recipe(all_at_once(model, step=1)), text)
 
 
 def test_the_control_has_no_transition(model, text):

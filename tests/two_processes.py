@@ -3,18 +3,41 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
 
 import torch
 from conftest import make_gpt2
+from torch.distributed.fsdp import fully_shard
 
 import lnfree_interp as lf
+from lnfree_interp.removal.objectives import Objective
+from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe, Special, Statistics
 from lnfree_interp.removal.schedule import published_order, sequential_sites
 from lnfree_interp.removal.state import fingerprint
 
 
+def fully_sharded(self: Processes, module: Objective, optimizer: torch.optim.Optimizer):
+    """What Accelerate does for FSDP 2; on a CPU it would quietly take DDP instead."""
+    for block in module.model.blocks:
+        fully_shard(block)
+    fully_shard(module)
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "fused")}
+    names = dict(module.model.named_parameters())
+    decayed = [p for name, p in names.items() if name.rpartition(".")[2].startswith("W_")]
+    kept = [p for name, p in names.items() if not name.rpartition(".")[2].startswith("W_")]
+    optimizer.param_groups.clear()
+    optimizer.add_param_group(group | {"params": decayed})
+    optimizer.add_param_group(group | {"params": kept, "weight_decay": 0.0})
+    self.wrapped = module
+    self.synchronised = lambda last: nullcontext(module.set_requires_gradient_sync(last))
+    return module, optimizer
+
+
 def main() -> None:
-    """Arguments: the run's folder, and `resume` to go on with it."""
+    """Arguments: the run's folder; `resume` to go on with it; `fsdp` to spread the weights."""
+    if "fsdp" in sys.argv:
+        Processes.prepare = fully_sharded
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
     data = torch.randint(300, (40, 24), generator=torch.Generator().manual_seed(3))
     recipe = Recipe(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformer_lens.components import LayerNorm, RMSNorm
 from transformer_lens.hook_points import HookPoint
@@ -58,6 +59,11 @@ class Norm(nn.Module):
 
     sigma: Tensor
     gate: Tensor
+
+    @property
+    def share_live(self) -> float:
+        """The gate as a plain number."""
+        return self._gate
 
     def remember(self) -> None:
         """The buffers as plain numbers, which a forward pass reads without waiting for a GPU."""
@@ -132,7 +138,7 @@ class Norm(nn.Module):
         """What to divide by: the token's own scale, the constant, or the blend of the two."""
         if self.live:
             return (_mean_square(centred) + self.eps).sqrt()
-        sigma = self.hook_sigma(self.sigma.to(centred).expand(*centred.shape[:-1], 1))
+        sigma = self.hook_sigma(centred.new_full((), self.constant).expand(*centred.shape[:-1], 1))
         if self.frozen:
             return sigma
         own = (_mean_square(centred) + self.eps).sqrt()
@@ -164,6 +170,7 @@ class _CentredAffine(torch.autograd.Function):
         return torch.addcmul(bias, centred, gain)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (dy,) = gradients
         centred, gain = ctx.saved_tensors

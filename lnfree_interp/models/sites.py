@@ -130,7 +130,9 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
         InexactError: if the copy's logits differ, as when a hook on the model changes them.
     """
     if has_norm_sites(model):
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
+        copied.reset_hooks(including_permanent=True)
+        return copied
     split = split_norms(model)
     compare_logits(split, model).require("model with norm sites against stock")
     return split

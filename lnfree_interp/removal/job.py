@@ -21,14 +21,14 @@ from lnfree_interp.errors import CheckpointError, RecipeError
 from lnfree_interp.files import require_writable
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.forms import fold
-from lnfree_interp.models.sites import live_sites
+from lnfree_interp.models.sites import list_norm_sites, live_sites
 from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.removal.plan import plan
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME
+from lnfree_interp.removal.remove import remove_norms
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.rundir import RunFolder
-from lnfree_interp.removal.trainer import remove_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,21 @@ class Job:
     block: int | None = None
     """Tokens per block; None: the recipe's, or the model's context up to 1024."""
     heldout: int = 64
-    """Blocks to evaluate on: of stdlib's other split; else the first ones, not trained on."""
+    """Blocks to evaluate on: of stdlib's other split; else the first of the text, which the first
+    epoch leaves out."""
     checkpoint_every: int = 50
     log_every: int = 10
     trackers: tuple[str, ...] = ()
 
 
 def make_recipe(
-    name: str, model: HookedTransformer, *, steps: int | None, vanilla: bool, **changes: Any
+    name: str,
+    model: HookedTransformer,
+    *,
+    steps: int | None = None,
+    vanilla: bool = False,
+    rollback: bool = False,
+    **changes: Any,
 ) -> Recipe:
     """A recipe by its name for a model, with some settings changed.
 
@@ -64,6 +71,7 @@ def make_recipe(
         model: What it is for.
         steps: Optimiser steps. Default: the recipe's.
         vanilla: The control instead.
+        rollback: Go back instead of stopping when the run diverges.
         changes: Fields of `Recipe`; None leaves one as it is.
 
     Raises:
@@ -80,6 +88,14 @@ def make_recipe(
         recipe = make(model, **({} if steps is None else {"steps": steps}))
     given = {field: value for field, value in changes.items() if value is not None}
     recipe = replace(recipe, **given)
+    if rollback:
+        recipe = replace(recipe, guard=replace(recipe.guard, action="rollback"))
+    left = set(list_norm_sites(model)) - {event.site for event in recipe.events}
+    if left and not vanilla:
+        raise RecipeError(
+            f"recipe {name} leaves {len(left)} of the model's norm sites live, "
+            f"{min(map(str, left))} among them: it is for another model"
+        )
     return recipe.vanilla() if vanilla else recipe
 
 
@@ -166,7 +182,7 @@ def resume_job(
     folder, config = RunFolder.open(out)
     if (folder.path / "model").exists():
         raise CheckpointError(f"{out}/model exists: this run is finished")
-    recipe, about = Recipe.from_json(config["recipe"]), config["about"]
+    recipe, about = Recipe.from_json(config.get("recipe", {})), config.get("about")
     if not about:
         raise CheckpointError(
             f"{out} was not started on the command line: call remove_norms(..., resume=True)"

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformer_lens import HookedTransformer
 
@@ -129,9 +130,12 @@ class _LogitsLoss(torch.autograd.Function):
                     dW += p.T @ reading.h[part]
         ctx.gradients, ctx.n_tokens = (dh, dW, db), len(h)
         ce, kl = (x.to(h.dtype) / len(h) for x in (ce, kl))
-        return torch.lerp(ce, kl, share), ce, kl
+        total = torch.lerp(ce, kl, share)
+        ctx.mark_non_differentiable(ce, kl)
+        return total, ce, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # In place: they are as large as the weights, and nobody else has them.
         ours, ctx.gradients = ctx.gradients, None
@@ -224,16 +228,24 @@ class Objective(nn.Module):
         return self._teacher[0]
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], distillation: float, anchor: float
-    ) -> Losses:
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        distillation: float,
+        anchor: float,
+        loss: bool = True,
+    ) -> Losses | None:
         """The loss of some blocks.
 
         Args:
             tokens: [batch, pos].
             distillation: Share of the KL divergence.
             anchor: Weight of the scale anchor.
+            loss: False: only pass every norm site, for those who measure there.
         """
         self.groups.mark(tokens)
+        if not loss:
+            self.model(tokens, return_type=None)
+            return None
         resid = self._residual(self.model, tokens)
         teacher = self.teacher if distillation else None
         with torch.no_grad():

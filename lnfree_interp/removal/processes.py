@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -33,23 +32,29 @@ class Processes:
             device: Where the model is; a single process stays there.
 
         Raises:
-            RecipeError: if an `Accelerator` with mixed precision exists already.
+            RecipeError: if Accelerate is set up in a way that this engine does not support.
         """
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if not several:
-            # Accelerate remembers the device of the first run in a process; a notebook has many.
-            AcceleratorState._reset_state(reset_partial_state=True)
-        cpu = device.type == "cpu" and not (several and torch.cuda.is_available())
+        self.device, self.rank, self.world = device, 0, 1
+        self.accelerator: Accelerator | None = None
+        self.wrapped: nn.Module | None = None
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return
         try:
             # Autocast is the objective's own, so that each product has the dtype that it states.
-            self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+            self.accelerator = Accelerator(
+                cpu=device.type == "cpu" and not torch.cuda.is_available(), mixed_precision="no"
+            )
         except ValueError as error:
             raise RecipeError(
                 f"Accelerate is set up otherwise already: start a new process ({error!s:.80})"
             ) from error
-        self.device = self.accelerator.device if several or cpu else device
+        self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.wrapped: nn.Module | None = None
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise RecipeError("FSDP needs version 2: accelerate launch --fsdp_version 2")
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            raise RecipeError("set fsdp_cpu_ram_efficient_loading to false: it would untie weights")
 
     @property
     def is_main(self) -> bool:
@@ -60,29 +65,31 @@ class Processes:
         self, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module as it is to be called, and the optimiser as it is to be stepped."""
-        if self.world == 1:
+        if self.accelerator is None:
             return module, optimizer
         self.wrapped, optimizer = self.accelerator.prepare(module, optimizer)
         return self.wrapped, optimizer
 
     def synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Around a micro-batch: gradients are exchanged after the last one only."""
-        if last or self.wrapped is None:
+        if last or self.accelerator is None or self.wrapped is None:
             return nullcontext()
         return self.accelerator.no_sync(self.wrapped)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss."""
-        self.accelerator.backward(loss)
-
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> float:
         """Scale the gradient down to a norm of at most `largest`; returns the norm it had."""
-        norm = self.accelerator.clip_grad_norm_(list(parameters), largest)
-        return whole(norm).item()
+        clip = torch.nn.utils.clip_grad_norm_
+        if self.accelerator is not None:
+            clip = self.accelerator.clip_grad_norm_
+        return whole(clip(list(parameters), largest)).item()
 
     def sum(self, x: Tensor) -> Tensor:
         """Over all processes."""
-        return x if self.world == 1 else self.accelerator.reduce(x, reduction="sum")
+        return x if self.accelerator is None else self.accelerator.reduce(x, reduction="sum")
+
+    def equal_rows(self, x: Tensor) -> Tensor:
+        """This process's rows, as many as every other process has; a few at the end may be left."""
+        return x[: len(x) - len(x) % self.world][self.rank :: self.world].to(self.device)
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Let the main process do something; all get its result, or its exception."""

@@ -1,12 +1,29 @@
 """A recipe: everything that a removal run is made of, except the model and the text."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.sites import NormSite, SiteKind
-from lnfree_interp.removal.schedule import Event, Ramp, Weight, last_step, weight_at
+from lnfree_interp.removal.schedule import (
+    Event,
+    Ramp,
+    Weight,
+    extremes,
+    last_step,
+    later,
+    widened,
+)
+
+
+def _check_choices(settings: Any) -> None:
+    """Refuse a word that is none of a field's choices: it would act as another one."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
+            choices = ", ".join(map(repr, get_args(hint)))
+            raise RecipeError(f"{name} is {getattr(settings, name)!r}; choices: {choices}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +50,7 @@ class Statistics:
     """Whether `"ema"` and `"batch"` go on following until the last event."""
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if self.blocks < 1:
             raise RecipeError(f"sigma needs at least one block of text, not {self.blocks}")
         if not 0 <= self.momentum < 1:
@@ -52,6 +70,11 @@ class Special:
     """The same for end-of-text tokens."""
     end_of_text_kinds: tuple[SiteKind, ...] | None = None
     """Kinds of sites at which end-of-text is special; None: all."""
+
+    def __post_init__(self) -> None:
+        for step in (self.first_until, self.end_of_text_until):
+            if step is not None and step < 0:
+                raise RecipeError(f"tokens cannot be special until step {step}")
 
     @property
     def until(self) -> int:
@@ -76,10 +99,13 @@ class Guard:
     """After that many, stop."""
 
     def __post_init__(self) -> None:
-        if self.widen <= 1:
+        _check_choices(self)
+        if not 1 < self.widen < math.inf:
             raise RecipeError(f"gaps must become wider: widen={self.widen} does not")
-        if self.sigma_factor <= 1 or self.above_best <= 0:
+        if not (self.sigma_factor > 1 and self.above_best > 0):
             raise RecipeError("a guard's thresholds must lie above what every run does")
+        if self.rollbacks < 0:
+            raise RecipeError(f"rollbacks cannot be {self.rollbacks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,18 +157,28 @@ class Recipe:
     """Where a setting comes from."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "lr", "clip", "evaluate_every"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"{name} must be positive, not {getattr(self, name)}")
+        _check_choices(self)
+        counts = ("steps", "batch", "micro_batch", "evaluate_every", "decay_steps", "patience")
+        for name in (*counts, "lr", "clip"):
+            value = getattr(self, name)
+            if value is None and name in ("decay_steps", "patience"):
+                continue
+            if name in counts and value != int(value):
+                raise RecipeError(f"{name} must be a whole number, not {value}")
+            if not 0 < value < math.inf:
+                raise RecipeError(f"{name} must be positive, not {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise RecipeError(f"weight_decay cannot be {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"betas must lie in 0..1 (1 excluded), not {self.betas}")
         if not 0 <= self.warmup < self.steps:
             raise RecipeError(f"warmup must lie in 0..{self.steps - 1}, not {self.warmup}")
         if not 0 <= self.final_lr <= 1:
             raise RecipeError(f"final_lr is a share of lr, in 0..1, not {self.final_lr}")
-        for step in (0, self.steps):
-            if not 0 <= weight_at(self.distillation, step) <= 1:
-                raise RecipeError(f"distillation must lie in 0..1, not {self.distillation}")
-            if not weight_at(self.scale_anchor, step) >= 0:
-                raise RecipeError(f"scale_anchor cannot be negative: {self.scale_anchor}")
+        if not all(0 <= weight <= 1 for weight in extremes(self.distillation)):
+            raise RecipeError(f"distillation must lie in 0..1, not {self.distillation}")
+        if not all(0 <= weight < math.inf for weight in extremes(self.scale_anchor)):
+            raise RecipeError(f"scale_anchor cannot be negative: {self.scale_anchor}")
         self._check_events()
 
     def _check_events(self) -> None:
@@ -175,6 +211,37 @@ class Recipe:
             scale_anchor=0.0,
             distillation=0.0,
             special=Special(),
+            patience=None,
+        )
+
+    def widened(self, done: int, factor: float) -> "Recipe":
+        """Everything that is left after `done` steps spread out by a factor, and as many steps to
+        recover from it as before. The same recipe if nothing is left.
+
+        Args:
+            done: Steps done.
+            factor: On the distances between what is left.
+        """
+
+        def spread(weight: Weight) -> Weight:
+            return weight.widened(done, factor) if isinstance(weight, Ramp) else weight
+
+        special = {
+            name: until if until is None else later(until, done, factor)
+            for name in ("first_until", "end_of_text_until")
+            for until in [getattr(self.special, name)]
+        }
+        if self.removed_at < done or not self.events:
+            return self
+        more = later(self.removed_at, done, factor) - self.removed_at
+        return replace(
+            self,
+            events=widened(self.events, done, factor),
+            special=replace(self.special, **special),
+            distillation=spread(self.distillation),
+            scale_anchor=spread(self.scale_anchor),
+            steps=self.steps + more,
+            decay_steps=(self.decay_steps or self.steps) + more,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -100,10 +100,11 @@ class RunFolder:
             OutputError: if it cannot be written; the checkpoints before it stay.
         """
         target = self.path / "checkpoints" / f"step-{checkpoint.step:06d}"
-        whole = ", ".join(path.name for path in self.checkpoints.values())
-        if target.exists():  # from before a rollback
-            _remove(target)
         try:
+            if target.exists():  # from before a rollback
+                _remove(target)
+            with (self.path / "metrics.jsonl").open("rb") as metrics:
+                os.fsync(metrics.fileno())  # a checkpoint counts on the lines before it
             with new_folder(target) as folder:
                 for name in ("model", "optimizer"):
                     file = folder / f"{name}.safetensors"
@@ -114,7 +115,8 @@ class RunFolder:
                 for file in folder.iterdir():
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
-        except OutputError as error:
+        except (OSError, OutputError) as error:
+            whole = ", ".join(path.name for path in self.checkpoints.values())
             kept = f"{whole} is intact" if whole else "there is no earlier one"
             raise OutputError(
                 f"the checkpoint of step {checkpoint.step} could not be written ({error}); {kept}: "
@@ -123,6 +125,14 @@ class RunFolder:
         for step in list(self.checkpoints)[: -self.keep]:
             _remove(self.checkpoints[step])
         return target
+
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint of a step.
+
+        Raises:
+            CheckpointError: if it is not there, or damaged.
+        """
+        return _read(self.path / "checkpoints" / f"step-{step:06d}")
 
     def latest(self) -> Checkpoint:
         """The newest checkpoint.
@@ -168,7 +178,9 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         kept: dict[int, dict[str, Any]] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        for line in (
+            file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ()
+        ):
             try:
                 record = json.loads(line)
                 step = record["step"]
@@ -179,8 +191,11 @@ class RunFolder:
         if len(kept) != before:
             raise CheckpointError(f"{file} holds {len(kept)} of {before} steps: it was changed")
         partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(kept[step]) + "\n" for step in sorted(kept)))
-        os.replace(partial, file)
+        try:
+            partial.write_text("".join(json.dumps(kept[step]) + "\n" for step in sorted(kept)))
+            os.replace(partial, file)
+        except OSError as error:
+            raise OutputError(f"{file} cannot be written: {error}") from error
         return [kept[step] for step in sorted(kept)]
 
     def tidy(self) -> None:

@@ -47,6 +47,11 @@ class Ramp:
         if self.to_step <= self.from_step:
             raise RecipeError(f"a ramp from step {self.from_step} must end after it")
 
+    def widened(self, done: int, factor: float) -> "Ramp":
+        """As `widened` does it to events."""
+        from_step, to_step = (later(at, done, factor) for at in (self.from_step, self.to_step))
+        return replace(self, from_step=from_step, to_step=to_step)
+
     def at(self, step: int) -> float:
         """The weight at a step."""
         done = (step - self.from_step) / (self.to_step - self.from_step)
@@ -63,6 +68,12 @@ Weight = float | Ramp
 def weight_at(weight: Weight, step: int) -> float:
     """The weight at a step."""
     return weight.at(step) if isinstance(weight, Ramp) else weight
+
+
+def extremes(weight: Weight) -> tuple[float, float]:
+    """The least and the largest that a weight ever is."""
+    ends = (weight.start, weight.end) if isinstance(weight, Ramp) else (weight, weight)
+    return min(ends), max(ends)
 
 
 Sites = HookedTransformer | Sequence[NormSite]
@@ -162,21 +173,21 @@ def taper(model: Sites, *, start: int, over: int, gap: int = 0) -> tuple[Event, 
     )
 
 
-def widened(events: Iterable[Event], after: int, factor: float) -> tuple[Event, ...]:
-    """The same events, those that are not over at step `after` spread out by a factor from there.
+def later(step: int, done: int, factor: float) -> int:
+    """Where a step goes when all that is left after `done` steps is spread out by a factor."""
+    return step if step < done else done - 1 + math.ceil((step - done + 1) * factor)
+
+
+def widened(events: Iterable[Event], done: int, factor: float) -> tuple[Event, ...]:
+    """The same events, those that are not over after `done` steps spread out by a factor.
 
     What a run that diverged continues with: larger gaps (2507.02559).
     """
-
-    def later(step: int) -> int:
-        return step if step <= after else after + math.ceil((step - after) * factor)
-
-    return tuple(
-        event
-        if event.end <= after
-        else replace(event, step=later(event.step), over=later(event.end) - later(event.step))
-        for event in events
-    )
+    spread = []
+    for event in events:
+        step, end = (later(at, done, factor) for at in (event.step, event.end))
+        spread.append(event if event.end < done else replace(event, step=step, over=end - step))
+    return tuple(spread)
 
 
 def last_step(events: Iterable[Event]) -> int:

@@ -28,6 +28,9 @@ GROUPS: tuple[Group, ...] = ("ordinary", "first", "end_of_text")
 Reduce = Callable[[Tensor], Tensor]
 """Sum over the processes of a distributed run."""
 
+Forward = Callable[[Tensor], object]
+"""A forward pass, for what it does to hooks."""
+
 _MEASURING_BATCH = 4
 
 
@@ -131,6 +134,7 @@ def measure(
     *,
     groups: TokenGroups | None = None,
     reduce: Reduce = lambda sums: sums,
+    forward: Forward | None = None,
 ) -> dict[str, dict[Group, Moments]]:
     """The moments of each site's standard deviations, by group of tokens.
 
@@ -141,6 +145,7 @@ def measure(
         fwd_hooks: Active while measuring, as in `run_with_hooks`.
         groups: Knows end-of-text. Default: the model's tokenizer does.
         reduce: Sum over processes.
+        forward: Runs the model on a batch. Default: `model` itself.
 
     Raises:
         NormSiteError: if the model lacks a site.
@@ -150,7 +155,7 @@ def measure(
     with model.hooks(fwd_hooks=[*fwd_hooks, *meter.hooks]):
         for batch in tokens.split(_MEASURING_BATCH):
             groups.mark(batch)
-            model(batch, return_type=None)
+            model(batch, return_type=None) if forward is None else forward(batch)
     return meter.read(reduce)
 
 

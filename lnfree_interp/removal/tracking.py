@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from accelerate.state import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
@@ -56,9 +57,13 @@ class Watcher:
             show: Whether to show the bar.
         """
         self.recipe, self.tokens_per_step = recipe, tokens_per_step
-        self.trackers = [
-            TRACKERS[name]("lnfree", Path(folder or ".")) for name in dict.fromkeys(trackers)
-        ]
+        self.trackers = []
+        if trackers:
+            PartialState()  # Accelerate's trackers ask it which process this is
+        for name in dict.fromkeys(trackers):
+            tracker = TRACKERS[name]("lnfree", Path(folder or "."))
+            tracker.start()
+            self.trackers.append(tracker)
         self.bar = tqdm(
             total=recipe.steps,
             desc="removing norms" if recipe.events else "control",

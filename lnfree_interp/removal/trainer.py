@@ -1,24 +1,23 @@
 """The fine-tuning that removes norms: fire events, train, log, with the user's hooks active.
 
-The loop is `_Trainer.run`; everything that it calls is one idea in a file of its own: the norms on
+The loop is `Trainer.run`; everything that it calls is one idea in a file of its own: the norms on
 their way (`transition`), the loss (`objectives`), divergence (`guard`), files (`rundir`).
 """
 
-import json
-import os
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.data.blocks import ShuffledBlocks, TokenBlocks, share
-from lnfree_interp.errors import RecipeError, TrainingError
+from lnfree_interp.data.blocks import TokenBlocks, share
+from lnfree_interp.errors import (
+    CheckpointError,
+    RecipeError,
+    TrainingError,
+)
 from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.models.sites import with_norm_sites
 from lnfree_interp.removal import state
@@ -29,115 +28,13 @@ from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run import Run, StepRecord
 from lnfree_interp.removal.rundir import Checkpoint, RunFolder
-from lnfree_interp.removal.schedule import cosine_with_warmup, weight_at, widened
+from lnfree_interp.removal.schedule import cosine_with_warmup, extremes, weight_at
 from lnfree_interp.removal.statistics import Hooks, common, measure
-from lnfree_interp.removal.tracking import Watcher, require_trackers
+from lnfree_interp.removal.tracking import Watcher
 from lnfree_interp.removal.transition import Transition
 
 
-def remove_norms(
-    model: HookedTransformer,
-    recipe: Recipe,
-    data: TokenBlocks | Int[Tensor, "blocks pos"],
-    *,
-    heldout: Int[Tensor, "heldout_blocks heldout_pos"] | None = None,
-    out: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    about: Mapping[str, Any] | None = None,
-    fwd_hooks: Hooks = (),
-    bwd_hooks: Hooks = (),
-    checkpoint_every: int = 50,
-    log_every: int = 10,
-    trackers: Sequence[str] = (),
-    progress: bool = True,
-) -> Run:
-    """Fine-tune a copy of the model while its norms are frozen one by one.
-
-    Args:
-        model: A stock `HookedTransformer` with live norms; it is not changed.
-        recipe: What to do when; `recipe.vanilla()` gives the control run.
-        data: Packed text: `pack(...)`, drawn without replacement in an order that depends on
-            `recipe.seed` alone, every block once an epoch; or a stream such as `open_blocks(...)`.
-        heldout: Text to evaluate on every `recipe.evaluate_every` steps, and for early stopping.
-        out: A new folder for metrics and checkpoints. Default: nothing is written.
-        resume: Go on with the run in `out`: the same call, plus this. On a CPU it ends with the
-            weights that the uninterrupted run would have had, bit for bit.
-        about: Plain data that `run.json` in `out` keeps beside the recipe.
-        fwd_hooks: As in `run_with_hooks`; active in every training forward, and (without gradient)
-            while a sigma is measured. A hook may change its activation, which is bfloat16 inside
-            a block where `bf16_is_fast`. A step makes one forward per micro-batch. What is
-            `blocks.{l}.ln1.hook_*` elsewhere is `ln1.qk.hook_*` and `ln1.v.hook_*` here.
-        bwd_hooks: As in `run_with_hooks`; active in every backward.
-        checkpoint_every: Steps between two checkpoints in `out`.
-        log_every: Steps between two looks at sigma drift and residual norms; 0 for none.
-        trackers: `"tensorboard"` or `"wandb"`, written beside the metrics.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The trained model with its sites, and what happened at each step.
-
-    Raises:
-        UnsupportedModelError: if the model's norms cannot be frozen one by one.
-        NormSiteError: if the recipe names a site that the model does not have.
-        RecipeError: if recipe and text do not go together, or a resumed run was another one.
-        DataError: if the model cannot read the data.
-        TrainingError: if the run diverges and is not, or no longer, set back.
-        OutputError: if `out` holds something, or cannot be written.
-        CheckpointError: if a run that should go on has no whole checkpoint.
-
-    Example:
-        >>> run = lf.remove_norms(model, lf.recipes.demo(model), data, out="run")  # doctest: +SKIP
-        >>> free = lf.fold(run.model)  # doctest: +SKIP
-    """
-    if out is None and (resume or recipe.guard.action == "rollback"):
-        raise RecipeError("resuming and rolling back need the run's folder: give out=...")
-    if checkpoint_every < 1 or log_every < 0:
-        raise RecipeError("checkpoint_every must be positive, log_every cannot be negative")
-    require_trackers(trackers)
-    source = _source(data, recipe)
-    if source.block < 2:
-        raise RecipeError("a block of one token has no next token to learn")
-    if heldout is not None:
-        require_tokens(model, heldout)
-    processes = Processes(model.W_E.device)
-    if recipe.batch % processes.world:
-        raise RecipeError(
-            f"a batch of {recipe.batch} blocks cannot be shared by {processes.world} processes"
-        )
-    trainer = _Trainer(model, recipe, source, processes, fwd_hooks, bwd_hooks)
-    trainer.heldout, trainer.log_every = heldout, log_every
-    if out is not None:
-        config = {"recipe": recipe.to_json(), **trainer.fingerprints, "about": dict(about or {})}
-        trainer.folder = processes.on_main(lambda: _run_folder(out, config, resume))
-        trainer.checkpoint_every = checkpoint_every
-    tokens = recipe.batch * source.block
-    shows = progress and processes.is_main
-    with Watcher(recipe, tokens, trackers, out, shows) as trainer.watcher:
-        return trainer.run(resume)
-
-
-def _source(data: TokenBlocks | Tensor, recipe: Recipe) -> TokenBlocks:
-    """Endless blocks from whatever text was given."""
-    if not isinstance(data, Tensor):
-        return data
-    if len(data) < recipe.batch:
-        raise RecipeError(f"the data has {len(data)} blocks, one batch takes {recipe.batch}")
-    return ShuffledBlocks(data, recipe.seed)
-
-
-def _run_folder(out: str | os.PathLike[str], config: Mapping[str, Any], resume: bool) -> RunFolder:
-    """The run's folder: a new one, or the one to go on with if it is of the same run."""
-    if not resume:
-        return RunFolder.create(out, config)
-    folder, before = RunFolder.open(out)
-    now = json.loads(json.dumps(config))  # tuples are lists there
-    for what in ("model", "data", "recipe"):
-        if before.get(what) != now[what]:
-            raise RecipeError(f"{out} is a run with another {what}: resume it with the same one")
-    return folder
-
-
-class _Trainer:
+class Trainer:
     """A run: its parts, and the loop over its steps."""
 
     def __init__(
@@ -155,31 +52,43 @@ class _Trainer:
         self.heldout: Tensor | None = None
         self.checkpoint_every = self.log_every = 0
         self.watcher: Watcher
-        distils = weight_at(recipe.distillation, 0) or weight_at(recipe.distillation, recipe.steps)
         self.original = original
         self.model = self._original_sites()
+        distils = extremes(recipe.distillation)[1] > 0
         teacher = self._original_sites().requires_grad_(False) if distils else None
         self.fingerprints = {
             "model": state.fingerprint(self.model),
             "data": data.fingerprint(),
         }
-        text = processes.on_main(self._first_blocks)
-        require_tokens(original, text)
-        self.text = text[processes.rank :: processes.world].to(processes.device)
+        text = processes.equal_rows(processes.on_main(self._first_blocks))
+        if len(text) == 0:
+            raise RecipeError(
+                f"sigma needs a block of text for each of {processes.world} processes"
+            )
+        self.text = text
         self.transition = Transition(
-            self.model, recipe, self.text, self.fwd_hooks, processes.sum
-        )  # fmt: skip
-        low = {"auto": bf16_is_fast(processes.device), "bfloat16": True, "float32": False}
+            self.model, recipe, text, self.fwd_hooks, processes.sum, self._measuring_forward
+        )
+        float32 = original.cfg.dtype == torch.float32
+        low = {
+            "auto": float32 and bf16_is_fast(processes.device),
+            "bfloat16": True,
+            "float32": False,
+        }
         dtype = torch.bfloat16 if low[recipe.precision] else original.cfg.dtype
-        self.objective = Objective(self.model, teacher, dtype, self.transition.groups)
         self.optimizer = state.adamw(self.model, recipe)
+        self.objective = Objective(self.model, teacher, dtype, self.transition.groups)
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
         self.residual = ResidualProbe(self.model)
         self.watch = Watch(recipe.guard)
-        self.steps = recipe.steps
         self.next_step = 0
         self.history: list[StepRecord] = []
+        self.saved: dict[int, bool] = {}  # checkpoints, and whether the step after one went well
         self.heldout_best, self.heldout_since = float("inf"), 0
+
+    def _measuring_forward(self, tokens: Tensor) -> None:
+        """Through the wrapper, which gathers what FSDP has spread."""
+        self.wrapped(tokens, 0.0, 0.0, loss=False)
 
     def _original_sites(self) -> HookedTransformer:
         """A copy of the original with norm sites, where this process computes."""
@@ -191,19 +100,28 @@ class _Trainer:
         start = self.data.state_dict()
         text = self.data.take(self.recipe.statistics.blocks)
         self.data.load_state_dict(start)
+        require_tokens(self.original, text)
         return text
+
+    def _next_batch(self) -> Tensor:
+        batch = self.data.take(self.recipe.batch)
+        require_tokens(self.original, batch)  # on a GPU, a wrong id would take the process down
+        return batch
 
     def run(self, resume: bool) -> Run:
         """The loop."""
         began = time.monotonic()
         if resume:
             self._load(self._latest())
+            assert self.folder is not None
+            # The run went on from all but the last.
+            self.saved = {step: step < self.next_step for step in self.folder.checkpoints}
         else:
             self._fix_anchor()
             if self.folder is not None:
                 self._save()
         rollback = None
-        while self.next_step < self.steps and not self._stopped_early():
+        while self.next_step < self.recipe.steps and not self._stopped_early():
             record = self._step(self.next_step, rollback)
             rollback = None
             wrong = self.watch.verdict(record.loss, record.gradient, record.probes.get("drift"))
@@ -211,13 +129,15 @@ class _Trainer:
                 self._roll_back(record, wrong)
                 rollback = wrong
                 continue
+            if self.next_step in self.saved:
+                self.saved[self.next_step] = True
             self.next_step += 1
             record = self._evaluated(record)
             self.history.append(record)
             self._log(record)
             if self.checkpoint_every and self.next_step % self.checkpoint_every == 0:
                 self._save()
-        if self.folder is not None and self.next_step % self.checkpoint_every:
+        if self.folder is not None and self.next_step not in self.saved:
             self._save()
         model = self._finished_model()
         return Run(model, self.recipe, tuple(self.history), time.monotonic() - began)
@@ -239,6 +159,7 @@ class _Trainer:
                 self.fwd_hooks,
                 groups=self.transition.groups,
                 reduce=self.processes.sum,
+                forward=self._measuring_forward,
             )
             ordinary = replace(self.recipe.statistics, tokens="ordinary", average="mean")
             self.objective.anchor_target = common(found["ln_final"], ordinary)
@@ -249,13 +170,13 @@ class _Trainer:
         frozen = self.transition.before(step)
         lr = recipe.lr * cosine_with_warmup(
             step,
-            steps=(recipe.decay_steps or recipe.steps) + self.steps - recipe.steps,
+            steps=recipe.decay_steps or recipe.steps,
             warmup=recipe.warmup,
             floor=recipe.final_lr,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = self.processes.on_main(lambda: self.data.take(recipe.batch))
+        batch = self.processes.on_main(self._next_batch)
         batch = share(batch, self.processes.rank, self.processes.world)
         probing = self.log_every > 0 and step % self.log_every == 0
         hooks = [*self.fwd_hooks, *self.transition.hooks(metering=probing)]
@@ -270,7 +191,7 @@ class _Trainer:
                 part = len(tokens) / len(batch)
                 with self.processes.synchronised(index == len(micro_batches) - 1):
                     losses = self.wrapped(tokens, *weights)
-                    self.processes.backward(part * losses.total)
+                    (part * losses.total).backward()
                 parts = (losses.cross_entropy, losses.distillation, losses.anchor)
                 sums += part * torch.stack(parts).double()
         gradient = self.processes.clip(list(self.objective.parameters()), recipe.clip)
@@ -288,11 +209,13 @@ class _Trainer:
 
     def _evaluated(self, record: StepRecord) -> StepRecord:
         """With the held-out loss, if it is time for it."""
-        due = self.next_step % self.recipe.evaluate_every == 0 or self.next_step == self.steps
+        due = (
+            self.next_step % self.recipe.evaluate_every == 0 or self.next_step == self.recipe.steps
+        )
         if self.heldout is None or not due:
             return record
         heldout = self._heldout_loss()
-        if record.step >= self.recipe.removed_at + self.steps - self.recipe.steps:
+        if record.step >= self.recipe.removed_at:
             better = heldout < self.heldout_best
             self.heldout_best = min(heldout, self.heldout_best)
             self.heldout_since = 0 if better else self.heldout_since + 1
@@ -301,10 +224,9 @@ class _Trainer:
     @torch.no_grad()
     def _heldout_loss(self) -> float:
         assert self.heldout is not None
-        ours = self.heldout[self.processes.rank :: self.processes.world]
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         with self.model.hooks(self.transition.hooks()):
-            for tokens in ours.to(self.processes.device).split(self.recipe.micro_batch):
+            for tokens in self.heldout.split(self.recipe.micro_batch):
                 sums[0] += self.wrapped(tokens, 0.0, 0.0).cross_entropy.double() * len(tokens)
                 sums[1] += len(tokens)
         self.transition.meter.sums = {}
@@ -324,20 +246,31 @@ class _Trainer:
             raise TrainingError(
                 f"the run diverged {where}; {guard.rollbacks} rollbacks did not help"
             )
+        checkpoint = self._last_good()
+        if checkpoint is None:
+            raise TrainingError(f"the run diverged {where}; no checkpoint is left to go back to")
         rollbacks = self.watch.rollbacks + 1
-        self._load(self._latest())
-        self.watch.rollbacks = rollbacks
-        before = max((event.end for event in self.transition.events), default=0)
-        self.transition.events = widened(
-            self.transition.events, self.next_step, guard.widen**rollbacks
-        )
-        after = max((event.end for event in self.transition.events), default=0)
-        self.steps += after - before  # as much time to recover as planned
+        self._load(checkpoint)
+        # A checkpoint may hold a schedule that was widened already.
+        factor = guard.widen ** (rollbacks - self.watch.rollbacks)
+        recipe = self.recipe.widened(self.next_step, factor)
+        if recipe is self.recipe:
+            raise TrainingError(
+                f"the run diverged {where}; no event is left whose gap could be wider: lower lr"
+            )
+        self.recipe, self.watch.rollbacks = recipe, rollbacks
+        self.transition.follow(recipe)
         self.watcher.say(
-            f"diverged {where}; back to step {self.next_step} with "
-            f"{guard.widen**rollbacks:g} times the gaps (rollback {rollbacks} of {guard.rollbacks})"
+            f"diverged {where}; back to step {self.next_step}, gaps from there {factor:g} times as "
+            f"wide (rollback {rollbacks} of {guard.rollbacks})"
         )
-        self.watcher.reset(self.next_step, self.steps)
+        self.watcher.reset(self.next_step, recipe.steps)
+
+    def _last_good(self) -> Checkpoint | None:
+        """The newest checkpoint from which a step went well."""
+        assert self.folder is not None
+        good = [step for step in self.folder.checkpoints if self.saved.get(step)]
+        return self.folder.load(good[-1]) if good else None
 
     def _log(self, record: StepRecord) -> None:
         if self.folder is not None and self.processes.is_main:
@@ -348,9 +281,9 @@ class _Trainer:
         """A checkpoint of everything, written by the main process."""
         assert self.folder is not None
         plain = {
+            "recipe": self.recipe.to_json(),
             "transition": self.transition.state_dict(),
             "data": self.data.state_dict(),
-            "steps": self.steps,
             "watch": [self.watch.best, self.watch.rollbacks],
             "heldout": [self.heldout_best, self.heldout_since],
             "anchor_target": self.objective.anchor_target,
@@ -360,6 +293,7 @@ class _Trainer:
         optimizer = state.optimizer_tensors(self.model, self.optimizer)
         folder, checkpoint = self.folder, Checkpoint(self.next_step, model, optimizer, plain)
         self.processes.on_main(lambda: folder.save(checkpoint))
+        self.saved[self.next_step] = False
 
     def _latest(self) -> Checkpoint:
         assert self.folder is not None
@@ -370,15 +304,21 @@ class _Trainer:
         """Everything as it was when the checkpoint was written."""
         folder, plain = self.folder, checkpoint.state
         assert folder is not None
+        if len(plain["random"]) != self.processes.world:
+            raise CheckpointError(
+                f"the run had {len(plain['random'])} processes, now there are "
+                f"{self.processes.world}: resume it with as many"
+            )
         state.load_tensors(self.model, checkpoint.model)
         state.load_optimizer_tensors(self.model, self.optimizer, checkpoint.optimizer)
         self.transition.load_state_dict(plain["transition"])
         self.data.load_state_dict(plain["data"])
-        self.steps, self.next_step = plain["steps"], checkpoint.step
+        self.recipe, self.next_step = Recipe.from_json(plain["recipe"]), checkpoint.step
+        self.transition.follow(self.recipe)
         self.watch.best, self.watch.rollbacks = plain["watch"]
         self.heldout_best, self.heldout_since = plain["heldout"]
         self.objective.anchor_target = plain["anchor_target"]
         state.set_random_state(plain["random"][self.processes.rank])
         records = self.processes.on_main(lambda: folder.history(checkpoint.step))
         self.history = [StepRecord(**record) for record in records]
-        self.watcher.reset(self.next_step, self.steps)
+        self.watcher.reset(self.next_step, self.recipe.steps)

@@ -9,12 +9,13 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from lnfree_interp.errors import TrainingError
+from lnfree_interp.errors import NormSiteError, TrainingError
 from lnfree_interp.models.sites import NormSite, get_norm
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, last_step
 from lnfree_interp.removal.statistics import (
     GROUPS,
+    Forward,
     Group,
     Hooks,
     Moments,
@@ -45,6 +46,7 @@ class Transition:
         text: Int[Tensor, "blocks pos"],
         fwd_hooks: Hooks = (),
         reduce: Reduce = lambda sums: sums,
+        forward: Forward | None = None,
     ):
         """A transition that has not begun.
 
@@ -54,19 +56,28 @@ class Transition:
             text: To measure sigma on where it is not measured on the training text itself.
             fwd_hooks: The user's, active while measuring.
             reduce: Sum over processes.
+            forward: Runs the model on a batch, for measuring. Default: the model itself.
 
         Raises:
-            NormSiteError: if an event names a site that the model lacks.
+            NormSiteError: if an event names a site that the model lacks, or that is frozen.
         """
-        self.model, self.statistics, self.special = model, recipe.statistics, recipe.special
-        self.events: tuple[Event, ...] = recipe.events
+        self.model, self.statistics = model, recipe.statistics
+        self.follow(recipe)
         self.norms = {str(event.site): get_norm(model, event.site) for event in recipe.events}
+        if frozen := [name for name, norm in self.norms.items() if not norm.live]:
+            raise NormSiteError(f"{frozen[0]} is no live norm any more: it cannot be removed again")
         self.text, self.fwd_hooks, self.reduce = text, tuple(fwd_hooks), reduce
+        self.forward = forward
         self.groups = TokenGroups(end_of_text(model))
         self.estimates: dict[str, dict[Group, Moments]] = {}
         self.scales: dict[str, dict[Group, float]] = {}
         self.meter = SigmaMeter(model, self.norms, self.groups)
         self.step = 0
+
+    def follow(self, recipe: Recipe) -> None:
+        """Take the schedule of a recipe: at first, and when a rollback has widened it."""
+        self.events: tuple[Event, ...] = recipe.events
+        self.special = recipe.special
 
     def before(self, step: int) -> dict[str, float]:
         """Put every site where it stands at this step.
@@ -88,7 +99,8 @@ class Transition:
             norm = self.norms[name]
             was_frozen = norm.frozen
             sigma = self._sigma(name) if norm.live or self._follows(event) else norm.constant
-            norm.freeze(sigma, event.gate(step))
+            if (sigma, event.gate(step)) != (norm.constant, norm.share_live):
+                norm.freeze(sigma, event.gate(step))
             if norm.frozen and not was_frozen:
                 frozen[name] = sigma
         return frozen
@@ -163,7 +175,13 @@ class Transition:
         if sites:
             hooks = [*self.fwd_hooks, *self.hooks()]
             self.estimates |= measure(
-                self.model, sites, self.text, hooks, groups=self.groups, reduce=self.reduce
+                self.model,
+                sites,
+                self.text,
+                hooks,
+                groups=self.groups,
+                reduce=self.reduce,
+                forward=self.forward,
             )
             self.meter.sums = {}
 
@@ -199,7 +217,6 @@ class Transition:
     def state_dict(self) -> dict[str, Any]:
         """Plain data. The constants and gates themselves are buffers of the model."""
         return {
-            "events": [[event.step, str(event.site), event.over] for event in self.events],
             "estimates": {
                 name: {group: [m.count, m.first, m.second] for group, m in groups.items()}
                 for name, groups in self.estimates.items()
@@ -209,8 +226,6 @@ class Transition:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Where `state_dict` was taken, for a transition of the same recipe."""
-        sites = {str(event.site): event.site for event in self.events}
-        self.events = tuple(Event(step, sites[name], over) for step, name, over in state["events"])
         self.estimates = {
             name: {group: Moments(*sums) for group, sums in groups.items()}
             for name, groups in state["estimates"].items()
