@@ -110,7 +110,8 @@ def remove(
         vanilla: The control: same steps, text and rates; the norms stay.
         rollback: If the run diverges, go back to the last checkpoint with wider gaps.
         block: Tokens per block. Default: the recipe's, or the model's context up to 1024.
-        heldout: Blocks of text to evaluate on; 0 for none.
+        heldout: Blocks of text to evaluate on, 0 for none: of stdlib's held-out modules, else the
+            first ones, which the first epoch leaves out.
         split: Of the data set.
         data_name: Configuration of a data set on the hub.
         column: Column with the text, or with token ids.
@@ -271,8 +272,7 @@ def main() -> None:
         print(f"lnfree: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "\nlnfree: interrupted; a run with a checkpoint goes on with lnfree remove --resume",
-            file=sys.stderr,
-        )
+        removing = sys.argv[1:2] == ["remove"]
+        left = "go on with lnfree remove --resume RUN" if removing else "nothing was written"
+        print(f"\nlnfree: interrupted; {left}", file=sys.stderr)
         sys.exit(130)

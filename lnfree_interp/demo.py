@@ -16,7 +16,6 @@ from lnfree_interp import plots
 from lnfree_interp.analysis.contributions import Contributions, Level
 from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.bundled import bundled_checkpoint
-from lnfree_interp.checkpoints.exporting import best_target, export
 from lnfree_interp.checkpoints.loading import load, load_checkpoint
 from lnfree_interp.checkpoints.source import open_in_transformers
 from lnfree_interp.data.packing import pack
@@ -31,6 +30,7 @@ from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.plots.page import Section, Table, page
 from lnfree_interp.plots.style import MODEL_NAMES
 from lnfree_interp.removal import recipes
+from lnfree_interp.removal.job import write_finished
 from lnfree_interp.removal.remove import remove_norms
 from lnfree_interp.removal.run import Run
 
@@ -174,20 +174,14 @@ def run_demo(
     errors["decomposition_float64"] = _worst(decompose_prompts(lnfree64, questions))
 
     say("6/6 writing the model and the report")
-    has_place = best_target(lnfree) == "transformers"
     with new_folder(out) as folder:
-        export(
-            run.model if has_place else lnfree,
-            folder / "model",
-            target="transformers" if has_place else "transformer_lens",
-            recipe=run.recipe,
-            errors={
-                "HookedTransformer against transformers": errors["load"],
-                "folded against frozen norms": errors["fold"],
-            },
-            source=str(source) if checkpoint else "bundled checkpoint",
-        )
-        if has_place:
+        written = {
+            "HookedTransformer against transformers": errors["load"],
+            "folded against frozen norms": errors["fold"],
+        }
+        name = str(source) if checkpoint else "bundled checkpoint"
+        target = write_finished(run, lnfree, folder / "model", source=name, errors=written)
+        if target == "transformers":
             exported, _ = open_in_transformers(folder / "model", device=lnfree.W_E.device)
         else:
             exported = load(folder / "model")

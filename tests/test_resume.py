@@ -270,6 +270,12 @@ def test_an_existing_empty_folder_is_taken(model, data, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["steps"] == STEPS
 
 
+def test_settings_that_are_not_plain_data_are_refused(model, data, tmp_path):
+    with pytest.raises(RecipeError, match="plain data"):
+        train(model, data, tmp_path / "run", about={"file": tmp_path})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_keeps_what_it_was_given(tmp_path):
     folder = RunFolder.create(tmp_path / "run", {"recipe": {}})
     tensors = {"a": torch.randn(3), "b": torch.tensor(math.nan, dtype=torch.float64)}

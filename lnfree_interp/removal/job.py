@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.bundled import bundled_checkpoint
-from lnfree_interp.checkpoints.exporting import best_target, export
+from lnfree_interp.checkpoints.exporting import Target, best_target, export
 from lnfree_interp.checkpoints.loading import load_checkpoint
 from lnfree_interp.data.blocks import TokenBlocks
 from lnfree_interp.data.prefetch import Prefetched
@@ -156,9 +156,12 @@ def run_job(
             progress=progress,
         )
     if os.environ.get("RANK", "0") == "0":
-        errors = write_finished(run, Path(out) / "model", source=shown)
-        for what, error in errors.items():
-            say(f"    {what}: {error}")
+        folded, errors = None, {}
+        if not live_sites(run.model):
+            folded = fold(run.model)
+            errors["folded against frozen norms"] = compare_logits(folded, run.model)
+            say(f"    folded against frozen norms: {errors['folded against frozen norms']}")
+        write_finished(run, folded, Path(out) / "model", source=shown, errors=errors)
     return run
 
 
@@ -196,32 +199,29 @@ def resume_job(
 
 def write_finished(
     run: Run,
+    folded: HookedTransformer | None,
     folder: str | os.PathLike[str],
     *,
     source: str,
-    errors: Mapping[str, MeasuredError] | None = None,
-) -> dict[str, MeasuredError]:
+    errors: Mapping[str, MeasuredError],
+) -> Target:
     """Write the model of a run for plain transformers, or where no class can hold it, in
     TransformerLens' layout, folded.
 
     Args:
         run: Finished, removal or control.
+        folded: Its model, folded; None if the norms are live.
         folder: A new folder.
         source: What the model was made from, for the model card.
         errors: Measured on the way, for the model card.
 
     Returns:
-        The errors, with that of folding.
+        The layout.
     """
-    measured = dict(errors or {})
-    model, target = run.model, best_target(run.model)
-    if not live_sites(model):
-        folded = fold(model)
-        measured["folded against frozen norms"] = compare_logits(folded, model)
-        target = best_target(folded)
-        model = model if target == "transformers" else folded
-    export(model, folder, target=target, recipe=run.recipe, errors=measured, source=source)
-    return measured
+    target = best_target(run.model if folded is None else folded)
+    model = run.model if folded is None or target == "transformers" else folded
+    export(model, folder, target=target, recipe=run.recipe, errors=errors, source=source)
+    return target
 
 
 def _training_text(job: Job, recipe: Recipe, model: HookedTransformer, block: int) -> TokenBlocks:

@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lnfree_interp.errors import CheckpointError, OutputError
+from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
 from lnfree_interp.files import new_folder, require_writable
 
 _VERSION = 1
@@ -51,12 +51,16 @@ class RunFolder:
 
         Raises:
             OutputError: if something stands there, or it cannot be written.
+            RecipeError: if the configuration is not plain data.
         """
+        try:
+            content = json.dumps({"version": _VERSION, **config}, indent=1)
+        except TypeError as error:
+            raise RecipeError(f"a run keeps its settings as plain data: {error}") from error
         path = require_writable(out)
         if path.is_dir():
             path.rmdir()  # empty: it appears again when it is complete
         with new_folder(path) as folder:
-            content = json.dumps({"version": _VERSION, **config}, indent=1)
             (folder / "run.json").write_text(content + "\n", encoding="utf-8")
             (folder / "checkpoints").mkdir()
             (folder / "metrics.jsonl").touch()

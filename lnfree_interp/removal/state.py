@@ -151,5 +151,5 @@ def set_random_state(saved: Mapping[str, Any]) -> None:
     kind, keys, *rest = saved["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(plain(saved["torch"]))
-    if saved["cuda"] and torch.cuda.is_available():
+    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([plain(text) for text in saved["cuda"]])
