@@ -1,0 +1,147 @@
+"""A run that goes wrong stops, or goes back with wider gaps; one that is done stops early."""
+
+import math
+
+import pytest
+import torch
+from test_resume import STEPS, a_recipe, data, model, train
+
+import lnfree_interp as lf
+from lnfree_interp.errors import RecipeError, TrainingError
+from lnfree_interp.removal.guard import Watch
+from lnfree_interp.removal.recipe import Guard
+
+__all__ = ["data", "model"]  # fixtures
+
+
+def explode_at(step, *, times=1):
+    """A hook that makes the loss explode whenever the run comes to a step, so many times."""
+    state = {"forward": 0, "left": times}
+
+    def explode(x, hook):
+        if not torch.is_grad_enabled():
+            return None
+        state["forward"] += 1
+        if state["forward"] == 2 * step + 1 and state["left"]:
+            state["left"] -= 1
+            state["forward"] = 2 * 5  # the run goes back to the checkpoint of step 5
+            return x * math.inf
+        return None
+
+    return explode
+
+
+def test_a_diverging_run_goes_back_with_wider_gaps(model, data, tmp_path):
+    recipe = a_recipe(guard=Guard(action="rollback", widen=2.0))
+    run = train(model, data, tmp_path / "run", recipe=recipe, hook=explode_at(8))
+    frozen = {site: record.step for record in run.history for site in record.frozen}
+    planned = {str(event.site): event.step for event in recipe.events}
+    for site, step in planned.items():
+        assert frozen[site] == (step if step < 5 else 4 + 2 * (step - 4)), site
+    assert run.recipe == recipe.widened(5, 2.0)
+    assert len(run.history) == run.recipe.steps > STEPS
+    assert [record.step for record in run.history] == list(range(len(run.history)))
+    (told,) = [record for record in run.history if record.rollback]
+    assert told.step == 5
+    assert "loss nan" in told.rollback
+    assert lf.live_sites(run.model) == ()
+    assert all(math.isfinite(record.loss) for record in run.history)
+
+
+def test_a_run_that_diverges_again_and_again_stops(model, data, tmp_path):
+    recipe = a_recipe(guard=Guard(action="rollback", rollbacks=2))
+    with pytest.raises(TrainingError, match=r"diverged at step 8: .*2 rollbacks did not help"):
+        train(model, data, tmp_path / "run", recipe=recipe, hook=explode_at(8, times=9))
+
+
+def test_a_poisoned_checkpoint_is_passed_over(model, data, tmp_path):
+    """Weights that one update ruined are noticed a step later; then the one before must do."""
+    recipe = a_recipe(guard=Guard(action="rollback"))
+    steps = {"seen": 0}
+
+    def poison(gradient, hook):
+        steps["seen"] += 1
+        if steps["seen"] == 2 * 10 - 1:  # in the step whose weights the checkpoint of step 10 has
+            steps["poisoned"] = True
+
+    right = torch.optim.AdamW.step
+
+    def step(self, *arguments, **more):
+        result = right(self, *arguments, **more)
+        if steps.pop("poisoned", False):
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(math.nan)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        run = train(
+            model, data, tmp_path / "run", recipe=recipe,
+            bwd_hooks=[("blocks.0.hook_mlp_out", poison)],
+        )  # fmt: skip
+    (told,) = [record for record in run.history if record.rollback]
+    assert told.step == 5
+    assert all(math.isfinite(record.loss) for record in run.history)
+
+
+def test_a_run_with_nothing_left_to_widen_stops_at_once(model, data, tmp_path):
+    recipe = a_recipe(guard=Guard(action="rollback")).vanilla()
+    with pytest.raises(TrainingError, match="no event is left"):
+        train(model, data, tmp_path / "run", recipe=recipe, hook=explode_at(8))
+
+
+def test_going_back_needs_a_folder(model, data):
+    recipe = a_recipe(guard=Guard(action="rollback"))
+    with pytest.raises(RecipeError, match="give out="):
+        train(model, data, None, recipe=recipe)
+
+
+def test_verdicts():
+    watch = Watch(Guard(above_best=2.0, sigma_factor=10.0))
+    assert watch.verdict(5.0, 1.0) is None
+    assert watch.verdict(4.0, 1.0, {"ln_final": 9.0}) is None
+    assert watch.verdict(5.9, 1.0) is None
+    assert "2.1 above the lowest" in watch.verdict(6.1, 1.0)
+    assert "loss nan" in watch.verdict(math.nan, 1.0)
+    assert "gradient norm inf" in watch.verdict(4.0, math.inf)
+    assert "blocks.0.ln2 have 11 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 11.0})
+    assert "0.05 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 0.05})
+    assert "nan times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": math.nan})
+
+
+def test_a_sigma_that_runs_away_is_noticed(model, data, tmp_path):
+    def inflate(x, hook):
+        if inflate.on:
+            return 100 * x
+        return None
+
+    inflate.on = False
+
+    def watch(x, hook):
+        inflate.on = torch.is_grad_enabled() and watch.forwards >= 2 * 20
+        watch.forwards += torch.is_grad_enabled()
+
+    watch.forwards = 0
+    guard = Guard(above_best=1e9, sigma_factor=5.0)
+    with pytest.raises(TrainingError, match="at step 20: the inputs of"):
+        lf.remove_norms(
+            model, a_recipe(guard=guard), data, progress=False, log_every=10,
+            fwd_hooks=[("hook_embed", watch), ("blocks.0.hook_resid_mid", inflate)],
+        )  # fmt: skip
+
+
+def test_early_stop_waits_for_the_last_event(model, data):
+    recipe = a_recipe(patience=2, evaluate_every=2, steps=60, lr=1e-9, distillation=0.0)
+    run = lf.remove_norms(model, recipe, data, heldout=data[:4], progress=False)
+    evaluated = [record.step for record in run.history if record.heldout is not None]
+    assert evaluated == list(range(1, len(run.history), 2))
+    assert recipe.removed_at <= run.history[-1].step < 30
+    assert lf.live_sites(run.model) == ()
+
+
+def test_held_out_loss_is_that_of_the_model_at_that_step(model, data):
+    recipe = a_recipe(steps=20, evaluate_every=20, precision="float32", patience=None)
+    run = lf.remove_norms(model, recipe, data, heldout=data[:6], progress=False)
+    assert [r.step for r in run.history if r.heldout is not None] == [19]
+    expected = lf.evaluate_loss(run.model, data[:6]).mean
+    assert run.history[-1].heldout == pytest.approx(expected, rel=1e-5)
