@@ -1,6 +1,8 @@
 """The fine-tuning: events fire when they should, sigma is what was measured, hooks stay active."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -372,6 +374,26 @@ def test_refusals(model, data):
     elsewhere = small_recipe(events=(Event(0, NormSite("ln2", 9)),))
     with pytest.raises(NormSiteError, match=r"blocks\.9\.ln2"):
         lf.remove_norms(model, elsewhere, data, progress=False)
+
+
+def test_nothing_of_a_run_stays_in_memory(model, data, monkeypatch):
+    """The optimiser is twice the model: it goes with the call, not with the next collection."""
+    made, right = [], trainer.Trainer.__init__
+
+    def init(self, *arguments, **more):
+        right(self, *arguments, **more)
+        made.append(weakref.ref(self))
+        made.append(weakref.ref(self.optimizer))
+
+    monkeypatch.setattr(trainer.Trainer, "__init__", init)
+    gc.collect()
+    gc.disable()
+    try:
+        run = lf.remove_norms(model, small_recipe(distillation=0.5), data, progress=False)
+        assert [ref() for ref in made] == [None, None]
+    finally:
+        gc.enable()
+    assert run.model is not None
 
 
 def test_a_run_that_blows_up_says_so(model, data):

@@ -112,7 +112,10 @@ def remove_norms(
     shows = progress and processes.is_main
     with Watcher(recipe, tokens, trackers if processes.is_main else (), out, shows) as watcher:
         trainer.watcher = watcher
-        return trainer.run(resume)
+        try:
+            return trainer.run(resume)
+        finally:
+            trainer.transition.forward = None  # a circle that would keep the optimiser's memory
 
 
 def _require_sound(
