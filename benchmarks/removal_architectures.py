@@ -4,7 +4,7 @@
 
 Each is trained from scratch on the source of Python's standard library by a plain loop around the
 transformers class, loaded, and loses its norms (LayerNorms in parallel blocks; RMSNorms beside
-gated MLPs and grouped queries) with `recipes.demo`; the control keeps them. Loss on held-out
+gated MLPs and grouped queries) with `recipes.distilled`; the control keeps them. Loss on held-out
 modules, in nats per token.
 """
 
@@ -68,7 +68,7 @@ def one(
     }
     heldout = text["heldout"][::4]
     model = lf.load(pretrained(CONFIGS[name], text["train"], pretraining), tokenizer=tokenizer)
-    recipe = lf.recipes.demo(model, steps=steps, seed=seed)
+    recipe = lf.recipes.distilled(model, steps=steps, seed=seed)
     run = lf.remove_norms(model, recipe, text["train"], progress=False)
     control = lf.remove_norms(model, recipe.vanilla(), text["train"], progress=False)
     free = lf.fold(run.model)

@@ -25,7 +25,7 @@ from lnfree_interp.errors import TrainingError
 from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
 from lnfree_interp.removal.schedule import Event, published_order, taper
 
-RECIPES = ("published style", "with KL 0.5", "without auxiliary loss", "taper", "taper, KL 0.5")
+RECIPES = ("published style", "with KL 1", "without auxiliary loss", "taper", "taper, KL 1")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def recipe_of(
         warmup=8,
         final_lr=0.5,
         betas=(0.9, 0.999),
-        distillation=0.5 if "KL" in name else 0.0,
+        distillation=1.0 if "KL" in name else 0.0,
         scale_anchor=0.0 if "without auxiliary" in name else 0.1,
         anchor_target="frozen" if name.startswith("taper") else "batch",
         statistics=Statistics(source="ema", momentum=0.5, blocks=8),

@@ -3,7 +3,7 @@
     import lnfree_interp as lf
 
     model = lf.load("gpt2")
-    run = lf.remove_norms(model, lf.recipes.demo(model), data)
+    run = lf.remove_norms(model, lf.recipes.distilled(model), data)
     free = lf.fold(run.model)
     lf.attribute_logits(free, "The Eiffel Tower is in", " Paris", by="head").verify()
 

@@ -55,7 +55,7 @@ def remove(
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None,
     /,
     out: Path = Path("lnfree-run"),
-    recipe: str = "demo",
+    recipe: str = "distilled",
     data: str = "stdlib",
     plan: bool = False,
     resume: Path | None = None,
@@ -91,8 +91,8 @@ def remove(
         model: Hub id or local Hugging Face folder. Default: the small GPT-2 that ships with the
             package.
         out: Folder to write; must not hold anything yet.
-        recipe: demo, published-style, taper, at-once; for GPT-2 itself gpt2-small, gpt2-medium,
-            gpt2-large, gpt2-xl, gpt2-small-2024.
+        recipe: distilled, published-style, taper, at-once; for GPT-2 itself gpt2-small,
+            gpt2-medium, gpt2-large, gpt2-xl, gpt2-small-2024.
         data: stdlib; a .txt, .jsonl, .json, .parquet, .arrow or .csv file, a folder or pattern of
             them, or what save_to_disk wrote; else a data set on the hub, streamed.
         plan: Say what would be done; do nothing.

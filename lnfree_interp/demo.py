@@ -144,7 +144,7 @@ def run_demo(
         for split in ("train", "heldout")
     }
 
-    recipe = recipes.demo(original, steps=steps, seed=seed)
+    recipe = recipes.distilled(original, steps=steps, seed=seed)
     say(
         f"2/6 removing {len(recipe.events)} norm sites in {steps} steps of "
         f"{recipe.batch * block} tokens, then the control without removal"

@@ -103,7 +103,7 @@ def test_the_frozen_form_comes_back_with_its_constants(frozen, dtype, tmp_path):
 
 
 def test_the_model_card_says_what_the_model_is(frozen, dtype, tmp_path):
-    recipe = lf.recipes.demo(sequential_sites(3), steps=20)
+    recipe = lf.recipes.distilled(sequential_sites(3), steps=20)
     error = lf.compare_logits(lf.fold(frozen), frozen)
     lf.export(
         frozen, tmp_path / "model", recipe=recipe, errors={"folded against frozen": error},

@@ -231,3 +231,40 @@ def test_frozen_sites_have_the_gradient_of_autograd(live, tokens):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert (parameter.grad - fused[name]).abs().max() <= tolerance * largest, name
+
+
+def random_logits():
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(300, (2, 24), generator=generator)
+    return tokens, *torch.randn(2, 2, 24, 300, generator=generator).unbind()
+
+
+def test_losses_by_hand():
+    data, logits, _ = random_logits()
+    expected = -logits.log_softmax(-1)[:, :-1].gather(-1, data[:, 1:, None])
+    torch.testing.assert_close(next_token_loss(logits, data), expected.mean())
+
+    resid = torch.tensor([[[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]]], requires_grad=True)
+    ordinary = torch.tensor([[False, True, True]])
+    loss = scale_anchor_loss(resid, ordinary)  # sigma 1, 2, 4; target 3
+    assert loss.item() == pytest.approx((4 + 1 + 1) / 3, rel=1e-4)
+    loss.backward()
+    # Each token is pulled towards the target, position 0 too; the target itself is not pulled.
+    assert resid.grad[0, 0, 0].item() == pytest.approx(2 / 3 * (1 - 3) * 0.5, rel=1e-4)
+
+
+def test_distillation_by_hand():
+    _, logits, teacher = random_logits()
+    p, q = teacher.softmax(-1)[:, :-1], logits.softmax(-1)[:, :-1]
+    expected = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(logits, teacher), expected, rtol=1e-4, atol=1e-6)
+    assert distillation_loss(logits, logits).abs() < 1e-6
+
+
+def test_position_0_and_end_of_text_are_not_ordinary(gpt2_folder):
+    model = lf.load(gpt2_folder)
+    tokens = torch.tensor([[5, model.tokenizer.eos_token_id, 7]])
+    groups = TokenGroups(model.tokenizer.eos_token_id)
+    groups.mark(tokens)
+    assert groups.of["ordinary"].tolist() == [[False, False, True]]
+    assert groups.of["end_of_text"].tolist() == [[False, True, False]]

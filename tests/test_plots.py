@@ -62,7 +62,7 @@ def test_direct_effects_has_a_panel_a_model(folded, live, tokens):
 
 def test_training_curve_shows_losses_and_marks_every_event(live):
     data = torch.randint(300, (16, 20), generator=torch.Generator().manual_seed(0))
-    recipe = lf.recipes.demo(sequential_sites(3), steps=12)
+    recipe = lf.recipes.distilled(sequential_sites(3), steps=12)
     runs = {
         "vanilla": lf.remove_norms(live, recipe.vanilla(), data, progress=False),
         "lnfree": lf.remove_norms(live, recipe, data, progress=False),

@@ -85,14 +85,14 @@ def test_checkpoints_before_the_end_keep_the_long_decay():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama-grouped", "qwen3", "gemma2"])
-@pytest.mark.parametrize("name", ["demo", "published-style", "taper", "at-once"])
+@pytest.mark.parametrize("name", ["distilled", "published-style", "taper", "at-once"])
 def test_recipes_for_any_model_cover_each_of_its_sites_once(kind, name):
     model = lf.load(make_model(kind), check=False)
     recipe = BY_NAME[name](model, steps=120)
     sites = [event.site for event in recipe.events]
     assert sorted(map(str, sites)) == sorted(map(str, lf.list_norm_sites(model)))
     assert recipe.removed_at <= 60
-    if name in ("demo", "published-style"):
+    if name in ("distilled", "published-style"):
         steps = {str(event.site): event.step for event in recipe.events}
         for layer in range(2):
             block, following = f"blocks.{layer}", f"blocks.{layer + 1}"
@@ -263,7 +263,7 @@ def test_a_plan_says_what_will_happen():
     fading = plan(lf.recipes.tapered(sequential_sites(4)), 256)
     assert "each fading over 100 steps" in fading
     assert "1,024,000 in all" in fading
-    control = plan(lf.recipes.demo(sequential_sites(4)).vanilla(), 256)
+    control = plan(lf.recipes.distilled(sequential_sites(4)).vanilla(), 256)
     assert "stay live: a control" in control
     assert "sigma" not in control
     ramped = Recipe(

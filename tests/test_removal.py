@@ -1,7 +1,6 @@
 """The fine-tuning: events fire when they should, sigma is what was measured, hooks stay active."""
 
 import gc
-import math
 import weakref
 from dataclasses import replace
 
@@ -17,21 +16,18 @@ from lnfree_interp.errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.sites import NormSite
 from lnfree_interp.removal import remove, trainer
 from lnfree_interp.removal.objectives import (
     distillation_loss,
-    scale_anchor_loss,
 )
 from lnfree_interp.removal.recipe import Recipe, Statistics
 from lnfree_interp.removal.schedule import (
     Event,
-    cosine_with_warmup,
     published_order,
     sequential_sites,
 )
-from lnfree_interp.removal.statistics import TokenGroups, measure_sigma
+from lnfree_interp.removal.statistics import measure_sigma
 
 
 @pytest.fixture(scope="module")
@@ -54,50 +50,6 @@ def small_recipe(**changes):
         "final_lr": 0.1,
     }
     return Recipe(**(settings | changes))
-
-
-def test_published_order():
-    events = published_order(sequential_sites(3), start=20, ln2_gap=2, qk_gap=2, v_gap=3)
-    steps = {str(event.site): event.step for event in events}
-    assert steps == {
-        "blocks.0.ln2": 20, "blocks.1.ln2": 22, "blocks.2.ln2": 24,
-        "blocks.0.ln1.qk": 26, "blocks.1.ln1.qk": 28, "blocks.2.ln1.qk": 30,
-        "blocks.0.ln1.v": 32, "blocks.1.ln1.v": 35, "blocks.2.ln1.v": 38,
-        "ln_final": 41,
-    }  # fmt: skip
-
-
-def test_order_reproduces_the_published_steps_of_gpt2_small():
-    """gpt2_aux of 2507.02559: ln2 20 (2), qk 44 (2), v 68 (3), ln_f 104."""
-    events = published_order(sequential_sites(12), start=20, ln2_gap=2, qk_gap=2, v_gap=3)
-    first = {kind: min(e.step for e in events if e.site.kind == kind) for kind in
-             ("ln2", "ln1.qk", "ln1.v", "ln_final")}  # fmt: skip
-    assert first == {"ln2": 20, "ln1.qk": 44, "ln1.v": 68, "ln_final": 104}
-
-
-def test_learning_rate():
-    rates = [cosine_with_warmup(s, steps=100, warmup=10, floor=0.1) for s in range(101)]
-    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
-    assert rates[10] == pytest.approx(1)
-    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
-    assert rates[100] == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("n_layers", [1, 4, 12])
-@pytest.mark.parametrize("steps", [130, 200, 1000])
-def test_demo_recipe_spreads_its_events_and_leaves_time_to_recover(steps, n_layers):
-    events = lf.recipes.demo(sequential_sites(n_layers), steps=steps).events
-    assert (
-        len({event.site for event in events}) == len({e.step for e in events}) == 3 * n_layers + 1
-    )
-    if steps >= 40 * n_layers:
-        assert max(event.step for event in events) <= steps // 4
-
-
-def test_demo_recipe_needs_a_step_for_every_event():
-    assert max(event.step for event in lf.recipes.demo(sequential_sites(4), steps=13).events) == 12
-    with pytest.raises(RecipeError, match="12 steps are too few for 13 norm sites"):
-        lf.recipes.demo(sequential_sites(4), steps=12)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +80,25 @@ def test_all_norms_are_gone_and_the_model_learned(model, data):
     assert [r.step for r in run.history] == list(range(60))
 
 
+def test_without_a_copy_the_given_weights_are_trained(model, data):
+    """Same run, one model less in memory; a teacher is still a copy."""
+    recipe = small_recipe(steps=12, distillation=0.5, precision="float32")
+    expected = lf.remove_norms(model, recipe, data, progress=False)
+    spent = lf.load(make_gpt2(n_layer=2), device="cpu")
+    run = lf.remove_norms(spent, recipe, data, progress=False, copy_weights=False)
+    assert [r.loss for r in run.history] == [r.loss for r in expected.history]
+    assert run.model.W_E is spent.W_E
+    for name, parameter in expected.model.named_parameters():
+        torch.testing.assert_close(run.model.get_parameter(name), parameter, rtol=0, atol=0)
+    assert lf.list_norm_sites(spent) == lf.list_norm_sites(model)
+
+
 def test_events_fire_before_their_step_with_measured_sigma(model, data, monkeypatch):
     recipe = small_recipe(statistics=Statistics(blocks=len(data)))
     in_training = []
 
-    def keep(stock):
-        in_training.append(lf.with_norm_sites(stock))
+    def keep(stock, copy_weights):
+        in_training.append(lf.with_norm_sites(stock, copy_weights))
         return in_training[0]
 
     monkeypatch.setattr(trainer, "with_norm_sites", keep)
@@ -180,28 +145,6 @@ def test_sigma_is_the_mean_standard_deviation(model, data):
         measure_sigma(split, ["blocks.7.ln2"], data)
 
 
-def test_losses_by_hand(model, data):
-    logits = model(data[:2])
-    expected = -logits.log_softmax(-1)[:, :-1].gather(-1, data[:2, 1:, None])
-    torch.testing.assert_close(next_token_loss(logits, data[:2]), expected.mean())
-
-    resid = torch.tensor([[[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]]], requires_grad=True)
-    ordinary = torch.tensor([[False, True, True]])
-    loss = scale_anchor_loss(resid, ordinary)  # sigma 1, 2, 4; target 3
-    assert loss.item() == pytest.approx((4 + 1 + 1) / 3, rel=1e-4)
-    loss.backward()
-    # Each token is pulled towards the target, position 0 too; the target itself is not pulled.
-    assert resid.grad[0, 0, 0].item() == pytest.approx(2 / 3 * (1 - 3) * 0.5, rel=1e-4)
-
-
-def test_distillation_by_hand(model, data):
-    logits, teacher = model(data[:2]), 0.5 * model(data[:2]) + 1
-    p, q = teacher.softmax(-1)[:, :-1], logits.softmax(-1)[:, :-1]
-    expected = (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(distillation_loss(logits, teacher), expected, rtol=1e-4, atol=1e-6)
-    assert distillation_loss(logits, logits).abs() < 1e-6
-
-
 def test_distillation_keeps_the_model_closer_to_its_original(model, data):
     def distance(distillation):
         recipe = small_recipe(steps=40, distillation=distillation)
@@ -245,15 +188,6 @@ def test_the_anchor_holds_the_scale_together(model, data):
         return lf.remove_norms(model, recipe, data, progress=False).history[-1].anchor
 
     assert last(5.0) < 0.7 * last(0.0)
-
-
-def test_position_0_and_end_of_text_are_not_ordinary(gpt2_folder):
-    model = lf.load(gpt2_folder)
-    tokens = torch.tensor([[5, model.tokenizer.eos_token_id, 7]])
-    groups = TokenGroups(model.tokenizer.eos_token_id)
-    groups.mark(tokens)
-    assert groups.of["ordinary"].tolist() == [[False, False, True]]
-    assert groups.of["end_of_text"].tolist() == [[False, True, False]]
 
 
 def test_micro_batches_add_up(model, data):

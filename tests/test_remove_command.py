@@ -125,7 +125,7 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "gpt3"), "no recipe 'gpt3'; there are demo"),
+        (("--recipe", "gpt3"), "no recipe 'gpt3'; there are distilled"),
         (("--recipe", "gpt2-small"), "no norm site 'blocks.3.ln2'"),
         (("--patience", "0"), "patience must be positive"),
         (("--steps", "3"), "3 steps are too few for 10 norm sites"),
@@ -165,7 +165,7 @@ def test_resuming_what_is_no_run(monkeypatch, tmp_path, capsys):
 def test_a_run_of_the_library_is_not_resumed_by_the_command(monkeypatch, tmp_path, capsys):
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
     data = torch.randint(300, (16, 24))
-    recipe = make_recipe("demo", model, steps=8, vanilla=True, batch=4)
+    recipe = make_recipe("distilled", model, steps=8, vanilla=True, batch=4)
     lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False)
     with pytest.raises(SystemExit):
         lnfree(monkeypatch, "remove", "--resume", tmp_path / "run")
@@ -176,7 +176,7 @@ def test_wandb_itself_takes_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
-    recipe = make_recipe("demo", model, steps=8, batch=4)
+    recipe = make_recipe("distilled", model, steps=8, batch=4)
     data = torch.randint(300, (16, 24))
     lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False, trackers=["wandb"])
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
@@ -203,7 +203,7 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr("lnfree_interp.removal.tracking.TensorBoardTracker", Tracker)
     monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: object())
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
-    recipe = make_recipe("demo", model, steps=12, vanilla=False, batch=4)
+    recipe = make_recipe("distilled", model, steps=12, vanilla=False, batch=4)
     data = torch.randint(300, (16, 24))
     lf.remove_norms(model, recipe, data, progress=False, trackers=["tensorboard"], log_every=4)
     assert seen["finished"]

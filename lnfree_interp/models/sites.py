@@ -117,12 +117,16 @@ def _require_pre_norm(model: HookedTransformer) -> None:
         )
 
 
-def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
+def with_norm_sites(model: HookedTransformer, copy_weights: bool = True) -> HookedTransformer:
     """A copy of a stock model whose norms can be frozen one by one.
 
     Same function, same hook names, except that `blocks.{l}.ln1` is split into `ln1.qk` and `ln1.v`.
     An unembedding that equals the transposed embedding is tied to it, as in GPT-2. Hooks that were
     added to the model are not carried over.
+
+    Args:
+        model: A stock model, or one with norm sites already.
+        copy_weights: False: the copy has the model's own parameters, and training it trains both.
 
     Raises:
         UnsupportedModelError: for norms that do not stand before each sublayer, and for processed
@@ -130,19 +134,16 @@ def with_norm_sites(model: HookedTransformer) -> HookedTransformer:
         InexactError: if the copy's logits differ, as when a hook on the model changes them.
     """
     if has_norm_sites(model):
-        copied = copy.deepcopy(model)
-        copied.reset_hooks(including_permanent=True)
-        return copied
-    split = split_norms(model)
+        return _copied(model, copy_weights)
+    split = split_norms(model, copy_weights)
     compare_logits(split, model).require("model with norm sites against stock")
     return split
 
 
-def split_norms(model: HookedTransformer) -> HookedTransformer:
+def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTransformer:
     """As `with_norm_sites` of a stock model, without comparing logits."""
     _require_pre_norm(model)
-    model = copy.deepcopy(model)
-    model.reset_hooks(including_permanent=True)
+    model = _copied(model, copy_weights)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = SiteBlock.from_stock(block, index)
     model.ln_final = Norm(model.ln_final)
@@ -151,6 +152,14 @@ def split_norms(model: HookedTransformer) -> HookedTransformer:
         model.unembed = TiedUnembed(model.unembed, model.embed)
     model.setup()
     return model
+
+
+def _copied(model: HookedTransformer, copy_weights: bool) -> HookedTransformer:
+    """Without hooks. deepcopy takes what its memo holds for copied already."""
+    own: dict[int, object] = {} if copy_weights else {id(p): p for p in model.parameters()}
+    copied = copy.deepcopy(model, own)
+    copied.reset_hooks(including_permanent=True)
+    return copied
 
 
 def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:

@@ -154,6 +154,7 @@ def run_job(
             log_every=job.log_every,
             trackers=job.trackers,
             progress=progress,
+            copy_weights=False,
         )
     if os.environ.get("RANK", "0") == "0":
         folded, errors = None, {}

@@ -38,11 +38,13 @@ def remove_norms(
     log_every: int = 10,
     trackers: Sequence[str] = (),
     progress: bool = True,
+    copy_weights: bool = True,
 ) -> Run:
     """Fine-tune a copy of the model while its norms are frozen one by one.
 
     Args:
-        model: A stock `HookedTransformer` with live norms; it is not changed.
+        model: A stock `HookedTransformer` with live norms; not changed, unless `copy_weights` is
+            False.
         recipe: What to do when; `recipe.vanilla()` gives the control run.
         data: Packed text: `pack(...)`, drawn without replacement in an order that depends on
             `recipe.seed` alone, every block once an epoch; or a stream such as `open_blocks(...)`.
@@ -60,6 +62,8 @@ def remove_norms(
         log_every: Steps between two looks at sigma drift and residual norms; 0 for none.
         trackers: `"tensorboard"` or `"wandb"`, written beside the metrics.
         progress: Whether to show a progress bar.
+        copy_weights: False: train the model's own weights, which saves the memory of a second
+            copy. The model given is spent then: its weights are the trained ones, its norms live.
 
     Returns:
         The trained model with its sites, and what happened at each step.
@@ -74,7 +78,8 @@ def remove_norms(
         CheckpointError: if a run that should go on has no whole checkpoint.
 
     Example:
-        >>> run = lf.remove_norms(model, lf.recipes.demo(model), data, out="run")  # doctest: +SKIP
+        >>> recipe = lf.recipes.distilled(model)  # doctest: +SKIP
+        >>> run = lf.remove_norms(model, recipe, data, out="run")  # doctest: +SKIP
         >>> free = lf.fold(run.model)  # doctest: +SKIP
     """
     if out is None and (resume or recipe.guard.action == "rollback"):
@@ -94,7 +99,7 @@ def remove_norms(
         raise RecipeError(
             f"a batch of {recipe.batch} blocks cannot be shared by {processes.world} processes"
         )
-    trainer = Trainer(model, recipe, source, processes, fwd_hooks, bwd_hooks)
+    trainer = Trainer(model, recipe, source, processes, fwd_hooks, bwd_hooks, copy_weights)
     trainer.log_every = log_every
     if heldout is not None:
         trainer.heldout = processes.equal_rows(heldout)
@@ -146,7 +151,7 @@ def _require_sound(
             raise RecipeError("a block of one token has no next token to learn")
     if recipe.patience is not None and heldout is None:
         raise RecipeError("stopping early (patience) needs held-out text")
-    known = set(with_norm_sites(model).hook_dict)
+    known = set(with_norm_sites(model, copy_weights=False).hook_dict)
     for name, _ in hooks:
         found = name in known if isinstance(name, str) else any(map(name, known))
         if not found:

@@ -45,6 +45,7 @@ class Trainer:
         processes: Processes,
         fwd_hooks: Hooks,
         bwd_hooks: Hooks,
+        copy_weights: bool = True,
     ):
         self.recipe, self.data, self.processes = recipe, data, processes
         self.fwd_hooks, self.bwd_hooks = list(fwd_hooks), list(bwd_hooks)
@@ -53,9 +54,9 @@ class Trainer:
         self.checkpoint_every = self.log_every = 0
         self.watcher: Watcher
         self.original = original
-        self.model = self._original_sites()
         distils = extremes(recipe.distillation)[1] > 0
         teacher = self._original_sites().requires_grad_(False) if distils else None
+        self.model = self._original_sites(copy_weights)
         self.fingerprints = {
             "model": state.fingerprint(self.model),
             "data": data.fingerprint(),
@@ -90,9 +91,9 @@ class Trainer:
         """Through the wrapper, which gathers what FSDP has spread."""
         self.wrapped(tokens, 0.0, 0.0, loss=False)
 
-    def _original_sites(self) -> HookedTransformer:
+    def _original_sites(self, copy_weights: bool = True) -> HookedTransformer:
         """A copy of the original with norm sites, where this process computes."""
-        sites = with_norm_sites(self.original)
+        sites = with_norm_sites(self.original, copy_weights)
         return sites.to(self.processes.device, print_details=False)
 
     def _first_blocks(self) -> Tensor:
