@@ -88,7 +88,7 @@ def one(
 
 def main(
     pretraining: int = 1500,
-    steps: int = 250,
+    steps: int = 400,
     seed: int = 0,
     out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -96,7 +96,7 @@ def main(
 
     Args:
         pretraining: Steps from scratch, of 2048 tokens.
-        steps: Of the removal.
+        steps: Of the removal, of 1024 tokens.
         seed: Of the order of the removal's text.
         out: Also write the rows there.
     """
@@ -114,7 +114,7 @@ def main(
             flush=True,
         )
     print(
-        f"pretraining {pretraining} steps, removal {steps}, 2048 tokens each; seed {seed}; "
+        f"pretraining {pretraining} steps of 2048 tokens, removal {steps} of 1024; seed {seed}; "
         f"folded against frozen: at most {max(float(row['fold']) for row in rows):.1e}; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of "
         f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}"

@@ -54,7 +54,6 @@ VARIANTS: dict[tuple[str, str, str], Make] = {
     ("published style", "1", "batch"): plain(published_style, distillation=1.0),
     ("published style, half the batch", "-", "batch"): plain(published_style, 8),
     ("distilled", "1", "batch"): plain(distilled, 8),
-    ("distilled", "-", "batch"): plain(distilled, 8, distillation=0.0),
     ("taper", "-", "frozen"): plain(tapered),
     ("taper", "1", "frozen"): plain(tapered, distillation=1.0),
     ("all at once", "-", "batch"): plain(at_once, distillation=0.0),

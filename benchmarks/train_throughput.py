@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,9 +29,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import lnfree_interp as lf
+from lnfree_interp.data.blocks import ShuffledBlocks
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.removal.objectives import bf16_is_fast
-from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
 from lnfree_interp.removal.schedule import all_at_once
 
 
@@ -74,10 +75,38 @@ def text_of(shape: Shape, blocks: int) -> Tensor:
     return torch.randint(shape.vocab_size, (blocks, shape.pos), generator=generator)
 
 
-def plain_loop(
-    contender: Contender, shape: Shape, dtype: Dtype, device: str
-) -> Callable[[int], list[float]]:
-    """A function that trains some steps of transformers' model or of the stock one, timed."""
+class Pace:
+    """Lets a contender train as many steps as standard input says, and prints what they took.
+
+    A number on a line is answered by the seconds of so many steps and the peak of memory in MB.
+    """
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self.before = torch.cuda.memory_allocated() / 1e6 if self.cuda else resident("VmRSS")
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.left, self.seconds = 0, []
+        self.began: float | None = None
+
+    def next(self) -> None:
+        """A step begins, so the one before has ended."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        if self.began is not None:
+            self.seconds.append(time.perf_counter() - self.began)
+        if self.left == 0:
+            if self.began is not None:
+                peak = torch.cuda.max_memory_allocated() / 1e6 if self.cuda else resident("VmHWM")
+                print(json.dumps([self.seconds, peak - self.before]), flush=True)
+                self.seconds = []
+            self.left = int(sys.stdin.readline())
+        self.left -= 1
+        self.began = time.perf_counter()
+
+
+def plain_loop(contender: Contender, shape: Shape, dtype: Dtype, device: str) -> None:
+    """Train transformers' model or the stock one without end."""
     source = hf_model(shape)
     if contender == "transformers":
         model = source.to(device)
@@ -86,8 +115,9 @@ def plain_loop(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     text = text_of(shape, 4 * shape.batch).to(device)
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    def step(index: int) -> None:
+    pace = Pace(device)
+    for index in count():
+        pace.next()
         tokens = text[shape.batch * (index % 4) :][: shape.batch]
         with autocast:
             if contender == "transformers":
@@ -99,71 +129,48 @@ def plain_loop(
         optimizer.step()
         optimizer.zero_grad()
 
-    def run(steps: int) -> list[float]:
-        return [timed(lambda index=index: step(index), device) for index in range(steps)]
 
-    return run
+class Paced(ShuffledBlocks):
+    """Text whose every batch waits for its turn."""
+
+    def __init__(self, text: Tensor, batch: int, pace: Pace):
+        super().__init__(text, seed=0)
+        self.batch, self.pace = batch, pace
+
+    def take(self, n: int) -> Tensor:
+        """As `TokenBlocks.take`."""
+        if n == self.batch:  # else it is what sigma is measured on
+            self.pace.next()
+        return super().take(n)
 
 
-def engine(
-    contender: Contender, shape: Shape, dtype: Dtype, device: str
-) -> Callable[[int], list[float]]:
-    """The same for `remove_norms`."""
+def engine(contender: Contender, shape: Shape, dtype: Dtype, device: str) -> None:
+    """The same by `remove_norms`, in place as `lnfree remove` does it."""
     model = lf.load(hf_model(shape), device=device, check=False)
-    text = text_of(shape, 4 * shape.batch)
+    removing = contender == "engine, removing"
+    recipe = Recipe(
+        events=all_at_once(model, step=0) if removing else (),
+        steps=1_000_000,
+        batch=shape.batch,
+        micro_batch=shape.batch,
+        lr=1e-4,
+        warmup=0,
+        final_lr=1.0,
+        precision=dtype,
+        scale_anchor=0.1 if removing else 0.0,
+        statistics=Statistics(blocks=1),
+        guard=Guard(above_best=1e6, sigma_factor=1e6),  # random weights: nothing to guard
+    )
     seen: list[int] = []
-
-    def run(steps: int) -> list[float]:
-        recipe = Recipe(
-            events=all_at_once(model, step=0) if contender == "engine, removing" else (),
-            steps=steps + 1,  # the first meets the events, and warms up
-            batch=shape.batch,
-            micro_batch=shape.batch,
-            lr=1e-4,
-            warmup=0,
-            final_lr=1.0,
-            precision=dtype,
-        )
-        if contender == "engine, live":
-            recipe = replace(recipe, scale_anchor=0.0)
-        recipe = replace(recipe, statistics=replace(recipe.statistics, blocks=2))
-        hooks = [("blocks.0.hook_mlp_out", lambda x, hook: seen.append(len(x)))]
-        done = lf.remove_norms(
-            model, recipe, text, fwd_hooks=hooks, progress=False, copy_weights=False
-        )
-        return [record.seconds for record in done.history[1:]]
-
-    return run
-
-
-def timed(step: Callable[[], object], device: str) -> float:
-    """Seconds that a step takes."""
-    began = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def contender_of(
-    name: Contender, shape: Shape, dtype: Dtype, device: str
-) -> Callable[[int], list[float]]:
-    """What trains `n` steps and returns their seconds."""
-    make = engine if name.startswith("engine") else plain_loop
-    return make(name, shape, dtype, device)
+    hooks = [("blocks.0.hook_mlp_out", lambda x, hook: seen.append(len(x)))]
+    text = Paced(text_of(shape, 4 * shape.batch), shape.batch, Pace(device))
+    lf.remove_norms(model, recipe, text, fwd_hooks=hooks, progress=False, copy_weights=False)
 
 
 def serve(name: Contender, shape: Shape, dtype: Dtype, device: str) -> None:
-    """For every number on a line: train so many steps, print their seconds and the peak in MB."""
-    train = contender_of(name, shape, dtype, device)
-    cuda = device == "cuda"
-    before = torch.cuda.memory_allocated() / 1e6 if cuda else resident("VmRSS")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for line in sys.stdin:
-        seconds = train(int(line))
-        peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident("VmHWM")
-        print(json.dumps([seconds, peak - before]), flush=True)
+    """Be a contender."""
+    make = engine if name.startswith("engine") else plain_loop
+    make(name, shape, dtype, device)
 
 
 class Server:
