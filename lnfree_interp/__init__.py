@@ -15,8 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lnfree_interp import errors, plots
+    from lnfree_interp.analysis.affine import AffineMap, affine_map
+    from lnfree_interp.analysis.attention import ScoreAttribution, attribute_scores
+    from lnfree_interp.analysis.averages import MeanContributions, mean_next_token_attribution
+    from lnfree_interp.analysis.certificates import Certificate, certificate_table
     from lnfree_interp.analysis.contributions import Component, Contributions
+    from lnfree_interp.analysis.counterfactual import CounterfactualPattern, counterfactual_pattern
+    from lnfree_interp.analysis.flow import FlowGraph, flow_graph
+    from lnfree_interp.analysis.gauge import GaugeReport, gauge_check, random_gauge
+    from lnfree_interp.analysis.lens import Lens, logit_lens
     from lnfree_interp.analysis.logits import attribute_logits, attribute_next_tokens
+    from lnfree_interp.analysis.neurons import Flips, attribute_neuron, flip_distances
+    from lnfree_interp.analysis.paths import expand_paths
+    from lnfree_interp.analysis.residual import decompose_residual
+    from lnfree_interp.analysis.weights import (
+        TokenTable,
+        bigram_table,
+        neuron_input_table,
+        neuron_output_table,
+        ov_table,
+        qk_table,
+        virtual_weights,
+    )
     from lnfree_interp.bundled import bundled_checkpoint
     from lnfree_interp.checkpoints.converting import convert
     from lnfree_interp.checkpoints.exporting import export, to_transformers
@@ -26,7 +46,13 @@ if TYPE_CHECKING:
     from lnfree_interp.checkpoints.source import open_in_transformers
     from lnfree_interp.data.packing import pack
     from lnfree_interp.data.stdlib import stdlib_corpus
-    from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
+    from lnfree_interp.evaluation.certify import certify
+    from lnfree_interp.evaluation.direct_effects import (
+        Additivity,
+        DirectEffects,
+        direct_effect_additivity,
+        direct_effects,
+    )
     from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
     from lnfree_interp.models.agreement import compare_logits
     from lnfree_interp.models.forms import fold, frozen_form
@@ -47,10 +73,39 @@ if TYPE_CHECKING:
 
 # Where each public name lives; the imports above are the same table for type checkers.
 _HOME = {
+    "AffineMap": "lnfree_interp.analysis.affine",
+    "affine_map": "lnfree_interp.analysis.affine",
+    "CounterfactualPattern": "lnfree_interp.analysis.counterfactual",
+    "ScoreAttribution": "lnfree_interp.analysis.attention",
+    "attribute_scores": "lnfree_interp.analysis.attention",
+    "counterfactual_pattern": "lnfree_interp.analysis.counterfactual",
+    "Certificate": "lnfree_interp.analysis.certificates",
+    "certificate_table": "lnfree_interp.analysis.certificates",
     "Component": "lnfree_interp.analysis.contributions",
     "Contributions": "lnfree_interp.analysis.contributions",
+    "FlowGraph": "lnfree_interp.analysis.flow",
+    "flow_graph": "lnfree_interp.analysis.flow",
+    "GaugeReport": "lnfree_interp.analysis.gauge",
+    "gauge_check": "lnfree_interp.analysis.gauge",
+    "random_gauge": "lnfree_interp.analysis.gauge",
+    "Lens": "lnfree_interp.analysis.lens",
+    "logit_lens": "lnfree_interp.analysis.lens",
+    "MeanContributions": "lnfree_interp.analysis.averages",
     "attribute_logits": "lnfree_interp.analysis.logits",
     "attribute_next_tokens": "lnfree_interp.analysis.logits",
+    "mean_next_token_attribution": "lnfree_interp.analysis.averages",
+    "Flips": "lnfree_interp.analysis.neurons",
+    "attribute_neuron": "lnfree_interp.analysis.neurons",
+    "flip_distances": "lnfree_interp.analysis.neurons",
+    "expand_paths": "lnfree_interp.analysis.paths",
+    "decompose_residual": "lnfree_interp.analysis.residual",
+    "TokenTable": "lnfree_interp.analysis.weights",
+    "bigram_table": "lnfree_interp.analysis.weights",
+    "neuron_input_table": "lnfree_interp.analysis.weights",
+    "neuron_output_table": "lnfree_interp.analysis.weights",
+    "ov_table": "lnfree_interp.analysis.weights",
+    "qk_table": "lnfree_interp.analysis.weights",
+    "virtual_weights": "lnfree_interp.analysis.weights",
     "bundled_checkpoint": "lnfree_interp.bundled",
     "convert": "lnfree_interp.checkpoints.converting",
     "export": "lnfree_interp.checkpoints.exporting",
@@ -62,6 +117,9 @@ _HOME = {
     "open_in_transformers": "lnfree_interp.checkpoints.source",
     "pack": "lnfree_interp.data.packing",
     "stdlib_corpus": "lnfree_interp.data.stdlib",
+    "certify": "lnfree_interp.evaluation.certify",
+    "Additivity": "lnfree_interp.evaluation.direct_effects",
+    "direct_effect_additivity": "lnfree_interp.evaluation.direct_effects",
     "DirectEffects": "lnfree_interp.evaluation.direct_effects",
     "direct_effects": "lnfree_interp.evaluation.direct_effects",
     "CrossEntropy": "lnfree_interp.evaluation.loss",

@@ -1,29 +1,42 @@
 """The result of every decomposition: a labelled sum that knows its own error."""
 
-from collections.abc import Iterator
+import difflib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 ComponentKind = Literal[
     "embed",
     "pos_embed",
+    "layer",
     "attn_out",
     "head",
+    "b_V",
     "b_O",
     "mlp_out",
     "neuron",
+    "b_in",
     "b_out",
+    "ln1.b",
+    "ln2.b",
     "ln_final.b",
+    "b_Q",
+    "b_K",
     "b_U",
+    "rest",
 ]
-Level = Literal["block", "head", "neuron"]
+Level = Literal["layer", "block", "head", "source", "neuron"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +47,74 @@ class Component:
     layer: int | None = None
     index: int | None = None
     """Head or neuron."""
+    pos: int | None = None
+    """Position of the token that it comes from, where parts are told apart by it."""
+    through: tuple["Component", ...] = ()
+    """Heads that it passes, one after the other, where parts are paths."""
 
     @property
     def label(self) -> str:
-        """Short name in TransformerLens' style: `L2H5`, `L2N310`, `2_mlp_out`, `embed`."""
-        if self.kind == "head":
-            return f"L{self.layer}H{self.index}"
-        if self.kind == "neuron":
-            return f"L{self.layer}N{self.index}"
-        return self.kind if self.layer is None else f"{self.layer}_{self.kind}"
+        """Short name in TransformerLens' style: `L2H5`, `L2N310`, `2_mlp_out`, `embed`.
+
+        What comes from one position has it after an @: `L2H5@3`, `embed@0`. A path has the heads
+        that it passes: `embed > L0H1 > L2H5`.
+        """
+        return " > ".join([self._own_label, *(head._own_label for head in self.through)])
+
+    @property
+    def _own_label(self) -> str:
+        if self.kind in ("head", "neuron"):
+            name = f"L{self.layer}{'H' if self.kind == 'head' else 'N'}{self.index}"
+        elif self.kind == "layer":
+            name = f"L{self.layer}"
+        elif self.index is not None:
+            name = f"L{self.layer}H{self.index}.{self.kind}"
+        else:
+            name = self.kind if self.layer is None else f"{self.layer}_{self.kind}"
+        return name if self.pos is None else f"{name}@{self.pos}"
+
+    @classmethod
+    def parse(cls, label: str) -> "Component":
+        """The component with that label.
+
+        Raises:
+            DataError: if no component is written like that.
+        """
+        name, _, at = label.partition("@")
+        pos = int(at) if at.isdigit() else None
+        if not at or pos is not None:
+            if match := re.fullmatch(r"L(\d+)([HN])(\d+)", name):
+                kind = "head" if match[2] == "H" else "neuron"
+                return cls(kind, int(match[1]), int(match[3]), pos)
+            if match := re.fullmatch(r"L(\d+)H(\d+)\.(b_V)", name):
+                return cls("b_V", int(match[1]), int(match[2]), pos)
+            if match := re.fullmatch(r"L(\d+)", name):
+                return cls("layer", int(match[1]), pos=pos)
+            if match := re.fullmatch(
+                r"(\d+)_(attn_out|mlp_out|b_O|b_out|b_in|b_V|ln[12]\.b)", name
+            ):
+                return cls(cast(ComponentKind, match[2]), int(match[1]), pos=pos)
+            if name in ("embed", "pos_embed", "ln_final.b", "b_Q", "b_K", "b_U"):
+                return cls(cast(ComponentKind, name), pos=pos)
+        raise DataError(f"no component is called {label!r}; names are like L2H5, L2N310, 2_mlp_out")
+
+
+def find_components(wanted: Sequence[str | Component], among: Sequence[Component]) -> list[int]:
+    """The rows of components, by label.
+
+    Raises:
+        DataError: for a label that is not there; it names the nearest.
+    """
+    rows = {component.label: row for row, component in enumerate(among)}
+    found = []
+    for one in wanted:
+        label = one.label if isinstance(one, Component) else one
+        if label not in rows:
+            near = difflib.get_close_matches(label, rows, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise DataError(f"no component {label!r} among these {len(rows)}{hint}")
+        found.append(rows[label])
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,23 +122,28 @@ class Contributions:
     """Parts, their labels, and the whole that they must add up to.
 
     Attributes:
-        values: [component, *batch], in logits.
+        values: [component, *batch], in logits, or in the unit of what was taken apart.
         components: What each row of `values` is.
         total: [*batch], the whole as the model itself computed it, independently of the parts.
         level: How finely the model was taken apart.
         of: For each prompt, what was attributed, e.g. `" self" - " cls"`.
         prompts: The prompts' tokens as strings, where there are prompts.
-        frozen_scale: True if a live final norm was read at the scale it had: the parts then still
-            add up, but taking one away would change the scale of the others.
+        frozen_scale: True if something was held at the value it had (a live norm's scale, a soft
+            cap's slope): the parts then still add up, but taking one away would change the others.
+        identity: What the sum says, for the certificate.
+        gap: Where something was held: the largest difference between a part and what the logit
+            loses without it, measured for the largest parts, relative to the largest loss.
     """
 
     values: Float[Tensor, "component *batch"]
     components: tuple[Component, ...]
     total: Float[Tensor, "*batch"]
-    level: Level
+    level: Level | Literal["path", "token"]
     of: tuple[str, ...] = ()
     prompts: tuple[tuple[str, ...], ...] = ()
     frozen_scale: bool = False
+    identity: str = "parts = the model's logits"
+    gap: MeasuredError | None = None
 
     def __post_init__(self) -> None:
         if len(self.components) != len(self.values):
@@ -79,9 +156,15 @@ class Contributions:
         Not to the whole alone: two logits can be close while their parts are large, and rounding
         goes with the parts.
         """
-        scale = max(self.values.abs().max().item(), self.total.abs().max().item())
-        error = measure_error(self.values.double().sum(0), self.total, scale)
+        low, high = torch.aminmax(self.values)
+        scale = max(-low.item(), high.item(), self.total.abs().max().item())
+        error = measure_error(self.values.sum(0, dtype=torch.float64), self.total, scale)
         return replace(error, dtype=self.total.dtype)
+
+    @property
+    def certificate(self) -> Certificate:
+        """The identity behind the sum, its error, and whether it holds."""
+        return Certificate(f"sum over {self.level}s: {self.identity}", self.error)
 
     def verify(self, tolerance: float | None = None) -> "Contributions":
         """Return self if the parts add up to the whole.
@@ -93,7 +176,7 @@ class Contributions:
         Raises:
             InexactError: if they do not.
         """
-        self.error.require(f"sum over {self.level}s against the model's logits", tolerance)
+        self.certificate.require(tolerance)
         return self
 
     @property
@@ -106,6 +189,14 @@ class Contributions:
 
     def __iter__(self) -> Iterator[tuple[Component, Float[Tensor, "*batch"]]]:
         return iter(zip(self.components, self.values, strict=True))
+
+    def __getitem__(self, component: str | Component) -> Float[Tensor, "*batch"]:
+        """The values of one component, by label.
+
+        Raises:
+            DataError: if there is none; it names the nearest.
+        """
+        return self.values[find_components([component], self.components)[0]]
 
     def select(self, prompt: int) -> "Contributions":
         """The result for one prompt of a batch, without the batch dimension."""
@@ -122,9 +213,21 @@ class Contributions:
         rows = [i for i, component in enumerate(self.components) if component.kind == kind]
         return self.values[rows]
 
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k components of largest absolute value: `component`, `value`.
+
+        Raises:
+            DataError: for a batch.
+        """
+        if self.values.ndim != 1:
+            raise DataError("the largest of one prompt: take it with select(i)")
+        rows = self.values.abs().topk(min(k, len(self))).indices.tolist()
+        frame = self.to_frame().iloc[rows][["component", "value"]]
+        return frame.reset_index(drop=True)
+
     def to_frame(self) -> pd.DataFrame:
         """One row per component: `component`, `kind`, `layer`, `index`, and a `value` column (or
-        `value_0`, `value_1`, ... for a batch), in logits."""
+        `value_0`, `value_1`, ... for a batch), in logits; `pos` where parts have one."""
         frame = pd.DataFrame(
             {
                 "component": self.labels,
@@ -133,6 +236,8 @@ class Contributions:
                 "index": pd.array([component.index for component in self.components], "Int64"),
             }
         )
+        if any(component.pos is not None for component in self.components):
+            frame["pos"] = pd.array([component.pos for component in self.components], "Int64")
         columns = self.values.detach().cpu().double().reshape(len(self), -1).numpy()
         if self.values.ndim == 1:
             return frame.assign(value=columns[:, 0])
@@ -140,4 +245,5 @@ class Contributions:
 
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.values.shape))
-        return f"Contributions({self.level} level, values [{shape}], error {self.error})"
+        held = f", held: gap {self.gap}" if self.gap is not None else ""
+        return f"Contributions({self.level} level, values [{shape}], error {self.error}{held})"

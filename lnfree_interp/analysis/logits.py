@@ -1,11 +1,11 @@
 """Direct logit attribution: a logit as a sum over the parts of the model.
 
 On an LN-free model the logit is linear in the residual stream, so the parts add up to it and
-taking one away changes it by exactly that part. With a live final norm both need the scale frozen
-at the value it had, and only the adding up survives.
+taking one away changes it by exactly that part. With a live final norm (or a soft cap) both need
+the scale held at the value it had, and only the adding up survives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import get_args
 
 import torch
@@ -14,22 +14,50 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Component, Contributions, Level
-from lnfree_interp.analysis.residual import cached_names, project_residual, require_decomposable
-from lnfree_interp.errors import DataError, InexactError
+from lnfree_interp.analysis.logit_reading import (
+    given_run,
+    logit_directions,
+    logit_names,
+    run_to_logits,
+)
+from lnfree_interp.analysis.questions import (
+    Answers,
+    Prompt,
+    question_names,
+    read_answers,
+    read_prompts,
+    strings,
+)
+from lnfree_interp.analysis.reads import Activations, held
+from lnfree_interp.analysis.writes import (
+    Place,
+    Write,
+    expand,
+    project,
+    require_decomposable,
+    write_names,
+    writes,
+)
+from lnfree_interp.errors import DataError
 from lnfree_interp.models.agreement import require_tokens
-from lnfree_interp.models.norms import FrozenNorm, Norm
+from lnfree_interp.numerics import MeasuredError, measure_error
 
-Answer = str | int
+_MEASURED = 4
+"""Parts whose effect is measured where something is held."""
+_POSITIONS = 128
+"""Positions whose logits are held at once."""
 
 
 def attribute_logits(
     model: HookedTransformer,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
-    answer: Answer | Sequence[Answer],
-    against: Answer | Sequence[Answer] | None = None,
+    prompt: Prompt,
+    answer: Answers,
+    against: Answers | None = None,
     *,
     by: Level = "head",
     prepend_bos: bool = True,
+    attention_mask: Int[Tensor, "prompt pos"] | None = None,
+    biases: bool = False,
     frozen_scale: bool = False,
 ) -> Contributions:
     """What each part of the model adds to the next token's logit, or logit difference.
@@ -38,17 +66,23 @@ def attribute_logits(
         model: LN-free, folded or with frozen norm sites.
         prompt: One prompt, or several that need not be equally long; or token ids.
         answer: The next token: a string that is one token (mind the leading space) or a token id.
-            One for all prompts, or one each.
+            One for all prompts, one each, or several each; several for one prompt.
         against: Subtract this token's logit. As `answer`.
-        by: `"block"`, `"head"` or `"neuron"`; see `project_residual`.
+        by: `"layer"`, `"block"` (attention and MLP apart), `"head"`, `"source"` (heads by the token
+            that they read) or `"neuron"`; see `writes`.
         prepend_bos: Start each prompt with the beginning-of-sequence token; not added to ids.
+        attention_mask: 0 where a row of token ids is padding, on either side.
+        biases: Each head's value bias as a part of its own.
         frozen_scale: Answer for a model with a live final norm too, holding its scale.
 
     Returns:
-        Values [component] for one prompt, [component, prompt] for several, in logits.
+        Values [component] for one prompt, [component, prompt] for several, with a last dimension
+        [answer] where several were asked for; in logits. By source, a prompt that is shorter than
+        the longest has zeros where it has no token.
 
     Raises:
-        InexactError: if the final norm is live and `frozen_scale` is False.
+        InexactError: if the final norm is live or the logits are capped, and `frozen_scale` is
+            False.
         DataError: if a prompt is empty or longer than the context, an answer is not one token, or
             the numbers of prompts and answers differ.
         UnsupportedModelError: for a model whose stream has other parts.
@@ -57,27 +91,43 @@ def attribute_logits(
         >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")  # doctest: +SKIP
         >>> dla.verify()  # doctest: +SKIP
     """
-    rows = _token_rows(model, prompt, prepend_bos)
-    answers = _one_each(model, answer, len(rows), "answers")
-    foils = None if against is None else _one_each(model, against, len(rows), "foils")
-    questions = _questions(model, answers, foils)
-    parts: list[Contributions] = []
-    # Row by row: padding would have to be masked out of everything that follows.
-    for i, tokens in enumerate(rows):
-        targets = torch.tensor([[answers[i]]], device=tokens.device)
-        minus = None if foils is None else torch.tensor([[foils[i]]], device=tokens.device)
-        parts.append(_attribute(model, tokens, slice(-1, None), targets, minus, by, frozen_scale))
+    prompts = read_prompts(model, prompt, prepend_bos, attention_mask)
+    n_prompts = len(prompts.rows)
+    answers, several = read_answers(model, answer, n_prompts, prompts.single)
+    foils = None
+    if against is not None:
+        foils, _ = read_answers(model, against, n_prompts, prompts.single, "foil")
+        try:
+            foils = foils.expand_as(answers)
+        except RuntimeError as error:
+            raise DataError(f"{answers.shape[1]} answers, but {foils.shape[1]} foils") from error
+    questions = question_names(model, answers, foils)
+    parts: list[tuple[list[int], Contributions]] = []
+    for places, tokens in prompts.by_length():
+        minus = None if foils is None else foils[places]
+        part = _attribute(
+            model, tokens, slice(-1, None), answers[places], minus, by, biases, frozen_scale
+        )
+        parts.append((places, part))
+    longest = parts[-1][1]
+    rows = {component: row for row, component in enumerate(longest.components)}
+    values = longest.values.new_zeros(len(rows), n_prompts, answers.shape[1])
+    total = longest.total.new_zeros(n_prompts, answers.shape[1])
+    for places, part in parts:
+        into = torch.tensor([rows[component] for component in part.components])
+        values[into[:, None], torch.tensor(places)] = part.values
+        total[places] = part.total
     whole = Contributions(
-        values=torch.cat([part.values[..., 0] for part in parts], dim=1),
-        components=parts[0].components,
-        total=torch.cat([part.total[..., 0] for part in parts]),
+        values=values if several else values[..., 0],
+        components=longest.components,
+        total=total if several else total[..., 0],
         level=by,
         of=questions,
-        prompts=tuple(tuple(_strings(model, tokens[0].tolist())) for tokens in rows),
-        frozen_scale=parts[0].frozen_scale,
+        prompts=tuple(tuple(strings(model, row.tolist())) for row in prompts.rows),
+        frozen_scale=longest.frozen_scale,
+        gap=_worst(part.gap for _, part in parts),
     )
-    one = isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.ndim == 1)
-    return whole.select(0) if one else whole
+    return whole.select(0) if prompts.single else whole
 
 
 def attribute_next_tokens(
@@ -85,7 +135,9 @@ def attribute_next_tokens(
     tokens: Int[Tensor, "batch pos"],
     *,
     by: Level = "head",
+    biases: bool = False,
     frozen_scale: bool = False,
+    run: tuple[Tensor, Activations] | None = None,
 ) -> Contributions:
     """What each part adds to the logit of the true next token, at every position.
 
@@ -93,19 +145,30 @@ def attribute_next_tokens(
         model: As for `attribute_logits`.
         tokens: [batch, pos].
         by: As for `attribute_logits`.
+        biases: As for `attribute_logits`.
         frozen_scale: As for `attribute_logits`.
+        run: What `model.run_with_cache(tokens)` returned, if it is there already.
 
     Returns:
         Values [component, batch, pos - 1], in logits.
 
     Raises:
         InexactError, UnsupportedModelError: as `attribute_logits`.
-        DataError: if the rows have no next token, or the model cannot read them.
+        DataError: if the rows have no next token, or the model cannot read them; or if `run` lacks
+            an activation.
     """
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise DataError(f"token ids, [batch, pos], not {tokens.dtype} of {list(tokens.shape)}")
     if tokens.shape[1] < 2:
         raise DataError("a row of one token has no next token")
     tokens = tokens.to(model.W_E.device)
-    return _attribute(model, tokens, slice(0, -1), tokens[:, 1:], None, by, frozen_scale)
+    return _attribute(
+        model, tokens, slice(0, -1), tokens[:, 1:], None, by, biases, frozen_scale, run
+    )
+
+
+def _worst(errors: Iterable[MeasuredError | None]) -> MeasuredError | None:
+    return max((e for e in errors if e is not None), key=lambda e: e.relative, default=None)
 
 
 @torch.no_grad()
@@ -116,131 +179,61 @@ def _attribute(
     targets: Int[Tensor, "batch kept"],
     against: Int[Tensor, "batch kept"] | None,
     by: Level,
+    biases: bool,
     frozen_scale: bool,
+    run: tuple[Tensor, Activations] | None = None,
 ) -> Contributions:
+    """Of targets at positions, or of several targets at one position."""
     if by not in get_args(Level):
         raise DataError(f"by={by!r} is not one of {', '.join(get_args(Level))}")
     require_decomposable(model)
     require_tokens(model, tokens)
-    live = final_norm_is_live(model)
-    if live and not frozen_scale:
-        raise InexactError(
-            "the final norm is live, so no part of the stream has a logit of its own: pass "
-            "frozen_scale=True to hold its scale, or remove the norms first"
-        )
-    names = [*cached_names(model, by), "ln_final.hook_scale"]
-    logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names)
-    kept = {name: activation[:, positions] for name, activation in cache.items()}
-    direction, bias = logit_direction(model, targets)
-    total = logits[:, positions].gather(-1, targets[..., None])[..., 0]
-    if against is not None:
-        minus, minus_bias = logit_direction(model, against)
-        direction, bias = direction - minus, bias - minus_bias
-        total = total - logits[:, positions].gather(-1, against[..., None])[..., 0]
-    values, components = [], []
-    if hasattr(model, "ln_final"):
-        direction, norm_bias = through_final_norm(model, direction, kept["ln_final.hook_scale"])
-        if norm_bias is not None:
-            values.append(norm_bias[None])
-            components.append(Component("ln_final.b"))
-    parts, part_components = project_residual(model, kept, direction, by)
-    return Contributions(
-        values=torch.cat([parts, *values, bias[None]]),
-        components=(*part_components, *components, Component("b_U")),
-        total=total,
-        level=by,
-        frozen_scale=live,
-    )
-
-
-def final_norm_is_live(model: HookedTransformer) -> bool:
-    """Whether the logits depend on the stream's own scale."""
-    norm = getattr(model, "ln_final", None)
-    frozen = isinstance(norm, FrozenNorm) or (isinstance(norm, Norm) and norm.frozen)
-    return norm is not None and not frozen
-
-
-def logit_direction(
-    model: HookedTransformer, targets: Int[Tensor, "batch pos"]
-) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos"]]:
-    """The column of W_U and the entry of b_U for each target token."""
-    return model.W_U.T[targets], model.b_U[targets]
-
-
-def through_final_norm(
-    model: HookedTransformer,
-    direction: Float[Tensor, "batch pos d_model"],
-    scale: Float[Tensor, "batch pos one"],
-) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos"] | None]:
-    """A direction behind `ln_final` carried to its input, at a given scale; and what its bias adds.
-
-    Args:
-        model: With an `ln_final`, live or frozen, with or without gain and bias.
-        direction: [batch, pos, d_model], read from the norm's output.
-        scale: `ln_final.hook_scale`, [batch, pos, 1]; a constant if the norm is frozen.
-    """
-    norm = model.ln_final
-    bias = direction @ norm.b if hasattr(norm, "b") else None
-    direction = direction * norm.w if hasattr(norm, "w") else direction
-    if (model.cfg.normalization_type or "").startswith("LN") and not model.cfg.final_rms:
-        direction = direction - direction.mean(-1, keepdim=True)
-    return direction / scale, bias
-
-
-def _token_rows(
-    model: HookedTransformer,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
-    prepend_bos: bool,
-) -> list[Int[Tensor, "one pos"]]:
-    """Each prompt's tokens, whole; TransformerLens by itself cuts off the end of a long one."""
-    if isinstance(prompt, Tensor):
-        rows = list(torch.atleast_2d(prompt.to(model.W_E.device)).split(1))
+    nonlinear = held(model, frozen_scale, ["ln_final"])
+    targets = targets.to(model.W_E.device)
+    against = None if against is None else against.to(model.W_E.device)
+    repeat = targets.shape[1] if positions == slice(-1, None) else 1
+    place = Place.last(model)
+    names = [*write_names(model, by, place), *logit_names(model)]
+    if nonlinear:
+        names.append(place.hook)
+    if run is None:
+        cache, logits = run_to_logits(model, tokens, positions, names, targets, against)
     else:
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows = [model.to_tokens(text, prepend_bos=prepend_bos, truncate=False) for text in texts]
-    if not rows or any(row.numel() == 0 for row in rows):
-        raise DataError("a prompt is empty")
-    return rows
+        cache, logits = given_run(run, positions, names, targets, against)
+    direction, constants = logit_directions(model, cache, logits, targets, against)
+    parts = writes(model, cache, by, place, positions, repeat, biases)
+    values, components = project(parts, direction, constants)
+    total = logits[0] if against is None else logits[0] - logits[1]
+    gap = None
+    if nonlinear:
+        parts = writes(model, cache, by, place, positions, repeat, biases)
+        stream = cache[place.hook][:, positions].expand(-1, total.shape[1], -1)
+        gap = _measured_gap(model, parts, values, components, stream, total, targets, against)
+    return Contributions(values, components, total, by, frozen_scale=bool(nonlinear), gap=gap)
 
 
-def _strings(model: HookedTransformer, ids: list[int]) -> list[str]:
-    """Token ids as text; as numbers for a model without a tokenizer."""
-    if model.tokenizer is None:
-        return [f"<{token}>" for token in ids]
-    return [model.tokenizer.decode([token]) for token in ids]
-
-
-def _questions(
-    model: HookedTransformer, answers: list[int], foils: list[int] | None
-) -> tuple[str, ...]:
-    """For each prompt, what was asked: `'answer'`, or `'answer' - 'foil'`."""
-    names = [repr(name) for name in _strings(model, answers)]
-    if foils is None:
-        return tuple(names)
-    for name, answer, foil in zip(names, answers, foils, strict=True):
-        if answer == foil:
-            raise DataError(f"{name} against itself: the logit difference is zero by definition")
-    against = [repr(name) for name in _strings(model, foils)]
-    return tuple(f"{name} - {foil}" for name, foil in zip(names, against, strict=True))
-
-
-def _one_each(
-    model: HookedTransformer, given: Answer | Sequence[Answer], n_prompts: int, what: str
-) -> list[int]:
-    """Token ids, one per prompt."""
-    answers = [given] * n_prompts if isinstance(given, str | int) else list(given)
-    if len(answers) != n_prompts:
-        raise DataError(f"{n_prompts} prompts, but {len(answers)} {what}")
-    return [_token(model, answer) for answer in answers]
-
-
-def _token(model: HookedTransformer, answer: Answer) -> int:
-    if isinstance(answer, int):
-        if not 0 <= answer < model.cfg.d_vocab:
-            raise DataError(f"token id {answer} is outside the vocabulary of {model.cfg.d_vocab}")
-        return answer
-    tokens = model.to_tokens(answer, prepend_bos=False)[0].tolist()
-    if len(tokens) != 1:
-        pieces = model.to_str_tokens(answer, prepend_bos=False)
-        raise DataError(f"{answer!r} is {len(tokens)} tokens, {pieces}: an answer is one token")
-    return tokens[0]
+def _measured_gap(
+    model: HookedTransformer,
+    parts: Iterable[Write],
+    values: Float[Tensor, "component batch kept"],
+    components: tuple[Component, ...],
+    stream: Float[Tensor, "batch kept d_model"],
+    total: Float[Tensor, "batch kept"],
+    targets: Int[Tensor, "batch kept"],
+    against: Int[Tensor, "batch kept"] | None,
+) -> MeasuredError:
+    """What the largest parts claim against what the logit loses without them."""
+    in_stream = [i for i, c in enumerate(components) if c.kind not in ("ln_final.b", "b_U")]
+    size = values[in_stream].abs().flatten(1).mean(1)
+    chosen = sorted(in_stream[i] for i in size.topk(min(_MEASURED, len(size))).indices.tolist())
+    vectors, _ = expand(parts, [components[i] for i in chosen])
+    kept = slice(None) if stream.shape[1] <= _POSITIONS else slice(0, None, stream.shape[1] // 64)
+    losses = []
+    for vector in vectors:
+        without = (stream - vector)[:, kept]
+        logits = model(without.flatten(0, 1)[:, None], start_at_layer=model.cfg.n_layers)[:, 0]
+        changed = logits.gather(-1, targets[:, kept].flatten()[:, None])
+        if against is not None:
+            changed = changed - logits.gather(-1, against[:, kept].flatten()[:, None])
+        losses.append(total[:, kept] - changed.reshape(total[:, kept].shape))
+    return measure_error(values[chosen][:, :, kept], torch.stack(losses))

@@ -1,110 +1,100 @@
-"""The residual stream taken apart, projected onto a direction without ever leaving it.
+"""The residual stream at any place as a sum of what was written to it."""
 
-The stream before the final norm is a sum: embeddings, every head, every neuron, every bias. To
-project the parts onto a direction u, u is carried back through W_O and W_out and meets z and the
-neuron activations there; no [component, batch, pos, d_model] is ever formed.
-"""
-
-from collections.abc import Mapping
+from typing import get_args
 
 import torch
-from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.contributions import Component, Level
-from lnfree_interp.errors import UnsupportedModelError
+from lnfree_interp.analysis.contributions import Contributions, Level
+from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
+from lnfree_interp.analysis.writes import (
+    Place,
+    expand,
+    project,
+    require_decomposable,
+    write_names,
+    writes,
+)
+from lnfree_interp.errors import DataError
 
 
-def require_decomposable(model: HookedTransformer) -> None:
-    """Refuse models whose stream is not the plain sum that `project_residual` assumes.
-
-    Raises:
-        UnsupportedModelError: for parts that would be missing from the sum.
-    """
-    cfg = model.cfg
-    unsupported = {
-        "attention-only blocks": cfg.attn_only,
-        "norms after the sublayers": cfg.use_normalization_before_and_after,
-        "a norm after the embedding": cfg.post_embedding_ln,
-        f"{cfg.positional_embedding_type!r} positions": cfg.positional_embedding_type != "standard",
-        "gated MLPs": cfg.gated_mlp,
-        "mixtures of experts": cfg.num_experts is not None,
-        "a soft cap on the logits": cfg.output_logits_soft_cap > 0,
-    }
-    if found := [what for what, is_so in unsupported.items() if is_so]:
-        raise UnsupportedModelError(f"cannot take apart a model with {', '.join(found)}")
-
-
-def cached_names(model: HookedTransformer, level: Level) -> list[str]:
-    """The activations that `project_residual` needs."""
-    per_block = {
-        "block": ["hook_attn_out", "hook_mlp_out"],
-        "head": ["attn.hook_z", "hook_mlp_out"],
-        "neuron": ["attn.hook_z", "mlp.hook_post"],
-    }[level]
-    blocks = [f"blocks.{i}.{name}" for i in range(model.cfg.n_layers) for name in per_block]
-    return ["hook_embed", "hook_pos_embed", *blocks]
-
-
-def project_residual(
+@torch.no_grad()
+def decompose_residual(
     model: HookedTransformer,
-    cache: Mapping[str, Tensor],
-    direction: Float[Tensor, "batch pos d_model"],
-    level: Level,
-) -> tuple[Float[Tensor, "component batch pos"], tuple[Component, ...]]:
-    """Every part of the final residual stream, projected onto a direction per position.
+    prompt: Prompt,
+    at: str | None = None,
+    *,
+    pos: int | slice = -1,
+    by: Level = "head",
+    onto: Float[Tensor, "*batch d_model"] | None = None,
+    prepend_bos: bool = True,
+    attention_mask: Int[Tensor, "prompt pos"] | None = None,
+    biases: bool = False,
+) -> Contributions:
+    """The residual stream at one place, as the sum of embeddings, heads, neurons and biases.
+
+    Exact on every model, LN-free or not: norms act on what sublayers read, never on the stream.
 
     Args:
-        model: Whose weights to carry the direction through.
-        cache: The activations named by `cached_names`, at the direction's positions.
-        direction: [batch, pos, d_model], what to project onto.
-        level: `"block"`: attention and MLP of each layer. `"head"`: attention by head, its output
-            bias b_O apart. `"neuron"`: as head, and MLPs by neuron, their bias b_out apart. A
-            head's part holds its value bias b_V, since attention weights sum to one.
+        model: Any form.
+        prompt: One prompt or several of the same length.
+        at: A hook name such as `blocks.3.hook_resid_mid`. Default: the stream that the final norm
+            reads.
+        pos: Positions of the stream: one, or a slice.
+        by: `"layer"`, `"block"`, `"head"`, `"source"` or `"neuron"`; see `writes`.
+        onto: Project onto this direction, [d_model], instead of expanding every part: [component]
+            numbers instead of vectors.
+        prepend_bos: As in `attribute_logits`.
+        attention_mask: As in `attribute_logits`.
+        biases: As in `attribute_logits`.
 
     Returns:
-        Values [component, batch, pos] and what each row is, in the order of computation.
+        Values [component, pos, d_model] for one prompt, [component, prompt, pos, d_model] for
+        several; without `pos` for a single position, without `d_model` with `onto`. In the
+        stream's own units.
+
+    Raises:
+        DataError: if there is no such place or position, or prompts differ in length.
+        UnsupportedModelError: for a model whose stream has other parts.
     """
-    values: list[Float[Tensor, "part batch pos"]] = []
-    components: list[Component] = []
-
-    def add(parts: Tensor, kinds: list[Component]) -> None:
-        values.append(parts)
-        components.extend(kinds)
-
-    def whole(name: str, component: Component) -> None:
-        add((cache[name] * direction).sum(-1)[None], [component])
-
-    def bias(b: Float[Tensor, " d_model"], component: Component) -> None:
-        add((direction @ b)[None], [component])
-
-    whole("hook_embed", Component("embed"))
-    whole("hook_pos_embed", Component("pos_embed"))
-    for layer, block in enumerate(model.blocks):
-        prefix = f"blocks.{layer}"
-        if level == "block":
-            whole(f"{prefix}.hook_attn_out", Component("attn_out", layer))
-        else:
-            onto_z = einsum(
-                block.attn.W_O,
-                direction,
-                "head d_head d_model, batch pos d_model -> head batch pos d_head",
-            )
-            heads = einsum(
-                cache[f"{prefix}.attn.hook_z"],
-                onto_z,
-                "batch pos head d_head, head batch pos d_head -> head batch pos",
-            )
-            add(heads, [Component("head", layer, head) for head in range(len(heads))])
-            bias(block.attn.b_O, Component("b_O", layer))
-        if level == "neuron":
-            neurons = (cache[f"{prefix}.mlp.hook_post"] * (direction @ block.mlp.W_out.T)).movedim(
-                -1, 0
-            )
-            add(neurons, [Component("neuron", layer, neuron) for neuron in range(len(neurons))])
-            bias(block.mlp.b_out, Component("b_out", layer))
-        else:
-            whole(f"{prefix}.hook_mlp_out", Component("mlp_out", layer))
-    return torch.cat(values), tuple(components)
+    if by not in get_args(Level):
+        raise DataError(f"by={by!r} is not one of {', '.join(get_args(Level))}")
+    require_decomposable(model)
+    place = Place.last(model) if at is None else Place.parse(model, at)
+    prompts = read_prompts(model, prompt, prepend_bos, attention_mask)
+    groups = prompts.by_length()
+    if len(groups) > 1:
+        raise DataError("prompts differ in length: take the stream apart one prompt at a time")
+    tokens = groups[0][1]
+    n_pos = tokens.shape[1]
+    if isinstance(pos, int) and not -n_pos <= pos < n_pos:
+        raise DataError(f"there is no position {pos} among {n_pos} tokens")
+    positions = slice(pos % n_pos, pos % n_pos + 1) if isinstance(pos, int) else pos
+    names = [*write_names(model, by, place), place.hook]
+    stop = min(place.layer + 1, model.cfg.n_layers)
+    _, cache = model.run_with_cache(
+        tokens, stop_at_layer=stop, names_filter=lambda name: name in names
+    )
+    total = cache[place.hook][:, positions]
+    if total.shape[1] == 0:
+        raise DataError(f"{pos} selects none of {n_pos} positions")
+    parts = writes(model, cache, by, place, positions, biases=biases)
+    if onto is None:
+        values, components = expand(parts)
+    else:
+        if onto.shape[-1] != model.cfg.d_model:
+            raise DataError(f"a direction has {model.cfg.d_model} entries, not {onto.shape[-1]}")
+        direction = onto.to(total).expand(total.shape).contiguous()
+        values, components = project(parts, direction)
+        total = torch.linalg.vecdot(total, direction)
+    if isinstance(pos, int):
+        values, total = values[:, :, 0], total[:, 0]
+    whole = Contributions(
+        values, components, total, by,
+        of=(place.hook,) * len(tokens),
+        prompts=tuple(tuple(strings(model, row.tolist())) for row in tokens),
+        identity=f"parts = {place.hook}",
+    )  # fmt: skip
+    return whole.select(0) if prompts.single else whole

@@ -1,0 +1,108 @@
+"""The whole network, patterns and gates held, as one affine map from its tokens to a logit."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.contributions import Component, Contributions
+from lnfree_interp.analysis.gates import Held, HeldLayer, hold
+from lnfree_interp.analysis.logit_reading import LogitReading, read_logit
+from lnfree_interp.analysis.questions import Answer, Prompt
+from lnfree_interp.analysis.reads import held
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """A logit as sum over tokens of J_t (embedding + position), plus biases.
+
+    Attributes:
+        jacobian: [pos, d_model], J_t: what the logit reads from the stream before block 0.
+        contributions: `embed@t` and `pos_embed@t` for every token, then biases layer by layer.
+    """
+
+    jacobian: Float[Tensor, "pos d_model"]
+    contributions: Contributions
+
+    @property
+    def by_token(self) -> Float[Tensor, " pos"]:
+        """What each token adds, its position included, in logits."""
+        found = [self.contributions.of_kind(kind) for kind in ("embed", "pos_embed")]
+        return torch.stack([values for values in found if len(values)]).sum(0)
+
+    @property
+    def biases(self) -> Float[Tensor, ""]:
+        """What does not come from any token, in logits."""
+        return self.contributions.total - self.by_token.sum()
+
+
+@torch.no_grad()
+def affine_map(
+    model: HookedTransformer,
+    prompt: Prompt,
+    answer: Answer,
+    against: Answer | None = None,
+    *,
+    prepend_bos: bool = True,
+    frozen_scale: bool = False,
+) -> AffineMap:
+    """What each input token adds to a logit, with attention patterns and neuron gates held.
+
+    What is held is named: patterns, gates, and no norm. Biases, which are no token's, stand apart:
+    they are often a large share. (Detached Jacobians hold norms as well: identities only.)
+
+    Args:
+        model: LN-free.
+        prompt: One prompt.
+        answer: As in `attribute_logits`, one.
+        against: As in `attribute_logits`, one.
+        prepend_bos: As in `attribute_logits`.
+        frozen_scale: Hold live norms' scales too.
+
+    Raises:
+        InexactError: if a norm is live and `frozen_scale` is False.
+        DataError, UnsupportedModelError: as `attribute_logits`.
+    """
+    held(model, frozen_scale)
+    reading = read_logit(model, prompt, answer, against, prepend_bos)
+    network = hold(model, reading.tokens)
+    values: list[Tensor] = []
+    components: list[Component] = []
+    u = start = spread(network, reading)
+    biases: list[tuple[Component, Tensor]] = []
+    for layer, behind, at_attn, before in network.back(start):
+        biases += layer_biases(layer, behind, at_attn)
+        u = before
+    for kind, x in network.embeds.items():
+        values.append(torch.linalg.vecdot(x, u)[0])
+        components += [Component(kind, pos=pos) for pos in range(x.shape[1])]
+    biases = [*reversed(biases), *reading.constants]
+    values.append(torch.stack([value for _, value in biases]))
+    components += [component for component, _ in biases]
+    contributions = Contributions(
+        torch.cat(values), tuple(components), reading.total, "token", reading.of, reading.prompts,
+        bool(held(model, True)), "tokens + biases = the model's logits, patterns and gates held",
+    )  # fmt: skip
+    return AffineMap(u[0], contributions)
+
+
+def spread(network: Held, reading: LogitReading) -> Float[Tensor, "1 pos d_model"]:
+    """What a logit reads from the last stream: something at the last position only."""
+    u = torch.zeros_like(network.streams[-1])
+    u[:, -1] = reading.direction
+    return u
+
+
+def layer_biases(
+    layer: HeldLayer, behind: Tensor, at_attn: Tensor
+) -> list[tuple[Component, Tensor]]:
+    """What a block's biases add, the last of them first."""
+    found = []
+    if layer.W_out is not None:
+        found.append((Component("b_out", layer.layer), (behind @ layer.b_out).sum()))
+        found.append((Component("b_in", layer.layer), (layer.onto_post(behind) * layer.b_in).sum()))
+    found.append((Component("b_O", layer.layer), (at_attn @ layer.b_O).sum()))
+    found.append((Component("b_V", layer.layer), (layer.onto_z(at_attn) * layer.b_V).sum()))
+    return found

@@ -1,0 +1,104 @@
+"""Attribution over more text than fits into memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.contributions import Component, Contributions, Level
+from lnfree_interp.analysis.logits import attribute_next_tokens
+from lnfree_interp.errors import DataError
+from lnfree_interp.numerics import MeasuredError
+
+
+@dataclass(frozen=True, eq=False)
+class MeanContributions:
+    """Attribution over many tokens, accumulated without keeping them.
+
+    Attributes:
+        mean: [component], mean contribution to the logit of the true next token, in logits.
+        mean_abs: [component], mean absolute contribution.
+        std: [component], standard deviation over tokens.
+        total: Mean logit of the true next token.
+        count: Tokens.
+        error: The largest error of any batch.
+    """
+
+    mean: Float[Tensor, " component"]
+    mean_abs: Float[Tensor, " component"]
+    std: Float[Tensor, " component"]
+    components: tuple[Component, ...]
+    total: float
+    count: int
+    level: Level
+    error: MeasuredError
+    frozen_scale: bool = False
+
+    def as_contributions(self) -> Contributions:
+        """The means as a labelled sum."""
+        total = torch.tensor(self.total, dtype=torch.float64)
+        return Contributions(
+            self.mean, self.components, total, self.level,
+            of=(f"the next token, mean of {self.count:,}",), frozen_scale=self.frozen_scale,
+        )  # fmt: skip
+
+
+def mean_next_token_attribution(
+    model: HookedTransformer,
+    blocks: Int[Tensor, "blocks pos"] | Iterable[Int[Tensor, "batch pos"]],
+    *,
+    by: Level = "head",
+    biases: bool = False,
+    frozen_scale: bool = False,
+    batch: int = 8,
+    progress: bool = False,
+) -> MeanContributions:
+    """Attribution of the true next token over as much text as there is, in the memory of a batch.
+
+    Args:
+        model: As for `attribute_logits`.
+        blocks: Token ids; or batches of them, from anywhere.
+        by: As for `attribute_logits`; not `"source"`, whose parts differ from prompt to prompt.
+        biases: As for `attribute_logits`.
+        frozen_scale: As for `attribute_logits`.
+        batch: Rows at once.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InexactError: as `attribute_logits`, and if the parts of a batch do not add up.
+        DataError: as `attribute_next_tokens`.
+    """
+    if by == "source":
+        raise DataError("the mean over positions of a source token says nothing: choose by='head'")
+    chunks: Iterable[Tensor] = blocks.split(batch) if isinstance(blocks, Tensor) else blocks
+    sums: Tensor | None = None
+    total, count, worst, last = 0.0, 0, None, None
+    for tokens in tqdm(chunks, desc="attribution", unit="batch", disable=not progress):
+        part = attribute_next_tokens(
+            model, tokens, by=by, biases=biases, frozen_scale=frozen_scale
+        ).verify()
+        values = part.values.flatten(1)
+        moments = torch.stack(
+            [
+                values.sum(1, dtype=torch.float64),
+                values.abs().sum(1, dtype=torch.float64),
+                values.square().sum(1, dtype=torch.float64),
+            ]
+        )
+        sums = moments if sums is None else sums + moments
+        total += part.total.double().sum().item()
+        count += values.shape[1]
+        if worst is None or part.error.relative > worst.relative:
+            worst = part.error
+        last = part
+    if sums is None or last is None or worst is None:
+        raise DataError("there is no text")
+    mean, mean_abs, mean_square = sums / count
+    std = (mean_square - mean.square()).clamp(min=0).sqrt()
+    return MeanContributions(
+        mean, mean_abs, std, last.components, total / count, count, by, worst, last.frozen_scale
+    )

@@ -1,0 +1,157 @@
+"""Which numbers about the residual stream mean something.
+
+Without norms the stream can be written in any basis: for every invertible M, writers W M and
+readers M^-1 W give the same model. What depends on the basis (a norm of an activation, a cosine
+between two, the proximity of a part to the whole) is a fact about the parametrisation and not about
+the function. Attributions, scores, paths and virtual weights do not depend on it.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.writes import require_decomposable
+from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
+
+Metric = Callable[[HookedTransformer], float | Tensor]
+
+
+@torch.no_grad()
+def random_gauge(
+    model: HookedTransformer,
+    *,
+    kind: Literal["general", "orthogonal"] = "general",
+    spread: float = 2.0,
+    seed: int = 0,
+) -> HookedTransformer:
+    """The same function in another basis of the residual stream.
+
+    Args:
+        model: LN-free and folded.
+        kind: Any invertible matrix, or rotations and reflections only.
+        spread: Largest factor by which a direction is stretched or shrunk.
+        seed: Of the matrix.
+
+    Returns:
+        A new model whose logits have been compared with the given one's.
+
+    Raises:
+        UnsupportedModelError: if the model has norms: a mean and a standard deviation are read in
+            one basis only.
+        InexactError: if the logits differ by more than rounding explains.
+    """
+    require_decomposable(model)
+    if model.cfg.normalization_type is not None:
+        raise UnsupportedModelError(
+            "a model with norms, even constant ones, has no such symmetry: call fold(model) first"
+        )
+    if not 1 < spread < 1e3 or kind not in ("general", "orthogonal"):
+        raise DataError(
+            f"spread={spread} must lie in 1..1000, kind={kind!r} be general or orthogonal"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    d_model = model.cfg.d_model
+    left, right = (
+        torch.linalg.qr(torch.randn(d_model, d_model, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    stretch = torch.ones(d_model, dtype=torch.float64)
+    if kind == "general":
+        stretch = spread ** (2 * torch.rand(d_model, generator=generator, dtype=torch.float64) - 1)
+    M = (left * stretch @ right).to(model.W_E.device)
+    back = (right.T / stretch @ left.T).to(model.W_E.device)
+    turned = copy.deepcopy(model)
+    turned.reset_hooks(including_permanent=True)
+    for name, W in turned.named_parameters():
+        leaf = name.rpartition(".")[2].lstrip("_")
+        if leaf in ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out"):
+            W.copy_(W.double() @ M)
+        elif leaf in ("W_Q", "W_K", "W_V", "W_in", "W_gate", "W_U"):
+            W.copy_(back @ W.double())
+    compare_logits(turned, model).require("the model in another basis against itself")
+    return turned
+
+
+@dataclass(frozen=True)
+class GaugeReport:
+    """Whether a metric means something on an LN-free model."""
+
+    error: MeasuredError
+    """Largest change between bases, relative to the largest value."""
+    bases: int
+    kind: str
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the metric is the same in every basis, up to rounding."""
+        return self.error.relative <= 10 * TOLERANCE[self.error.dtype]
+
+    def __str__(self) -> str:
+        if self.invariant:
+            return f"does not depend on the basis: {self.error} over {self.bases} of them"
+        return (
+            f"DEPENDS on the basis of the residual stream: changed by {self.error.relative:.0%} "
+            f"over {self.bases} of them, while the logits stayed. It says something about the "
+            "parametrisation, not about the function"
+        )
+
+
+def gauge_check(
+    metric: Metric,
+    model: HookedTransformer,
+    *,
+    bases: int = 3,
+    kind: Literal["general", "orthogonal"] = "general",
+    seed: int = 0,
+) -> GaugeReport:
+    """Whether a number that you quote about a model is about its function.
+
+    Args:
+        metric: From a model to a number or a tensor of numbers.
+        model: LN-free and folded.
+        bases: How many random bases to try.
+        kind: As in `random_gauge`; a metric that only `"orthogonal"` ones leave alone is a fact
+            about the basis that training happened to find.
+        seed: Of the first.
+
+    Raises:
+        DataError: if the metric gives no numbers, or another shape from one basis to the next.
+        UnsupportedModelError: as `random_gauge`.
+
+    Example:
+        >>> def norm(model):  # doctest: +SKIP
+        ...     return model.run_with_cache(tokens)[1]["resid_post", 3].norm(dim=-1)
+        >>> print(lf.gauge_check(norm, free))  # doctest: +SKIP
+    """
+    if bases < 1:
+        raise DataError("try at least one basis")
+    expected = _numbers(metric(model))
+    worst: MeasuredError | None = None
+    for index in range(bases):
+        found = _numbers(metric(random_gauge(model, kind=kind, seed=seed + index)))
+        if found.shape != expected.shape:
+            raise DataError(
+                f"the metric gave {list(expected.shape)}, then {list(found.shape)} numbers"
+            )
+        error = measure_error(found.to(model.cfg.dtype), expected.to(model.cfg.dtype))
+        worst = error if worst is None or error.relative > worst.relative else worst
+    assert worst is not None
+    return GaugeReport(worst, bases, kind)
+
+
+def _numbers(value: float | Tensor) -> Float[Tensor, "*shape"]:
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a metric gives numbers, not {value!r}") from error
+    if numbers.numel() == 0:
+        raise DataError("the metric gave no numbers")
+    return numbers

@@ -1,0 +1,91 @@
+"""The logit lens: what the unembedding reads from the stream at every layer.
+
+With a live final norm the lens at a layer rescales everything by that layer's own norm, and the
+steps from layer to layer are no attribution. Without, each step is exactly what the block added:
+lens(l + 1) - lens(l) is block l's direct logit attribution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.analysis.logits import attribute_next_tokens
+from lnfree_interp.analysis.questions import strings
+from lnfree_interp.analysis.reads import held
+from lnfree_interp.analysis.writes import Place
+from lnfree_interp.numerics import measure_error
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """The logit of the true next token, as it builds up.
+
+    Attributes:
+        values: [layer + 1, batch, pos - 1]; the first row is before block 0, the last the logit.
+        increments: [layer, batch, pos - 1], what each block added.
+        top: [layer + 1, batch, pos - 1], the token that would be predicted there.
+        tokens: The prompts, as strings.
+        certificate: Steps of the lens against direct attribution by layer.
+    """
+
+    values: Float[Tensor, "place batch target"]
+    top: Int[Tensor, "place batch target"]
+    tokens: tuple[tuple[str, ...], ...]
+    certificate: Certificate
+
+    @property
+    def increments(self) -> Float[Tensor, "layer batch target"]:
+        """What each block added, in logits."""
+        return self.values.diff(dim=0)
+
+    def verify(self, tolerance: float | None = None) -> "Lens":
+        """Return self if the steps are the blocks' attributions.
+
+        Raises:
+            InexactError: if they are not.
+        """
+        self.certificate.require(tolerance)
+        return self
+
+
+@torch.no_grad()
+def logit_lens(
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], *, frozen_scale: bool = False
+) -> Lens:
+    """The stream at every layer through the final norm and the unembedding.
+
+    Args:
+        model: LN-free; or any, with `frozen_scale`, for the certificate that fails.
+        tokens: [batch, pos].
+        frozen_scale: Answer for a live final norm too. Each layer is then divided by its own
+            scale, as logit lenses are, and the certificate shows that steps are no attribution.
+
+    Raises:
+        InexactError: if the final norm is live or the logits are capped, and `frozen_scale` is
+            False.
+        DataError: as `attribute_next_tokens`.
+    """
+    held(model, frozen_scale, ["ln_final"])
+    by_layer = attribute_next_tokens(model, tokens, by="layer", frozen_scale=frozen_scale)
+    tokens = tokens.to(model.W_E.device)
+    n_layers = model.cfg.n_layers
+    hooks = [Place(layer).hook for layer in range(n_layers + 1)]
+    _, cache = model.run_with_cache(
+        tokens, stop_at_layer=n_layers, names_filter=lambda name: name in hooks
+    )
+    values, top = [], []
+    for hook in hooks:
+        logits = model(cache[hook][:, :-1], start_at_layer=n_layers)
+        values.append(logits.gather(-1, tokens[:, 1:, None])[..., 0])
+        top.append(logits.argmax(-1))
+    lens = torch.stack(values)
+    largest = max(by_layer.values.abs().max().item(), lens.abs().max().item())
+    error = measure_error(lens.diff(dim=0), by_layer.of_kind("layer"), largest)
+    return Lens(
+        lens, torch.stack(top), tuple(tuple(strings(model, row.tolist())) for row in tokens),
+        Certificate("lens(l + 1) - lens(l) = attribution of block l", error),
+    )  # fmt: skip

@@ -1,0 +1,263 @@
+"""Neurons of an LN-free model: fixed half-spaces of the stream.
+
+Without a norm, a neuron's input is a sum over the stream's parts and its bias, and its threshold
+is the same for every token. Along any direction of the stream the distance to the next flip of a
+gate is a quotient, and up to there a ReLU MLP is affine.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.analysis.contributions import Component, Contributions, Level
+from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
+from lnfree_interp.analysis.reads import Read, held, read, read_names
+from lnfree_interp.analysis.writes import (
+    Place,
+    expand,
+    project,
+    require_decomposable,
+    write_names,
+    writes,
+)
+from lnfree_interp.errors import DataError
+from lnfree_interp.numerics import measure_error
+
+Of = Literal["pre", "post"]
+
+
+def mlp_place(model: HookedTransformer, layer: int) -> Place:
+    """What a layer's MLP reads: the stream after its attention, or before it in parallel blocks.
+
+    Raises:
+        DataError: if the layer has no MLP.
+    """
+    if model.cfg.attn_only or not 0 <= layer < model.cfg.n_layers:
+        raise DataError(f"the model has no MLP in layer {layer}")
+    return Place(layer, mid=not model.cfg.parallel_attn_mlp)
+
+
+@torch.no_grad()
+def attribute_neuron(
+    model: HookedTransformer,
+    prompt: Prompt,
+    layer: int,
+    neuron: int,
+    pos: int = -1,
+    *,
+    of: Of = "pre",
+    by: Level = "head",
+    prepend_bos: bool = True,
+    biases: bool = False,
+    frozen_scale: bool = False,
+) -> Contributions:
+    """A neuron's input, or its activation, as a sum over what the stream is made of.
+
+    Args:
+        model: LN-free.
+        prompt: One prompt.
+        layer: Of the neuron.
+        neuron: Its index.
+        pos: Position.
+        of: `"pre"`: what the activation function gets; minus the bias b_in is its threshold.
+            `"post"`: the activation, by the secant post / pre, which splits it completely; in a
+            gated MLP what passes the gate, the gate held.
+        by: As in `attribute_logits`.
+        prepend_bos: As in `attribute_logits`.
+        biases: As in `attribute_logits`.
+        frozen_scale: Hold the scale of a live norm before the MLP.
+
+    Returns:
+        Values [component].
+
+    Raises:
+        DataError: if there is no such neuron or position, or more than one prompt.
+        InexactError: if the norm before the MLP is live and `frozen_scale` is False.
+        UnsupportedModelError: for a model whose stream has other parts.
+    """
+    if of not in get_args(Of) or by not in get_args(Level):
+        raise DataError(f"of={of!r} must be pre or post, by={by!r} one of {get_args(Level)}")
+    place, tokens, pos = _question(model, prompt, layer, pos, prepend_bos)
+    mlp = model.blocks[layer].mlp
+    n_neurons = mlp.W_in.shape[1]
+    if not 0 <= neuron < n_neurons:
+        raise DataError(f"layer {layer} has neurons 0 to {n_neurons - 1}, not {neuron}")
+    site, prefix = f"blocks.{layer}.ln2", f"blocks.{layer}.mlp"
+    nonlinear = held(model, frozen_scale, [site])
+    gated = model.cfg.gated_mlp
+    through = mlp.W_gate if gated and of == "pre" else mlp.W_in
+    w, b = through[:, neuron], mlp.b_in[neuron]
+    names = [*write_names(model, by, place), *read_names(model, [site])]
+    names += [f"{prefix}.hook_pre", f"{prefix}.hook_post"]
+    names += [f"{prefix}.hook_pre_linear"] if gated else []
+    _, cache = model.run_with_cache(
+        tokens, stop_at_layer=layer + 1, names_filter=lambda name: name in names
+    )
+    at = slice(pos, pos + 1)
+    norm = _sliced(read(model, cache, site), at)
+    pre, post = (cache[f"{prefix}.hook_{x}"][:, at, neuron] for x in ("pre", "post"))
+    slope = torch.ones_like(pre)
+    if of == "post":
+        linear = cache[f"{prefix}.hook_pre_linear"][:, at, neuron] if gated else pre
+        passed = post - b if gated else post
+        slope = torch.where(linear == 0, 0.0, passed / linear)
+    constants = []
+    if norm.bias is not None:
+        constants.append((Component("ln2.b", layer), slope * (norm.bias @ w)))
+    if not gated:
+        constants.append((Component("b_in", layer), slope * b))
+    elif of == "post":
+        constants.append((Component("b_in", layer), b.expand_as(pre)))
+    direction = norm.back((slope[..., None] * w).expand(1, 1, -1)).contiguous()
+    parts = writes(model, cache, by, place, at, biases=biases)
+    values, components = project(parts, direction, constants)
+    name = Component("neuron", layer, neuron).label
+    return Contributions(
+        values[:, 0, 0], components, (pre if of == "pre" else post)[0, 0], by,
+        of=(f"{of} of {name} at {pos}",),
+        prompts=(tuple(strings(model, tokens[0].tolist())),),
+        frozen_scale=bool(nonlinear),
+        identity=f"parts = {of} of {name}",
+    )  # fmt: skip
+
+
+def _question(
+    model: HookedTransformer, prompt: Prompt, layer: int, pos: int, prepend_bos: bool
+) -> tuple[Place, Int[Tensor, "1 pos"], int]:
+    require_decomposable(model)
+    place = mlp_place(model, layer)
+    prompts = read_prompts(model, prompt, prepend_bos)
+    if len(prompts.rows) != 1:
+        raise DataError(f"neurons are attributed one prompt at a time, not {len(prompts.rows)}")
+    tokens = prompts.rows[0][None]
+    n_pos = tokens.shape[1]
+    if not -n_pos <= pos < n_pos:
+        raise DataError(f"there is no position {pos} among {n_pos} tokens")
+    return place, tokens, pos % n_pos
+
+
+def _sliced(norm: Read, positions: slice) -> Read:
+    if isinstance(norm.scale, float):
+        return norm
+    return Read(norm.scale[:, positions], norm.gain, norm.bias, norm.centred)
+
+
+@dataclass(frozen=True, eq=False)
+class Flips:
+    """How far the stream can move along a direction before gates of an MLP flip.
+
+    Attributes:
+        pre: [neuron], the input of the activation function (of the gate in a gated MLP).
+        slope: [neuron], how fast it changes.
+        distance: [neuron], where it is zero; infinite for a neuron that moves away from zero.
+        certificate: Inputs at the nearest flip, computed by the model, against pre + t slope.
+        affine: For ReLU: the MLP's output half way to the nearest flip against the affine map;
+            None otherwise.
+    """
+
+    pre: Float[Tensor, " neuron"]
+    slope: Float[Tensor, " neuron"]
+    certificate: Certificate
+    affine: Certificate | None
+    layer: int
+
+    @property
+    def distance(self) -> Float[Tensor, " neuron"]:
+        """Where each neuron's input is zero: t = -pre / slope, if that is ahead."""
+        t = -self.pre / self.slope
+        return torch.where(torch.isfinite(t) & (t > 0), t, torch.inf)
+
+    @property
+    def nearest(self) -> tuple[Component, float]:
+        """The first neuron to flip, and at which distance."""
+        index = int(self.distance.argmin())
+        return Component("neuron", self.layer, index), self.distance[index].item()
+
+    def verify(self, tolerance: float | None = None) -> "Flips":
+        """Return self if both identities hold.
+
+        Raises:
+            InexactError: if one does not.
+        """
+        for certificate in (self.certificate, self.affine):
+            if certificate is not None:
+                certificate.require(tolerance)
+        return self
+
+
+@torch.no_grad()
+def flip_distances(
+    model: HookedTransformer,
+    prompt: Prompt,
+    layer: int,
+    along: Float[Tensor, " d_model"] | str | Component,
+    pos: int = -1,
+    *,
+    by: Level = "head",
+    prepend_bos: bool = True,
+) -> Flips:
+    """How far the stream may move before a neuron's input changes its sign.
+
+    Args:
+        model: LN-free: with a live norm the input is no straight line.
+        prompt: One prompt.
+        layer: Of the MLP.
+        along: A direction of the stream, [d_model]; or a component, which is taken away: at
+            distance 1 it is gone.
+        pos: Position.
+        by: Level at which the component is looked up.
+        prepend_bos: As in `attribute_logits`.
+
+    Raises:
+        DataError: if there is no such layer, position or component.
+        InexactError: if the norm before the MLP is live.
+    """
+    place, tokens, pos = _question(model, prompt, layer, pos, prepend_bos)
+    site = f"blocks.{layer}.ln2"
+    held(model, False, [site])
+    block, gated = model.blocks[layer], model.cfg.gated_mlp
+    names = [*write_names(model, by, place), place.hook]
+    _, cache = model.run_with_cache(
+        tokens, stop_at_layer=layer + 1, names_filter=lambda name: name in names
+    )
+    x = cache[place.hook][0, pos]
+    if isinstance(along, Tensor):
+        if along.shape != x.shape:
+            raise DataError(f"a direction has {len(x)} entries, not {list(along.shape)}")
+        v = along.to(x)
+    else:
+        parts = writes(model, cache, by, place, slice(pos, pos + 1))
+        v = -expand(parts, [along])[0][0, 0, 0]
+    W = block.mlp.W_gate if gated else block.mlp.W_in
+    b = 0 if gated else block.mlp.b_in
+    norm = read(model, {}, site)
+    bias = 0 if norm.bias is None else norm.bias @ W
+
+    def inputs(stream: Tensor) -> Tensor:
+        """By the model's own modules."""
+        return block.ln2(stream[None, None])[0, 0] @ W + b
+
+    pre = norm.forward(x) @ W + bias + b
+    slope = norm.forward(v) @ W
+    flips = Flips(pre, slope, Certificate("", measure_error(pre, pre)), None, layer)
+    t = flips.nearest[1]
+    t = t if t < torch.inf else 1.0
+    there = inputs(x + t * v)
+    largest = max(pre.abs().max().item(), (t * slope).abs().max().item())
+    certificate = Certificate(
+        "input at the nearest flip = pre + t slope", measure_error(pre + t * slope, there, largest)
+    )
+    affine = None
+    if model.cfg.act_fn == "relu" and not gated:
+        gate = (pre > 0).to(pre)
+        expected = block.mlp(block.ln2((x + 0.5 * t * v)[None, None]))[0, 0]
+        found = (gate * (pre + 0.5 * t * slope)) @ block.mlp.W_out + block.mlp.b_out
+        affine = Certificate(
+            "MLP half way to the nearest flip is affine", measure_error(found, expected)
+        )
+    return Flips(pre, slope, certificate, affine, layer)
