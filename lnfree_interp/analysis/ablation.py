@@ -3,8 +3,6 @@
 Independent of how `writes` takes the stream apart, and so a check on it.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,62 +22,54 @@ def by_ablation(
         tokens: [1, pos].
         component: Embedding, head (of one source token too), neuron, sublayer, layer or bias.
     """
-    layer = component.layer
+    kind, layer, index = component.kind, component.layer, component.index
     if layer is None:
-        name = f"hook_{component.kind}"
-        _, cache = model.run_with_cache(tokens, stop_at_layer=1, names_filter=name)
-        return cache[name]
-    prefix = f"blocks.{layer}"
-    if component.kind in ("head", "b_V", "neuron"):
-        inside = (
-            f"{prefix}.mlp.hook_post" if component.kind == "neuron" else f"{prefix}.attn.hook_z"
+        return _activation(model, tokens, f"hook_{kind}", 1)
+    prefix, stop, block = f"blocks.{layer}", layer + 1, model.blocks[layer]
+    if kind in ("b_O", "b_out"):
+        b = block.attn.b_O if kind == "b_O" else block.mlp.b_out
+        return b.expand(1, tokens.shape[1], -1)
+    if kind in ("attn_out", "mlp_out"):
+        return _activation(model, tokens, f"{prefix}.hook_{kind}", stop)
+    if kind == "layer":
+        after, before = (
+            _activation(model, tokens, f"{prefix}.hook_resid_{x}", stop) for x in ("post", "pre")
         )
-        outside = f"{prefix}.hook_{'mlp' if component.kind == 'neuron' else 'attn'}_out"
+        return after - before
+    if kind == "neuron":
+        changed, written = f"{prefix}.mlp.hook_post", f"{prefix}.hook_mlp_out"
     else:
-        inside = ""
-        outside = f"{prefix}.hook_{'attn' if component.kind in ('attn_out', 'b_O') else 'mlp'}_out"
-    found: list[Tensor] = []
+        changed, written = f"{prefix}.attn.hook_z", f"{prefix}.hook_attn_out"
+    moved = None
+    if kind == "b_V":
+        moved = block.attn.b_V[index]
+    elif component.pos is not None:
+        moved = _moved(model, tokens, component)
 
-    def run(change: Callable[[Tensor], None] | None) -> Tensor:
-        def look(x: Tensor, hook) -> Tensor:
-            if hook.name == outside:
-                found.append(x.clone())
-                return x
-            x = x.clone()
-            if change is not None:
-                change(x)
-            return x
+    def leave_out(x: Tensor, hook: object) -> Tensor:
+        x = x.clone()
+        x[:, :, index] = 0 if moved is None else x[:, :, index] - moved
+        return x
 
-        wanted = [name for name in (inside, outside) if name]
-        model.run_with_hooks(
-            tokens, stop_at_layer=layer + 1, fwd_hooks=[(name, look) for name in wanted]
-        )
-        return found.pop()
+    whole = _activation(model, tokens, written, stop)
+    with model.hooks([(changed, leave_out)]):
+        return whole - _activation(model, tokens, written, stop)
 
-    def without(x: Tensor) -> None:
-        index, attn = component.index, model.blocks[layer].attn
-        if component.kind == "neuron":
-            x[..., index] = 0
-        elif component.kind == "b_V":
-            x[:, :, index] -= attn.b_V[index]
-        elif component.pos is None:
-            x[:, :, index] = 0
-        else:
-            inner = [f"{prefix}.attn.hook_{a}" for a in ("v", "pattern")]
-            _, cache = model.run_with_cache(
-                tokens, stop_at_layer=layer + 1,
-                names_filter=lambda name: name in inner,
-            )  # fmt: skip
-            v, pattern = (cache[f"{prefix}.attn.hook_{a}"][0] for a in ("v", "pattern"))
-            group = index * v.shape[1] // len(pattern)
-            moved = v[component.pos, group] - attn.b_V[index]
-            x[0, :, index] -= pattern[index, :, component.pos, None] * moved
 
-    if component.kind == "b_O":
-        return model.blocks[layer].attn.b_O.expand(1, tokens.shape[1], -1)
-    if component.kind == "b_out":
-        return model.blocks[layer].mlp.b_out.expand(1, tokens.shape[1], -1)
-    if component.kind == "layer":
-        _, cache = model.run_with_cache(tokens, stop_at_layer=layer + 1)
-        return cache[f"{prefix}.hook_resid_post"] - cache[f"{prefix}.hook_resid_pre"]
-    return run(None) if not inside else run(None) - run(without)
+def _activation(model: HookedTransformer, tokens: Tensor, name: str, stop: int) -> Tensor:
+    return model.run_with_cache(tokens, stop_at_layer=stop, names_filter=name)[1][name]
+
+
+def _moved(
+    model: HookedTransformer, tokens: Int[Tensor, "1 pos"], head: Component
+) -> Float[Tensor, "pos d_head"]:
+    """What a head moves from one token to every position, its value bias apart."""
+    assert head.layer is not None
+    assert head.index is not None
+    v, pattern = (
+        _activation(model, tokens, f"blocks.{head.layer}.attn.hook_{x}", head.layer + 1)[0]
+        for x in ("v", "pattern")
+    )
+    value = v[head.pos, head.index * v.shape[1] // len(pattern)]
+    value = value - model.blocks[head.layer].attn.b_V[head.index]
+    return pattern[head.index, :, head.pos, None] * value

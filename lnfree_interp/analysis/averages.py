@@ -49,7 +49,7 @@ class MeanContributions:
 
 def mean_next_token_attribution(
     model: HookedTransformer,
-    blocks: Int[Tensor, "blocks pos"] | Iterable[Int[Tensor, "batch pos"]],
+    blocks: Int[Tensor, "blocks pos"] | Iterable[Int[Tensor, "_ pos"]],
     *,
     by: Level = "head",
     biases: bool = False,

@@ -80,9 +80,9 @@ class Component:
         Raises:
             DataError: if no component is written like that.
         """
-        name, _, at = label.partition("@")
+        name, split, at = label.partition("@")
         pos = int(at) if at.isdigit() else None
-        if not at or pos is not None:
+        if not split or pos is not None:
             if match := re.fullmatch(r"L(\d+)([HN])(\d+)", name):
                 kind = "head" if match[2] == "H" else "neuron"
                 return cls(kind, int(match[1]), int(match[3]), pos)
