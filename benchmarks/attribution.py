@@ -133,16 +133,23 @@ def heads(
 def neurons(
     model: HookedTransformer, tokens: Tensor, run: tuple[Tensor, ActivationCache], repeats: int
 ) -> list[Row]:
-    """Every neuron on the true next token at every position, against its bare products."""
+    """Every head and neuron on the true next token at every position, against bare products."""
     directions = model.W_U.T[tokens[0, 1:]]
 
     def bare() -> list[Tensor]:
-        return [directions @ block.mlp.W_out.T for block in model.blocks]
+        return [
+            directions @ W.T
+            for block in model.blocks
+            for W in (block.attn.W_O.flatten(0, 1), block.mlp.W_out)
+        ]
 
     def ours() -> lf.Contributions:
         return lf.attribute_next_tokens(model, tokens, by="neuron", run=run).verify()
 
-    theirs, _ = measure("neurons, every position", "bare products", bare, torch.cat, repeats)
+    def largest(products: list[Tensor]) -> Tensor:
+        return torch.cat([x for x in products if x.shape[1] == model.cfg.d_mlp])
+
+    theirs, _ = measure("neurons, every position", "bare products", bare, largest, repeats)
     mine, found = measure(
         "neurons, every position", "attribute_next_tokens", ours, lambda x: x.values, repeats
     )

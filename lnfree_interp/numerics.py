@@ -68,6 +68,20 @@ class MeasuredError:
         return f"{self.relative:.1e} relative ({self.absolute:.1e} absolute)"
 
 
+def sum_and_largest(
+    values: Float[Tensor, "part *shape"],
+) -> tuple[Float[Tensor, "*shape"], float]:
+    """The sum of parts in float64, and the largest absolute part, in one pass without a copy."""
+    total = values.new_zeros(values.shape[1:], dtype=torch.float64)
+    largest = 0.0
+    rows = max(1, _CHUNK // max(1, total.numel()))
+    for chunk in values.split(rows):
+        total += chunk.sum(0, dtype=torch.float64)
+        low, high = torch.aminmax(chunk)
+        largest = _larger(largest, _larger(-low.item(), high.item()))
+    return total, largest
+
+
 def measure_error(
     found: Float[Tensor, "*shape"],
     expected: Float[Tensor, "*shape"],

@@ -36,7 +36,7 @@ from lnfree_interp.analysis.writes import (
     writes,
 )
 from lnfree_interp.errors import DataError, UnsupportedModelError
-from lnfree_interp.numerics import MeasuredError, measure_error
+from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
 _LARGEST = 2**28
 """Entries of a bilinear attribution; a gigabyte in float32."""
@@ -75,9 +75,8 @@ class ScoreAttribution:
     @cached_property
     def error(self) -> MeasuredError:
         """Sum over all pairs against the model's score, relative to the largest term."""
-        low, high = torch.aminmax(self.values)
-        scale = max(-low.item(), high.item(), self.total.abs().max().item())
-        found = self.values.sum((0, 1), dtype=torch.float64)
+        found, largest = sum_and_largest(self.values.flatten(0, 1))
+        scale = max(largest, self.total.abs().max().item())
         return replace(measure_error(found, self.total, scale), dtype=self.total.dtype)
 
     @property

@@ -8,13 +8,12 @@ from functools import cached_property
 from typing import Literal, cast
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.errors import DataError
-from lnfree_interp.numerics import MeasuredError, measure_error
+from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
 ComponentKind = Literal[
     "embed",
@@ -156,9 +155,8 @@ class Contributions:
         Not to the whole alone: two logits can be close while their parts are large, and rounding
         goes with the parts.
         """
-        low, high = torch.aminmax(self.values)
-        scale = max(-low.item(), high.item(), self.total.abs().max().item())
-        error = measure_error(self.values.sum(0, dtype=torch.float64), self.total, scale)
+        found, largest = sum_and_largest(self.values)
+        error = measure_error(found, self.total, max(largest, self.total.abs().max().item()))
         return replace(error, dtype=self.total.dtype)
 
     @property

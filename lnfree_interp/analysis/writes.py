@@ -8,6 +8,7 @@ reads the stream is multiplied with the weights first.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from einops import einsum
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.contributions import Component, Level, find_components
+from lnfree_interp.analysis.contributions import Component, ComponentKind, Level, find_components
 from lnfree_interp.analysis.reads import Activations
 from lnfree_interp.errors import DataError, UnsupportedModelError
 
@@ -149,6 +150,16 @@ class Neurons:
     def vectors(self, rows: list[int]) -> Vectors:
         """Some of the parts in full."""
         return self.post[..., rows, None] * self.W_out[rows]
+
+
+@lru_cache(maxsize=256)
+def labels(
+    kind: ComponentKind, layer: int, n: int, sources: int | None = None
+) -> tuple[Component, ...]:
+    """Heads or neurons of a layer, by source token too; made once, since there are many."""
+    if sources is None:
+        return tuple(Component(kind, layer, index) for index in range(n))
+    return tuple(Component(kind, layer, i, pos) for i in range(n) for pos in range(sources))
 
 
 Write = Dense | Constant | Heads | Sources | Neurons
@@ -293,7 +304,7 @@ def writes(
             yield Dense((Component("attn_out", layer),), at(cache[f"{prefix}.hook_attn_out"]))
         else:
             n_heads = attn.W_O.shape[0]
-            heads = tuple(Component("head", layer, head) for head in range(n_heads))
+            heads = labels("head", layer, n_heads)
             split = biases or level == "source"
             if level == "source":
                 v = cache[f"{prefix}.attn.hook_v"]
@@ -301,24 +312,20 @@ def writes(
                 pattern = cache[f"{prefix}.attn.hook_pattern"][:, :, positions]
                 if repeat > 1:
                     pattern = pattern.expand(-1, -1, repeat, -1)
-                sources = tuple(
-                    Component("head", layer, head, pos)
-                    for head in range(n_heads)
-                    for pos in range(v.shape[1])
-                )
+                sources = labels("head", layer, n_heads, v.shape[1])
                 yield Sources(sources, pattern, v, attn.W_O)
             else:
                 z = at(cache[f"{prefix}.attn.hook_z"])
                 yield Heads(heads, z - attn.b_V if split else z, attn.W_O)
             if split:
-                b_V = tuple(Component("b_V", layer, head) for head in range(n_heads))
+                b_V = labels("b_V", layer, n_heads)
                 yield Constant(b_V, einsum(attn.b_V, attn.W_O, "h k, h k d -> h d"), shape)
             yield Constant((Component("b_O", layer),), attn.b_O[None], shape)
         if not has_mlp:
             continue
         if level == "neuron":
             post = at(cache[f"{prefix}.mlp.hook_post"])
-            neurons = tuple(Component("neuron", layer, i) for i in range(post.shape[-1]))
+            neurons = labels("neuron", layer, post.shape[-1])
             yield Neurons(neurons, post, block.mlp.W_out)
             yield Constant((Component("b_out", layer),), block.mlp.b_out[None], shape)
         else:
