@@ -27,7 +27,8 @@ from lnfree_interp.analysis import (
     residual,
 )
 from lnfree_interp.analysis.gates import HeldLayer, hold
-from lnfree_interp.analysis.writes import Constant, Dense, Heads, Neurons, Sources, Write, writes
+from lnfree_interp.analysis.parts import Constant, Dense, Heads, Neurons, Sources, Write
+from lnfree_interp.analysis.writes import writes
 
 OnWrite = Callable[[Write], Write]
 OnLayer = Callable[[HeldLayer], HeldLayer]

@@ -25,16 +25,10 @@ from lnfree_interp.analysis.contributions import (
     Contributions,
     Level,
 )
+from lnfree_interp.analysis.parts import Write, transform
 from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
 from lnfree_interp.analysis.reads import Read, held, read, read_names
-from lnfree_interp.analysis.writes import (
-    Place,
-    Write,
-    require_decomposable,
-    transform,
-    write_names,
-    writes,
-)
+from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 

@@ -8,18 +8,15 @@ every node, so that nothing is lost without being counted.
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.affine import layer_biases, spread
 from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.contributions import Component
-from lnfree_interp.analysis.gates import Held, HeldLayer, hold
-from lnfree_interp.analysis.logit_reading import LogitReading, read_logit
+from lnfree_interp.analysis.flow_parts import Unit, bias_flow, flow_parts, inflow_of
+from lnfree_interp.analysis.gates import hold
+from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.questions import Answer, Prompt
 from lnfree_interp.analysis.reads import held
 from lnfree_interp.errors import DataError
@@ -27,8 +24,6 @@ from lnfree_interp.numerics import measure_error
 
 if TYPE_CHECKING:
     import networkx
-
-Unit = Literal["neuron", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -136,31 +131,6 @@ class FlowGraph:
         return graph
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A node with its vectors."""
-
-    component: Component
-    pos: int | None
-    flow: float
-    writes: Float[Tensor, " d_model"] | None
-    """What it adds to the stream at its position."""
-    reads: Float[Tensor, " d_model"]
-    """The direction that it reads, at every position times `weights`; its output's share of the
-    logit is the sum, plus `own_bias`."""
-    weights: Float[Tensor, " pos"]
-    own_bias: float
-    place: float
-    """Where it writes, in the order of computation; it reads what was written before `reads_at`."""
-    reads_at: float
-
-    @property
-    def name(self) -> str:
-        if self.component.kind == "b_U":
-            return "logit"
-        return f"{self.component.label}@{self.pos}"
-
-
 @torch.no_grad()
 def flow_graph(
     model: HookedTransformer,
@@ -197,7 +167,7 @@ def flow_graph(
     nonlinear = held(model, frozen_scale)
     reading = read_logit(model, prompt, answer, against, prepend_bos)
     network = hold(model, reading.tokens)
-    parts, all_biases = _parts(network, reading, unit, top_k)
+    parts, all_biases = flow_parts(network, reading, unit, top_k)
     reads_of = torch.stack([part.reads for part in parts])
     weights = torch.stack([part.weights for part in parts])
     reads_at = torch.tensor([part.reads_at for part in parts], dtype=torch.float64)
@@ -211,8 +181,8 @@ def flow_graph(
         edges[i] = torch.where(reads_at > part.place, carried.double().cpu(), 0)
     shown = edges.abs() > smallest if smallest > 0 else edges != 0
     edges = torch.where(shown, edges, 0)
-    biases = torch.tensor([_bias_flow(network, part) for part in parts], dtype=torch.float64)
-    inflow = torch.tensor([_inflow(network, part) for part in parts], dtype=torch.float64)
+    biases = torch.tensor([bias_flow(network, part) for part in parts], dtype=torch.float64)
+    inflow = torch.tensor([inflow_of(network, part) for part in parts], dtype=torch.float64)
     is_token = reads_at == -1
     rest_in = torch.where(is_token, 0.0, inflow - edges.sum(0) - biases)
     nodes = tuple(
@@ -239,156 +209,3 @@ def flow_graph(
         nodes, found, Certificate("what flows into a node = what flows out of it", error),
         reading.of[0], reading.prompts[0], reading.total.item(), bool(nonlinear),
     )  # fmt: skip
-
-
-def _parts(
-    network: Held, reading: LogitReading, unit: Unit, top_k: int | None
-) -> tuple[list[_Part], float]:
-    """Tokens, the parts of largest flow in the order of computation, and the logit; and what all
-    biases together add to it."""
-    start = spread(network, reading)
-    u = start
-    directions, all_biases = [], sum(value.item() for _, value in reading.constants)
-    for layer, behind, at_attn, before in network.back(start):
-        directions.append((layer, behind, at_attn))
-        all_biases += sum(v.item() for _, v in layer_biases(layer, behind, at_attn))
-        u = before
-    sizes, keys = [], []
-    for layer, behind, at_attn in directions:
-        heads = torch.linalg.vecdot(layer.z, layer.onto_z(at_attn))[0]
-        sizes.append(heads.flatten())
-        keys += [
-            (layer.layer, "head", pos, i)
-            for pos in range(len(heads))
-            for i in range(heads.shape[1])
-        ]
-        if layer.post is not None:
-            flows = (layer.post * layer.onto_post(behind))[0]
-            if unit == "mlp":
-                sizes.append(flows.sum(1))
-                keys += [(layer.layer, "mlp_out", pos, 0) for pos in range(len(flows))]
-            else:
-                sizes.append(flows.flatten())
-                width = flows.shape[1]
-                keys += [
-                    (layer.layer, "neuron", pos, i)
-                    for pos in range(len(flows))
-                    for i in range(width)
-                ]
-    size = torch.cat(sizes)
-    chosen = (
-        range(len(size))
-        if top_k is None
-        else size.abs().topk(min(top_k, len(size))).indices.tolist()
-    )
-    by_layer = {layer.layer: (layer, behind, at_attn) for layer, behind, at_attn in directions}
-    parts = []
-    for index in chosen:
-        number, kind, pos, i = keys[index]
-        layer, behind, at_attn = by_layer[number]
-        make = _head if kind == "head" else _neuron if kind == "neuron" else _mlp
-        parts.append(make(network, layer, behind, at_attn, pos, i, size[index].item()))
-    parts.sort(key=lambda part: (part.place, part.pos, part.component.index or 0))
-    n_pos = start.shape[1]
-    nothing = torch.zeros_like(u[0, 0])
-    tokens = [
-        _Part(
-            Component(kind), pos, torch.dot(x[0, pos], u[0, pos]).item(), x[0, pos],
-            nothing, torch.zeros(n_pos, dtype=u.dtype, device=u.device), 0.0, -1.0, -1.0,
-        )
-        for pos in range(n_pos)
-        for kind, x in network.embeds.items()
-    ]  # fmt: skip
-    at_end = torch.zeros(n_pos, dtype=u.dtype, device=u.device)
-    at_end[-1] = 1
-    constant = sum(value.item() for _, value in reading.constants)
-    logit = _Part(
-        Component("b_U"), None, reading.total.item(), None, reading.direction, at_end, constant,
-        float("inf"), float("inf"),
-    )  # fmt: skip
-    return [*tokens, *parts, logit], all_biases
-
-
-def _head(
-    network: Held, layer: HeldLayer, behind: Tensor, at_attn: Tensor, pos: int, i: int, flow: float
-) -> _Part:
-    ahead = layer.W_O[i] @ at_attn[0, pos]
-    norm = layer.before_attn
-    weights, reads = layer.pattern[0, i, pos], norm.back_unscaled(layer.W_V[i] @ ahead)
-    if isinstance(norm.scale, float):
-        reads = reads / norm.scale
-    else:
-        weights = weights / norm.scale[0, :, 0]
-    return _Part(
-        Component("head", layer.layer, i), pos, flow, layer.z[0, pos, i] @ layer.W_O[i],
-        reads, weights, (layer.b_V[i] @ ahead).item(), layer.layer + 0.25, layer.layer + 0.0,
-    )  # fmt: skip
-
-
-def _at_position(layer: HeldLayer, reads: Tensor, pos: int, n_pos: int) -> tuple[Tensor, Tensor]:
-    """What an MLP reads at its own position."""
-    norm = layer.before_mlp
-    assert norm is not None
-    weights = torch.zeros(n_pos, dtype=reads.dtype, device=reads.device)
-    weights[pos] = 1
-    reads = norm.back_unscaled(reads)
-    if isinstance(norm.scale, float):
-        return reads / norm.scale, weights
-    return reads, weights / norm.scale[0, :, 0]
-
-
-def _neuron(
-    network: Held, layer: HeldLayer, behind: Tensor, at_attn: Tensor, pos: int, i: int, flow: float
-) -> _Part:
-    assert layer.post is not None
-    share = layer.W_out[i] @ behind[0, pos]
-    reads, weights = _at_position(
-        layer, share * layer.gate[0, pos, i] * layer.W_in[:, i], pos, behind.shape[1]
-    )
-    return _Part(
-        Component("neuron", layer.layer, i), pos, flow, layer.post[0, pos, i] * layer.W_out[i],
-        reads, weights, (share * layer.b_in[0, pos, i]).item(),
-        layer.layer + 0.75, layer.layer + (0.0 if network.parallel else 0.5),
-    )  # fmt: skip
-
-
-def _mlp(
-    network: Held, layer: HeldLayer, behind: Tensor, at_attn: Tensor, pos: int, i: int, flow: float
-) -> _Part:
-    assert layer.post is not None
-    share = layer.W_out @ behind[0, pos]
-    reads, weights = _at_position(
-        layer, layer.W_in @ (share * layer.gate[0, pos]), pos, behind.shape[1]
-    )
-    return _Part(
-        Component("mlp_out", layer.layer), pos, flow, layer.post[0, pos] @ layer.W_out,
-        reads, weights, (share @ layer.b_in[0, pos]).item(),
-        layer.layer + 0.75, layer.layer + (0.0 if network.parallel else 0.5),
-    )  # fmt: skip
-
-
-def _bias_flow(network: Held, part: _Part) -> float:
-    """Its own bias, and the stream's biases that it reads."""
-    if part.reads_at == -1:
-        return 0.0
-    read = part.weights.sum()
-    flow = part.own_bias
-    for layer in network.layers:
-        if layer.layer + 0.25 < part.reads_at:
-            flow += (read * (layer.b_O @ part.reads)).item()
-        if layer.b_out is not None and layer.layer + 0.75 < part.reads_at:
-            flow += (read * (layer.b_out @ part.reads)).item()
-    return flow
-
-
-def _inflow(network: Held, part: _Part) -> float:
-    """All that it reads, from the stream as it was there, and its own bias."""
-    if part.reads_at == -1:
-        return part.flow
-    if part.reads_at == float("inf"):
-        stream = network.streams[-1]
-    elif part.reads_at == int(part.reads_at):
-        stream = network.streams[int(part.reads_at)]
-    else:
-        stream = network.mids[int(part.reads_at)]
-    return (part.weights @ (stream[0] @ part.reads)).item() + part.own_bias

@@ -20,6 +20,7 @@ from lnfree_interp.analysis.logit_reading import (
     logit_names,
     run_to_logits,
 )
+from lnfree_interp.analysis.parts import Write, expand, project
 from lnfree_interp.analysis.questions import (
     Answers,
     Prompt,
@@ -29,15 +30,7 @@ from lnfree_interp.analysis.questions import (
     strings,
 )
 from lnfree_interp.analysis.reads import Activations, held
-from lnfree_interp.analysis.writes import (
-    Place,
-    Write,
-    expand,
-    project,
-    require_decomposable,
-    write_names,
-    writes,
-)
+from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.numerics import MeasuredError, measure_error

@@ -15,16 +15,10 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Component, Contributions, Level
+from lnfree_interp.analysis.parts import expand, project
 from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
 from lnfree_interp.analysis.reads import Read, held, read, read_names
-from lnfree_interp.analysis.writes import (
-    Place,
-    expand,
-    project,
-    require_decomposable,
-    write_names,
-    writes,
-)
+from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 

@@ -8,15 +8,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Contributions, Level
+from lnfree_interp.analysis.parts import expand, project
 from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
-from lnfree_interp.analysis.writes import (
-    Place,
-    expand,
-    project,
-    require_decomposable,
-    write_names,
-    writes,
-)
+from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
 from lnfree_interp.errors import DataError
 
 

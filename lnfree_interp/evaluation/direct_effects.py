@@ -19,7 +19,8 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Component, Level, find_components
 from lnfree_interp.analysis.logits import attribute_next_tokens
-from lnfree_interp.analysis.writes import Place, expand, write_names, writes
+from lnfree_interp.analysis.parts import expand
+from lnfree_interp.analysis.writes import Place, write_names, writes
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 
