@@ -113,7 +113,7 @@ def test_the_model_card_says_what_the_model_is(frozen, dtype, tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\ntags:")
     assert "model, without LayerNorm" in card
     assert f"| folded against frozen | {error.relative:.1e} |" in card
-    assert "| distillation | 0.5 |" in card
+    assert f"| distillation | {recipe.distillation} |" in card
     sigma = lf.get_norm(frozen, "blocks.0.ln1.qk").sigma.item()
     assert f"| `blocks.0.ln1.qk` | {sigma:.6g} |" in card
     sidecar = lf.read_sidecar(tmp_path / "model")
