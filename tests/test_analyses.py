@@ -232,3 +232,12 @@ def test_norms_on_queries_and_keys_are_refused_until_they_are_folded():
     sites = freeze_all(lf.load(make_model("qwen3"), dtype=torch.float64, check=False))
     with pytest.raises(UnsupportedModelError, match="fold"):
         lf.attribute_scores(sites, torch.arange(5), 0, 0)
+
+
+def test_capped_scores_are_refused_unless_the_slope_is_held():
+    model, tokens = free_model("gemma2"), torch.arange(6)
+    with pytest.raises(InexactError, match="scores are capped"):
+        lf.attribute_scores(model, tokens, 1, 0)
+    scores = lf.attribute_scores(model, tokens, 1, 0, frozen_scale=True).verify()
+    assert scores.frozen_scale
+    lf.counterfactual_pattern(model, tokens, 1, 0, "embed").verify()  # exact through the cap

@@ -29,7 +29,7 @@ from lnfree_interp.analysis.parts import Write, transform
 from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
 from lnfree_interp.analysis.reads import Read, held, read, read_names
 from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
-from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
 _LARGEST = 2**28
@@ -191,6 +191,13 @@ def attribute_scores(
     query %= n_pos
     site = f"blocks.{layer}.ln1.qk"
     nonlinear = held(model, frozen_scale, [site])
+    if model.cfg.attn_scores_soft_cap > 0:
+        nonlinear.append("the soft cap on scores")
+        if not frozen_scale:
+            raise InexactError(
+                "scores are capped, so no pair of components has a share of its own: pass "
+                "frozen_scale=True to hold the slope of the cap"
+            )
     scores_hook, pattern_hook = (
         f"blocks.{layer}.attn.hook_{x}" for x in ("attn_scores", "pattern")
     )

@@ -1,6 +1,8 @@
 """The nodes of a flow graph with their vectors: what each writes, and what it reads."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -53,38 +55,28 @@ def flow_parts(
         directions.append((layer, behind, at_attn))
         all_biases += sum(v.item() for _, v in layer_biases(layer, behind, at_attn))
         u = before
-    sizes, keys = [], []
+    # Candidates in one row; a section of it has the parts of one kind in one layer, by position.
+    sizes: list[Tensor] = []
+    sections: list[tuple[int, str, int]] = []
     for layer, behind, at_attn in directions:
-        heads = torch.linalg.vecdot(layer.z, layer.onto_z(at_attn))[0]
-        sizes.append(heads.flatten())
-        keys += [
-            (layer.layer, "head", pos, i)
-            for pos in range(len(heads))
-            for i in range(heads.shape[1])
-        ]
+        flows = [("head", torch.linalg.vecdot(layer.z, layer.onto_z(at_attn))[0])]
         if layer.post is not None:
-            flows = (layer.post * layer.onto_post(behind))[0]
-            if unit == "mlp":
-                sizes.append(flows.sum(1))
-                keys += [(layer.layer, "mlp_out", pos, 0) for pos in range(len(flows))]
-            else:
-                sizes.append(flows.flatten())
-                width = flows.shape[1]
-                keys += [
-                    (layer.layer, "neuron", pos, i)
-                    for pos in range(len(flows))
-                    for i in range(width)
-                ]
+            neurons = (layer.post * layer.onto_post(behind))[0]
+            whole = neurons.sum(1, keepdim=True)
+            flows.append(("mlp_out", whole) if unit == "mlp" else ("neuron", neurons))
+        for kind, flow in flows:
+            sizes.append(flow.flatten())
+            sections.append((layer.layer, kind, flow.shape[1]))
     size = torch.cat(sizes)
-    chosen = (
-        range(len(size))
-        if top_k is None
-        else size.abs().topk(min(top_k, len(size))).indices.tolist()
-    )
+    starts = list(accumulate((len(section) for section in sizes), initial=0))
+    count = len(size) if top_k is None else min(top_k, len(size))
+    chosen = size.abs().topk(count).indices.tolist()
     by_layer = {layer.layer: (layer, behind, at_attn) for layer, behind, at_attn in directions}
     parts = []
     for index in chosen:
-        number, kind, pos, i = keys[index]
+        section = bisect_right(starts, index) - 1
+        number, kind, width = sections[section]
+        pos, i = divmod(index - starts[section], width)
         layer, behind, at_attn = by_layer[number]
         make = _head if kind == "head" else _neuron if kind == "neuron" else _mlp
         parts.append(make(network, layer, behind, at_attn, pos, i, size[index].item()))

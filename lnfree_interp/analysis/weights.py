@@ -149,9 +149,10 @@ class TokenTable:
     Attributes:
         left: [row, rank].
         right: [rank, column].
-        rows: Names of the rows: tokens, or what else they are; None for token ids.
-        columns: The same of the columns.
         what: In words.
+        model: Whose tokens they are.
+        tokens_in_rows: Whether rows are tokens; else they are numbers.
+        tokens_in_columns: The same of columns.
     """
 
     left: Float[Tensor, "row rank"]
