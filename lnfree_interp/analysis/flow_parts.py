@@ -106,11 +106,7 @@ def _head(
 ) -> FlowPart:
     ahead = layer.W_O[i] @ at_attn[0, pos]
     norm = layer.before_attn
-    weights, reads = layer.pattern[0, i, pos], norm.back_unscaled(layer.W_V[i] @ ahead)
-    if isinstance(norm.scale, float):
-        reads = reads / norm.scale
-    else:
-        weights = weights / norm.scale[0, :, 0]
+    weights, reads = norm.back_weighted(layer.pattern[0, i, pos], layer.W_V[i] @ ahead)
     return FlowPart(
         Component("head", layer.layer, i), pos, flow, layer.z[0, pos, i] @ layer.W_O[i],
         reads, weights, (layer.b_V[i] @ ahead).item(), layer.layer + 0.25, layer.layer + 0.0,
@@ -118,15 +114,11 @@ def _head(
 
 
 def _at_position(layer: HeldLayer, reads: Tensor, pos: int, n_pos: int) -> tuple[Tensor, Tensor]:
-    """What an MLP reads at its own position."""
-    norm = layer.before_mlp
-    assert norm is not None
+    """What an MLP reads at its own position: weights, and a direction."""
+    assert layer.before_mlp is not None
     weights = torch.zeros(n_pos, dtype=reads.dtype, device=reads.device)
     weights[pos] = 1
-    reads = norm.back_unscaled(reads)
-    if isinstance(norm.scale, float):
-        return reads / norm.scale, weights
-    return reads, weights / norm.scale[0, :, 0]
+    return layer.before_mlp.back_weighted(weights, reads)
 
 
 def _neuron(
@@ -134,7 +126,7 @@ def _neuron(
 ) -> FlowPart:
     assert layer.post is not None
     share = layer.W_out[i] @ behind[0, pos]
-    reads, weights = _at_position(
+    weights, reads = _at_position(
         layer, share * layer.gate[0, pos, i] * layer.W_in[:, i], pos, behind.shape[1]
     )
     return FlowPart(
@@ -149,7 +141,7 @@ def _mlp(
 ) -> FlowPart:
     assert layer.post is not None
     share = layer.W_out @ behind[0, pos]
-    reads, weights = _at_position(
+    weights, reads = _at_position(
         layer, layer.W_in @ (share * layer.gate[0, pos]), pos, behind.shape[1]
     )
     return FlowPart(

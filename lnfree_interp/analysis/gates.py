@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.parts import onto_z
 from lnfree_interp.analysis.reads import Read, read, read_names
 from lnfree_interp.analysis.writes import Place, write_names
 
@@ -46,7 +47,7 @@ class HeldLayer:
 
     def onto_z(self, u: Stream) -> Float[Tensor, "batch pos head d_head"]:
         """A direction of the stream, as heads' outputs see it."""
-        return (u @ self.W_O.flatten(0, 1).T).unflatten(-1, self.W_O.shape[:2])
+        return onto_z(u, self.W_O)
 
     def onto_post(self, u: Stream) -> Float[Tensor, "batch pos neuron"]:
         """The same for neurons' activations."""

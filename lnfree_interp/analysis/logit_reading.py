@@ -21,7 +21,7 @@ from lnfree_interp.analysis.writes import require_decomposable
 from lnfree_interp.errors import DataError
 
 _SCALE, _UNCAPPED = "ln_final.hook_scale", "unembed.hook_out"
-_POSITIONS = 128
+POSITIONS = 128
 """Positions whose logits are held at once."""
 
 
@@ -99,8 +99,8 @@ def run_to_logits(
         tokens, stop_at_layer=n_layers, names_filter=lambda name: name in names
     )
     kept, picked, uncapped, scales = resid[:, positions], [], [], []
-    for start in range(0, kept.shape[1], _POSITIONS):
-        chunk = slice(start, start + _POSITIONS)
+    for start in range(0, kept.shape[1], POSITIONS):
+        chunk = slice(start, start + POSITIONS)
         logits, ends = model.run_with_cache(
             kept[:, chunk],
             start_at_layer=n_layers,

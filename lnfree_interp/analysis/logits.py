@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Component, Contributions, Level
 from lnfree_interp.analysis.logit_reading import (
+    POSITIONS,
     given_run,
     logit_directions,
     logit_names,
@@ -37,8 +38,6 @@ from lnfree_interp.numerics import MeasuredError, measure_error
 
 _MEASURED = 4
 """Parts whose effect is measured where something is held."""
-_POSITIONS = 128
-"""Positions whose logits are held at once."""
 
 
 def attribute_logits(
@@ -220,7 +219,7 @@ def _measured_gap(
     size = values[in_stream].abs().flatten(1).mean(1)
     chosen = sorted(in_stream[i] for i in size.topk(min(_MEASURED, len(size))).indices.tolist())
     vectors, _ = expand(parts, [components[i] for i in chosen])
-    kept = slice(None) if stream.shape[1] <= _POSITIONS else slice(0, None, stream.shape[1] // 64)
+    kept = slice(None) if stream.shape[1] <= POSITIONS else slice(0, None, stream.shape[1] // 64)
     losses = []
     for vector in vectors:
         without = (stream - vector)[:, kept]

@@ -74,7 +74,7 @@ class Heads:
 
     def onto(self, direction: Direction, out: Values) -> None:
         """Each part's share of a direction per position, written to `out`."""
-        torch.linalg.vecdot(self.z, _onto_z(direction, self.W_O), out=out)
+        torch.linalg.vecdot(self.z, onto_z(direction, self.W_O), out=out)
 
     def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
         """Each part times a matrix that reads the stream."""
@@ -99,7 +99,7 @@ class Sources:
     def onto(self, direction: Direction, out: Values) -> None:
         """Each part's share of a direction per position, written to `out`."""
         moved = einsum(
-            _onto_z(direction, self.W_O), self.v,
+            onto_z(direction, self.W_O), self.v,
             "batch pos head d_head, batch source head d_head -> batch head pos source",
         ).mul_(self.pattern)  # fmt: skip
         out.unflatten(-1, (self.v.shape[2], -1)).copy_(moved.transpose(1, 2))
@@ -162,9 +162,10 @@ Write = Dense | Constant | Heads | Sources | Neurons
 """A group of parts that one set of weights writes."""
 
 
-def _onto_z(
+def onto_z(
     direction: Float[Tensor, "batch pos d_model"], W_O: Float[Tensor, "head d_head d_model"]
 ) -> Float[Tensor, "batch pos head d_head"]:
+    """A direction of the stream, as heads' outputs see it."""
     return (direction @ W_O.flatten(0, 1).T).unflatten(-1, W_O.shape[:2])
 
 

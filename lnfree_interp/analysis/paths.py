@@ -93,14 +93,9 @@ def expand_paths(
         # `ahead` is the direction as this head's output sees it.
         bias = Component("b_V", head.layer, head.index, through=head.through)
         done.append((bias, weights.sum() * (ahead @ layer.b_V[head.index])))
-        read_weights = weights @ layer.pattern[0, head.index]
-        direction = layer.W_V[head.index] @ ahead
-        scale = layer.before_attn.scale
-        if not isinstance(scale, float):  # a live norm's: each token's own
-            read_weights = read_weights / scale[0, :, 0]
-        direction = layer.before_attn.back_unscaled(direction)
-        if isinstance(scale, float):
-            direction = direction / scale
+        read_weights, direction = layer.before_attn.back_weighted(
+            weights @ layer.pattern[0, head.index], layer.W_V[head.index] @ ahead
+        )
         open_up(read_weights, direction, head.layer, via)
     rows = [*done, *((component, value) for _, _, component, value, _, _ in closed)]
     values = torch.stack([value for _, value in rows])

@@ -48,6 +48,15 @@ class Read:
             direction = direction * self.gain
         return direction - direction.mean(-1, keepdim=True) if self.centred else direction
 
+    def back_weighted(
+        self, weights: Float[Tensor, " pos"], direction: Float[Tensor, " d_model"]
+    ) -> tuple[Float[Tensor, " pos"], Float[Tensor, " d_model"]]:
+        """As `back` for one direction that is read at every position with a weight."""
+        direction = self.back_unscaled(direction)
+        if isinstance(self.scale, float):
+            return weights, direction / self.scale
+        return weights / self.scale[0, :, 0], direction
+
     def weights_back(
         self, W: Float[Tensor, "*head d_model out"]
     ) -> Float[Tensor, "*head d_model out"]:
