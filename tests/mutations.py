@@ -29,6 +29,7 @@ from lnfree_interp.analysis import (
 from lnfree_interp.analysis.gates import HeldLayer, hold
 from lnfree_interp.analysis.parts import Constant, Dense, Heads, Neurons, Sources, Write
 from lnfree_interp.analysis.writes import writes
+from lnfree_interp.evaluation import certify
 
 OnWrite = Callable[[Write], Write]
 OnLayer = Callable[[HeldLayer], HeldLayer]
@@ -94,6 +95,18 @@ def on_layers(**change: Callable[[torch.Tensor], torch.Tensor]) -> OnLayer:
     return mutate
 
 
+def on_mlps(name: str) -> OnLayer:
+    """A bias of the MLPs left out."""
+
+    def mutate(layer: HeldLayer) -> HeldLayer:
+        mlp = layer.mlp
+        if mlp is None:
+            return layer
+        return replace(layer, mlp=replace(mlp, **{name: torch.zeros_like(getattr(mlp, name))}))
+
+    return mutate
+
+
 def _transpose_heads(W):
     return W.flatten(0, 1).T.contiguous().unflatten(0, W.shape[:2])
 
@@ -102,7 +115,7 @@ def _transpose_heads(W):
 MUTATIONS: dict[str, tuple[Callable, OnLayer]] = {
     "drop b_V": (drop_b_V, on_layers(b_V=torch.zeros_like)),
     "drop b_O": (lambda model: zero_bias("b_O"), on_layers(b_O=torch.zeros_like)),
-    "drop b_out": (lambda model: zero_bias("b_out"), on_layers(b_out=torch.zeros_like)),
+    "drop b_out": (lambda model: zero_bias("b_out"), on_mlps("b_out")),
     "wrong positions": (lambda model: wrong_positions, None),
     "wrong scale": (
         lambda model: wrong_scale,
@@ -110,7 +123,7 @@ MUTATIONS: dict[str, tuple[Callable, OnLayer]] = {
     ),
     "transposed W_O": (lambda model: transposed_W_O, on_layers(W_O=_transpose_heads)),
     "swapped heads": (lambda model: swapped_heads, on_layers(W_O=lambda W: W.flip(0))),
-    "drop b_in": (lambda model: keep, on_layers(b_in=torch.zeros_like)),
+    "drop b_in": (lambda model: keep, on_mlps("b_in")),
 }
 
 
@@ -135,7 +148,7 @@ def mutated(model, name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (logits, residual, attention, neurons):
             stack.enter_context(mock.patch.object(module, "writes", wrong_writes))
-        for module in (affine, paths, flow):
+        for module in (affine, paths, flow, certify):
             stack.enter_context(mock.patch.object(module, "hold", wrong_hold))
         yield
 

@@ -26,7 +26,7 @@ def free_model(kind, dtype=torch.float64, form="folded", **settings):
 def test_every_certificate_holds(kind, form):
     certificates = lf.certify(free_model(kind, form=form))
     table = lf.certificate_table(certificates)
-    assert len(table) >= 23
+    assert len(table) >= 24
     assert table["holds"].all()
     assert table["relative"].max() <= 1e-10
     assert set(table["dtype"]) == {"float64"}
@@ -93,6 +93,7 @@ def test_with_live_norms_sums_hold_and_what_changes_the_stream_does_not(live):
         f"closed form = patched pattern of L{last}H0",
         "lens(l + 1) - lens(l) = attribution of block l",
         "effect(A) + effect(B) = effect(A and B) = attribution",
+        "a token's share = what the logit loses without it, patterns and gates held",
     }
     held = lf.attribute_logits(live, torch.arange(6), 3, frozen_scale=True).verify()
     assert held.gap.relative > 0.01
@@ -115,6 +116,37 @@ def test_the_measured_gap_is_what_removing_a_part_shows(live):
     assert held.gap.relative == pytest.approx(worst / largest, rel=1e-3)
 
 
+def test_every_analysis_that_holds_a_norm_measures_what_that_misses(live):
+    tokens, held = torch.arange(8), {"frozen_scale": True}
+    last = live.cfg.n_layers - 1
+    scores = lf.attribute_scores(live, tokens, last, 1, query=5, **held).verify()
+    affine = lf.affine_map(live, tokens, 3, 5, **held)
+    found = {
+        "scores": scores.gap,
+        "neuron": lf.attribute_neuron(live, tokens, last, 2, **held).verify().gap,
+        "affine": affine.contributions.gap,
+        "paths": lf.expand_paths(live, tokens, 3, 5, **held).verify().gap,
+        "flow": lf.flow_graph(live, tokens, 3, 5, **held).verify().gap,
+    }
+    assert all(gap.relative > 1e-3 for gap in found.values()), found
+    assert found["flow"] == found["affine"]
+
+    # One of them by hand: the query without the component that claims most.
+    claims = scores.by_query()
+    stream = lf.decompose_residual(live, tokens, f"blocks.{last}.hook_resid_pre", pos=5)
+    component = max(stream.components, key=lambda c: claims[c].abs().mean())
+    block = live.blocks[last]
+    q = block.ln1((stream.total - stream[component])[None, None])[0, 0] @ block.attn.W_Q[1]
+    q = q + block.attn.b_Q[1]
+    k = live.run_with_cache(tokens)[1]["k", last][0, list(scores.keys), 1]
+    effect = scores.total - k @ q / block.attn.attn_scale
+    assert (claims[component] - effect).abs().max() <= scores.gap.absolute * (1 + 1e-4)
+    assert (claims[component] - effect).abs().max() > 1e-3 * scores.gap.absolute
+
+    free = free_model("gpt2", torch.float32)
+    assert lf.attribute_scores(free, tokens, 1, 1, **held).gap is None
+
+
 SEES = {  # mutation: pieces of the names of certificates that must fail on it
     "drop b_V": ["heads", "sources", "neurons", "pairs", "patched", "tokens +", "paths +", "node"],
     "drop b_O": ["heads", "sources", "neurons", "pairs", "tokens +", "paths +", "node"],
@@ -124,11 +156,11 @@ SEES = {  # mutation: pieces of the names of certificates that must fail on it
     "wrong scale": ["sum over", "patched", "node", "lens", "effect", "OV table"],
     "transposed W_O": [
         "heads", "sources", "neurons", "pairs", "patched", "tokens +", "paths +", "node", "effect",
-        "OV table",
+        "OV table", "share",
     ],
     "swapped heads": [
         "heads", "sources", "neurons", "pairs", "patched", "tokens +", "paths +", "node", "effect",
-        "OV table",
+        "OV table", "share",
     ],
 }  # fmt: skip
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Component, Contributions
-from lnfree_interp.analysis.gates import Held, HeldLayer, hold
-from lnfree_interp.analysis.logit_reading import LogitReading, read_logit
+from lnfree_interp.analysis.gaps import token_gap
+from lnfree_interp.analysis.gates import HeldLayer, hold
+from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.questions import Answer, Prompt
 from lnfree_interp.analysis.reads import held
 
@@ -59,18 +60,19 @@ def affine_map(
         answer: As in `attribute_logits`, one.
         against: As in `attribute_logits`, one.
         prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales too.
+        frozen_scale: Hold live norms' scales too; `contributions.gap` measures what that misses,
+            by taking out the tokens that claim most, patterns and gates still held.
 
     Raises:
         InexactError: if a norm is live and `frozen_scale` is False.
         DataError, UnsupportedModelError: as `attribute_logits`.
     """
-    held(model, frozen_scale)
+    nonlinear = held(model, frozen_scale)
     reading = read_logit(model, prompt, answer, against, prepend_bos)
     network = hold(model, reading.tokens)
     values: list[Tensor] = []
     components: list[Component] = []
-    u = start = spread(network, reading)
+    u = start = reading.spread(network.streams[-1])
     biases: list[tuple[Component, Tensor]] = []
     for layer, behind, at_attn, before in network.back(start):
         biases += layer_biases(layer, behind, at_attn)
@@ -83,16 +85,10 @@ def affine_map(
     components += [component for component, _ in biases]
     contributions = Contributions(
         torch.cat(values), tuple(components), reading.total, "token", reading.of, reading.prompts,
-        bool(held(model, True)), "tokens + biases = the model's logits, patterns and gates held",
+        bool(nonlinear), "tokens + biases = the model's logits, patterns and gates held",
+        token_gap(model, network, reading) if nonlinear else None,
     )  # fmt: skip
     return AffineMap(u[0], contributions)
-
-
-def spread(network: Held, reading: LogitReading) -> Float[Tensor, "1 pos d_model"]:
-    """What a logit reads from the last stream: something at the last position only."""
-    u = torch.zeros_like(network.streams[-1])
-    u[:, -1] = reading.direction
-    return u
 
 
 def layer_biases(
@@ -100,9 +96,10 @@ def layer_biases(
 ) -> list[tuple[Component, Tensor]]:
     """What a block's biases add, the last of them first."""
     found = []
-    if layer.W_out is not None:
-        found.append((Component("b_out", layer.layer), (behind @ layer.b_out).sum()))
-        found.append((Component("b_in", layer.layer), (layer.onto_post(behind) * layer.b_in).sum()))
+    if layer.mlp is not None:
+        b_in = (layer.mlp.onto_post(behind) * layer.mlp.b_in).sum()
+        found.append((Component("b_out", layer.layer), (behind @ layer.mlp.b_out).sum()))
+        found.append((Component("b_in", layer.layer), b_in))
     found.append((Component("b_O", layer.layer), (at_attn @ layer.b_O).sum()))
     found.append((Component("b_V", layer.layer), (layer.onto_z(at_attn) * layer.b_V).sum()))
     return found

@@ -7,7 +7,7 @@ not additive, but its log-odds between two keys are: the normaliser cancels. So 
 "what would the pattern be without this component", in closed form.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -18,6 +18,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import (
@@ -25,9 +26,15 @@ from lnfree_interp.analysis.contributions import (
     Contributions,
     Level,
 )
-from lnfree_interp.analysis.parts import Write, transform
-from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
-from lnfree_interp.analysis.reads import Read, held, read, read_names
+from lnfree_interp.analysis.gaps import largest
+from lnfree_interp.analysis.parts import Write, expand, transform
+from lnfree_interp.analysis.questions import (
+    Prompt,
+    read_one_prompt,
+    read_position,
+    strings,
+)
+from lnfree_interp.analysis.reads import held, read, read_names
 from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
 from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
@@ -52,6 +59,8 @@ class ScoreAttribution:
         tokens: The prompt, as strings.
         level: How finely the stream was taken apart.
         frozen_scale: True if a live norm or a soft cap was held at the value it had.
+        gap: Then, the largest difference between what a component at the query claims and what the
+            scores lose without it, for the largest components, relative to the largest loss.
     """
 
     values: Float[Tensor, "query_component key_component key"]
@@ -65,6 +74,7 @@ class ScoreAttribution:
     tokens: tuple[str, ...]
     level: Level
     frozen_scale: bool = False
+    gap: MeasuredError | None = None
 
     @cached_property
     def error(self) -> MeasuredError:
@@ -101,6 +111,7 @@ class ScoreAttribution:
         return Contributions(
             self.values.sum(dim), components, self.total, self.level, of, (self.tokens,),
             self.frozen_scale, f"parts = attention scores of {self.head.label}",
+            self.gap if dim else None,
         )  # fmt: skip
 
     def log_odds(self, key: int, other: int) -> Contributions:
@@ -174,7 +185,8 @@ def attribute_scores(
         keys: Positions. Default: all that the query sees.
         by: As in `attribute_logits`.
         prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales.
+        frozen_scale: Hold live norms' scales and a soft cap's slope; `.gap` measures what that
+            misses.
 
     Raises:
         InexactError: if a norm that the head reads through is live, or scores are capped, and
@@ -183,12 +195,10 @@ def attribute_scores(
         UnsupportedModelError: for a model whose stream has other parts, or with live norms on
             queries and keys.
     """
-    tokens = one_prompt(model, prompt, prepend_bos)
     require_head(model, layer, head)
+    tokens = read_one_prompt(model, prompt, prepend_bos)
     n_pos = tokens.shape[1]
-    if not -n_pos <= query < n_pos:
-        raise DataError(f"there is no position {query} among {n_pos} tokens")
-    query %= n_pos
+    query = read_position(query, n_pos)
     site = f"blocks.{layer}.ln1.qk"
     nonlinear = held(model, frozen_scale, [site])
     if model.cfg.attn_scores_soft_cap > 0:
@@ -201,7 +211,7 @@ def attribute_scores(
     scores_hook, pattern_hook = (
         f"blocks.{layer}.attn.hook_{x}" for x in ("attn_scores", "pattern")
     )
-    more = [scores_hook, pattern_hook, *query_key_hooks(model, layer)]
+    more = [scores_hook, pattern_hook, Place(layer).hook, *query_key_hooks(model, layer)]
     cache = cache_input(model, tokens, layer, by, site, more)
     looks = _looks(cache[scores_hook][0, head, query])
     seen = looks if keys is None else [key % n_pos for key in keys]
@@ -220,32 +230,79 @@ def attribute_scores(
     if model.cfg.attn_scores_soft_cap > 0:  # hold the slope of what the cap let through
         q_whole, k_whole = queries_and_keys(model, cache, layer, head)
         values = values * (total / (k_whole[seen] @ q_whole[query] / attn.attn_scale))
+    gap = None
+    if nonlinear:
+        claims = values.sum(1)
+        gap = _measured_gap(model, cache, claims, q_components, by, layer, head, query, seen)
     pattern = cache[pattern_hook][0, head, query, seen]
     return ScoreAttribution(
         values, q_components, k_components, total, pattern.log(), Component("head", layer, head),
-        query, tuple(seen), tuple(strings(model, tokens[0].tolist())), by, bool(nonlinear),
+        query, tuple(seen), tuple(strings(model, tokens[0].tolist())), by, bool(nonlinear), gap,
     )  # fmt: skip
 
 
-def one_prompt(model: HookedTransformer, prompt: Prompt, prepend_bos: bool) -> Int[Tensor, "1 pos"]:
-    """The tokens of a prompt, which is one.
+def _measured_gap(
+    model: HookedTransformer,
+    cache: dict[str, Tensor],
+    claims: Float[Tensor, "component key"],
+    components: Sequence[Component],
+    by: Level,
+    layer: int,
+    head: int,
+    query: int,
+    keys: Sequence[int],
+) -> MeasuredError:
+    """What the largest components at the query claim against what the scores lose without them."""
+    stream = cache[Place(layer).hook]
+    parts = writes(model, cache, by, Place(layer), slice(query, query + 1))
+    rows = largest(claims, components)
+    vectors, _ = expand(parts, [components[row] for row in rows])
+    original = run_attention(model, stream, layer)
+    scores_hook, k_hook = (f"blocks.{layer}.attn.hook_{x}" for x in ("attn_scores", "k"))
+    losses = []
+    for vector in vectors:
+        without = stream.clone()
+        without[:, query] -= vector[:, 0]
+        found = run_attention(model, without, layer, {k_hook: original[k_hook]})
+        losses.append((original[scores_hook] - found[scores_hook])[0, head, query, keys])
+    return measure_error(claims[rows], torch.stack(losses))
 
-    Raises:
-        DataError, UnsupportedModelError: if it is not, or the model cannot be taken apart.
+
+def run_attention(
+    model: HookedTransformer,
+    stream: Float[Tensor, "1 pos d_model"],
+    layer: int,
+    replaced: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Queries, keys, scores and patterns of a layer, by hook name, from the model's own block.
+
+    Args:
+        model: In any form.
+        stream: What the block reads.
+        layer: Of the block.
+        replaced: Queries or keys to use instead.
     """
-    require_decomposable(model)
-    prompts = read_prompts(model, prompt, prepend_bos)
-    if len(prompts.rows) != 1:
-        raise DataError(f"attention is attributed one prompt at a time, not {len(prompts.rows)}")
-    return prompts.rows[0][None]
+    found, replaced = {}, replaced or {}
+    names = [f"blocks.{layer}.attn.hook_{x}" for x in ("q", "k", "attn_scores", "pattern")]
+
+    def look(x: Tensor, hook: HookPoint) -> Tensor:
+        found[hook.name] = replaced.get(hook.name, x)
+        return found[hook.name]
+
+    model.run_with_hooks(
+        stream, start_at_layer=layer, stop_at_layer=layer + 1,
+        fwd_hooks=[(lambda name: name in names, look)],
+    )  # fmt: skip
+    return found
 
 
 def require_head(model: HookedTransformer, layer: int, head: int) -> None:
     """Refuse a head that the model does not have, or whose queries pass a norm of their own.
 
     Raises:
-        DataError, UnsupportedModelError: as said.
+        DataError, UnsupportedModelError: as said, and as `require_decomposable`.
     """
+    require_decomposable(model)
     cfg = model.cfg
     if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
         raise DataError(
@@ -286,10 +343,11 @@ def projected(
     """What each component, and each bias, adds to a head's queries or keys, rotated if they are."""
     attn = model.blocks[layer].attn
     W, b = getattr(attn, f"W_{which}")[head], getattr(attn, f"b_{which}")[head]
-    norm = read(model, cache, f"blocks.{layer}.ln1.qk")
+    norm = read(model, cache, f"blocks.{layer}.ln1.qk").at(positions)
     parts: Iterator[Write] = writes(model, cache, by, Place(layer), positions)
     values, components = transform(parts, norm.weights_back(W))
-    values = values[:, 0] / _at(norm, positions)
+    scale = norm.scale if isinstance(norm.scale, float) else norm.scale[0]
+    values = values[:, 0] / scale
     constants = [(Component("b_Q" if which == "Q" else "b_K"), b)]
     if norm.bias is not None:
         constants.insert(0, (Component("ln1.b", layer), norm.bias @ W))
@@ -319,8 +377,3 @@ def queries_and_keys(
     """One head's, as the model computed them."""
     q, k = (cache[hook][0] for hook in query_key_hooks(model, layer))
     return q[:, head], k[:, head * k.shape[1] // model.cfg.n_heads]
-
-
-def _at(norm: Read, positions: slice) -> Tensor | float:
-    """A norm's scale at some positions of the one prompt."""
-    return norm.scale if isinstance(norm.scale, float) else norm.scale[0, positions]

@@ -16,15 +16,15 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.ablation import by_ablation
 from lnfree_interp.analysis.attention import (
     cache_input,
-    one_prompt,
     projected,
     queries_and_keys,
     query_key_hooks,
     require_head,
+    run_attention,
 )
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Component, Level, find_components
-from lnfree_interp.analysis.questions import Prompt, strings
+from lnfree_interp.analysis.questions import Prompt, read_one_prompt, strings
 from lnfree_interp.analysis.reads import held
 from lnfree_interp.analysis.writes import Place
 from lnfree_interp.errors import DataError
@@ -98,8 +98,8 @@ def counterfactual_pattern(
             are named.
         InexactError, UnsupportedModelError: as `attribute_scores`.
     """
-    tokens = one_prompt(model, prompt, prepend_bos)
     require_head(model, layer, head)
+    tokens = read_one_prompt(model, prompt, prepend_bos)
     if side not in get_args(Side):
         raise DataError(f"side={side!r} is not one of {', '.join(get_args(Side))}")
     site, prefix = f"blocks.{layer}.ln1.qk", f"blocks.{layer}.attn"
@@ -146,27 +146,11 @@ def _patched_pattern(
     side: Side,
 ) -> Float[Tensor, "query key"]:
     """The same from the model's own block, run on a stream from which the components are gone."""
-    prefix, resid = f"blocks.{layer}.attn", cache[Place(layer).hook]
+    resid = cache[Place(layer).hook]
     gone = torch.stack([by_ablation(model, tokens, Component.parse(x)) for x in without]).sum(0)
-    kept = (f"{prefix}.hook_q", f"{prefix}.hook_k", f"{prefix}.hook_pattern")
-
-    def run(stream: Tensor, replaced: str | None = None, by_what: Tensor | None = None) -> dict:
-        found: dict[str, Tensor] = {}
-
-        def look(x: Tensor, hook) -> Tensor | None:
-            if hook.name == replaced:
-                return by_what
-            found[hook.name] = x.clone()
-            return None
-
-        model.run_with_hooks(
-            stream, start_at_layer=layer, stop_at_layer=layer + 1,
-            fwd_hooks=[(lambda name: name in kept, look)],
-        )  # fmt: skip
-        return found
-
-    patched = run(resid - gone)
+    kept = {}
     if side != "both":
-        other = kept[1] if side == "query" else kept[0]
-        patched = run(resid - gone, other, run(resid)[other])
-    return patched[kept[2]][0, head]
+        other = f"blocks.{layer}.attn.hook_{'k' if side == 'query' else 'q'}"
+        kept = {other: run_attention(model, resid, layer)[other]}
+    patched = run_attention(model, resid - gone, layer, kept)
+    return patched[f"blocks.{layer}.attn.hook_pattern"][0, head]

@@ -15,12 +15,13 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.flow_parts import Unit, bias_flow, flow_parts, inflow_of
+from lnfree_interp.analysis.gaps import token_gap
 from lnfree_interp.analysis.gates import hold
 from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.questions import Answer, Prompt
 from lnfree_interp.analysis.reads import held
 from lnfree_interp.errors import DataError
-from lnfree_interp.numerics import measure_error
+from lnfree_interp.numerics import MeasuredError, measure_error
 
 if TYPE_CHECKING:
     import networkx
@@ -67,6 +68,7 @@ class FlowGraph:
         tokens: The prompt, as strings.
         total: The logit.
         frozen_scale: True if live norms were held.
+        gap: Then, what the largest tokens' flows miss; see `affine_map`.
     """
 
     nodes: tuple[FlowNode, ...]
@@ -76,6 +78,7 @@ class FlowGraph:
     tokens: tuple[str, ...]
     total: float
     frozen_scale: bool = False
+    gap: MeasuredError | None = None
 
     def verify(self, tolerance: float | None = None) -> "FlowGraph":
         """Return self if flow is conserved at every node.
@@ -110,6 +113,7 @@ class FlowGraph:
             "total": self.total,
             "lost": self.lost,
             "frozen_scale": self.frozen_scale,
+            "gap": None if self.gap is None else self.gap.relative,
             "conservation": asdict(self.certificate.error) | {
                 "dtype": str(self.certificate.error.dtype).removeprefix("torch."),
                 "holds": self.certificate.holds,
@@ -156,7 +160,7 @@ def flow_graph(
         unit: Whole MLPs as nodes, or neurons.
         smallest: Leave out edges that carry less, in logits; nodes count them as rest.
         prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales.
+        frozen_scale: Hold live norms' scales; `.gap` measures what that misses.
 
     Raises:
         InexactError: if a norm is live and `frozen_scale` is False.
@@ -208,4 +212,5 @@ def flow_graph(
     return FlowGraph(
         nodes, found, Certificate("what flows into a node = what flows out of it", error),
         reading.of[0], reading.prompts[0], reading.total.item(), bool(nonlinear),
+        token_gap(model, network, reading) if nonlinear else None,
     )  # fmt: skip

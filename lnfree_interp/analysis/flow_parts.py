@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lnfree_interp.analysis.affine import layer_biases, spread
+from lnfree_interp.analysis.affine import layer_biases
 from lnfree_interp.analysis.contributions import Component
-from lnfree_interp.analysis.gates import Held, HeldLayer
+from lnfree_interp.analysis.gates import Held, HeldLayer, HeldMLP
 from lnfree_interp.analysis.logit_reading import LogitReading
 
 Unit = Literal["neuron", "mlp"]
@@ -48,7 +48,7 @@ def flow_parts(
 ) -> tuple[list[FlowPart], float]:
     """Tokens, the parts of largest flow in the order of computation, and the logit; and what all
     biases together add to it."""
-    start = spread(network, reading)
+    start = reading.spread(network.streams[-1])
     u = start
     directions, all_biases = [], sum(value.item() for _, value in reading.constants)
     for layer, behind, at_attn, before in network.back(start):
@@ -60,8 +60,8 @@ def flow_parts(
     sections: list[tuple[int, str, int]] = []
     for layer, behind, at_attn in directions:
         flows = [("head", torch.linalg.vecdot(layer.z, layer.onto_z(at_attn))[0])]
-        if layer.post is not None:
-            neurons = (layer.post * layer.onto_post(behind))[0]
+        if layer.mlp is not None:
+            neurons = (layer.mlp.post * layer.mlp.onto_post(behind))[0]
             whole = neurons.sum(1, keepdim=True)
             flows.append(("mlp_out", whole) if unit == "mlp" else ("neuron", neurons))
         for kind, flow in flows:
@@ -105,33 +105,32 @@ def _head(
     network: Held, layer: HeldLayer, behind: Tensor, at_attn: Tensor, pos: int, i: int, flow: float
 ) -> FlowPart:
     ahead = layer.W_O[i] @ at_attn[0, pos]
-    norm = layer.before_attn
-    weights, reads = norm.back_weighted(layer.pattern[0, i, pos], layer.W_V[i] @ ahead)
+    weights, reads = layer.before.back_weighted(layer.pattern[0, i, pos], layer.W_V[i] @ ahead)
     return FlowPart(
         Component("head", layer.layer, i), pos, flow, layer.z[0, pos, i] @ layer.W_O[i],
         reads, weights, (layer.b_V[i] @ ahead).item(), layer.layer + 0.25, layer.layer + 0.0,
     )  # fmt: skip
 
 
-def _at_position(layer: HeldLayer, reads: Tensor, pos: int, n_pos: int) -> tuple[Tensor, Tensor]:
+def _at_position(mlp: HeldMLP, reads: Tensor, pos: int, n_pos: int) -> tuple[Tensor, Tensor]:
     """What an MLP reads at its own position: weights, and a direction."""
-    assert layer.before_mlp is not None
     weights = torch.zeros(n_pos, dtype=reads.dtype, device=reads.device)
     weights[pos] = 1
-    return layer.before_mlp.back_weighted(weights, reads)
+    return mlp.before.back_weighted(weights, reads)
 
 
 def _neuron(
     network: Held, layer: HeldLayer, behind: Tensor, at_attn: Tensor, pos: int, i: int, flow: float
 ) -> FlowPart:
-    assert layer.post is not None
-    share = layer.W_out[i] @ behind[0, pos]
+    mlp = layer.mlp
+    assert mlp is not None
+    share = mlp.W_out[i] @ behind[0, pos]
     weights, reads = _at_position(
-        layer, share * layer.gate[0, pos, i] * layer.W_in[:, i], pos, behind.shape[1]
+        mlp, share * mlp.gate[0, pos, i] * mlp.W_in[:, i], pos, behind.shape[1]
     )
     return FlowPart(
-        Component("neuron", layer.layer, i), pos, flow, layer.post[0, pos, i] * layer.W_out[i],
-        reads, weights, (share * layer.b_in[0, pos, i]).item(),
+        Component("neuron", layer.layer, i), pos, flow, mlp.post[0, pos, i] * mlp.W_out[i],
+        reads, weights, (share * mlp.b_in[0, pos, i]).item(),
         layer.layer + 0.75, layer.layer + (0.0 if network.parallel else 0.5),
     )  # fmt: skip
 
@@ -139,14 +138,13 @@ def _neuron(
 def _mlp(
     network: Held, layer: HeldLayer, behind: Tensor, at_attn: Tensor, pos: int, i: int, flow: float
 ) -> FlowPart:
-    assert layer.post is not None
-    share = layer.W_out @ behind[0, pos]
-    weights, reads = _at_position(
-        layer, layer.W_in @ (share * layer.gate[0, pos]), pos, behind.shape[1]
-    )
+    mlp = layer.mlp
+    assert mlp is not None
+    share = mlp.W_out @ behind[0, pos]
+    weights, reads = _at_position(mlp, mlp.W_in @ (share * mlp.gate[0, pos]), pos, behind.shape[1])
     return FlowPart(
-        Component("mlp_out", layer.layer), pos, flow, layer.post[0, pos] @ layer.W_out,
-        reads, weights, (share @ layer.b_in[0, pos]).item(),
+        Component("mlp_out", layer.layer), pos, flow, mlp.post[0, pos] @ mlp.W_out,
+        reads, weights, (share @ mlp.b_in[0, pos]).item(),
         layer.layer + 0.75, layer.layer + (0.0 if network.parallel else 0.5),
     )  # fmt: skip
 
@@ -160,8 +158,8 @@ def bias_flow(network: Held, part: FlowPart) -> float:
     for layer in network.layers:
         if layer.layer + 0.25 < part.reads_at:
             flow += (read * (layer.b_O @ part.reads)).item()
-        if layer.b_out is not None and layer.layer + 0.75 < part.reads_at:
-            flow += (read * (layer.b_out @ part.reads)).item()
+        if layer.mlp is not None and layer.layer + 0.75 < part.reads_at:
+            flow += (read * (layer.mlp.b_out @ part.reads)).item()
     return flow
 
 

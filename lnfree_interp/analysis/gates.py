@@ -16,10 +16,37 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.parts import onto_z
-from lnfree_interp.analysis.reads import Read, read, read_names
+from lnfree_interp.analysis.reads import Activations, Read, read, read_names
 from lnfree_interp.analysis.writes import Place, write_names
 
 Stream = Float[Tensor, "batch pos d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldMLP:
+    """An MLP with its gates held."""
+
+    post: Float[Tensor, "batch pos neuron"]
+    gate: Float[Tensor, "batch pos neuron"]
+    """What a neuron's linear input is multiplied by."""
+    linear: str
+    """The hook of that input."""
+    W_in: Float[Tensor, "d_model neuron"]
+    b_in: Float[Tensor, "*batch neuron"]
+    """What a neuron's activation has from biases: before its gate, the gate applied."""
+    b_post: Float[Tensor, " neuron"]
+    """The share of that which comes after the gate."""
+    W_out: Float[Tensor, "neuron d_model"]
+    b_out: Float[Tensor, " d_model"]
+    before: Read
+
+    def onto_post(self, u: Stream) -> Float[Tensor, "batch pos neuron"]:
+        """A direction of the stream, as neurons' activations see it."""
+        return u @ self.W_out.T
+
+    def back(self, u: Stream) -> Stream:
+        """A direction behind the MLP, in front of it."""
+        return self.before.back((self.onto_post(u) * self.gate) @ self.W_in.T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,43 +56,24 @@ class HeldLayer:
     layer: int
     pattern: Float[Tensor, "batch head query key"]
     z: Float[Tensor, "batch pos head d_head"]
-    post: Float[Tensor, "batch pos neuron"] | None
-    gate: Float[Tensor, "batch pos neuron"] | None
-    """What a neuron's linear input is multiplied by."""
     W_V: Float[Tensor, "head d_model d_head"]
     b_V: Float[Tensor, "head d_head"]  # noqa: N815
     """With what the norm's bias adds."""
     W_O: Float[Tensor, "head d_head d_model"]
     b_O: Float[Tensor, " d_model"]  # noqa: N815
-    W_in: Float[Tensor, "d_model neuron"] | None
-    b_in: Float[Tensor, "*batch neuron"] | None
-    """What a neuron's activation has from biases: before its gate, the gate applied."""
-    W_out: Float[Tensor, "neuron d_model"] | None
-    b_out: Float[Tensor, " d_model"] | None
-    before_attn: Read
-    before_mlp: Read | None
+    before: Read
+    mlp: HeldMLP | None
 
     def onto_z(self, u: Stream) -> Float[Tensor, "batch pos head d_head"]:
         """A direction of the stream, as heads' outputs see it."""
         return onto_z(u, self.W_O)
 
-    def onto_post(self, u: Stream) -> Float[Tensor, "batch pos neuron"]:
-        """The same for neurons' activations."""
-        assert self.W_out is not None
-        return u @ self.W_out.T
-
-    def back_attn(self, u: Stream) -> Stream:
+    def back(self, u: Stream) -> Stream:
         """A direction behind the attention, in front of it."""
         moved = einsum(
             self.pattern, self.onto_z(u), "b head query key, b query head k -> b key head k"
         )
-        return self.before_attn.back(einsum(moved, self.W_V, "b s head k, head d k -> b s d"))
-
-    def back_mlp(self, u: Stream) -> Stream:
-        """A direction behind the MLP, in front of it."""
-        assert self.W_in is not None
-        assert self.before_mlp is not None
-        return self.before_mlp.back((self.onto_post(u) * self.gate) @ self.W_in.T)
+        return self.before.back(einsum(moved, self.W_V, "b s head k, head d k -> b s d"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +92,19 @@ class Held:
     embeds: Mapping[str, Stream]
     parallel: bool
 
-    def back(self, direction: Stream) -> Iterator[tuple[HeldLayer, Stream, Stream, Stream]]:
+    def back(
+        self, direction: Stream, through_mlps: bool = True
+    ) -> Iterator[tuple[HeldLayer, Stream, Stream, Stream]]:
         """From the last block to the first: the block, and a direction of the last stream as it is
-        behind the block, where its attention writes, and before the block."""
+        behind the block, where its attention writes, and before the block; not through MLPs if
+        what they write is held."""
         u = direction
         for layer in reversed(self.layers):
             behind = u
-            if layer.W_in is not None:
-                u = u + layer.back_mlp(u)
+            if layer.mlp is not None and through_mlps:
+                u = u + layer.mlp.back(u)
             at_attn = behind if self.parallel else u
-            u = u + layer.back_attn(at_attn)
+            u = u + layer.back(at_attn)
             yield layer, behind, at_attn, u
 
 
@@ -106,7 +117,7 @@ def hold(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Held:
         tokens: [batch, pos].
     """
     cfg = model.cfg
-    gated, n_layers = cfg.gated_mlp, cfg.n_layers
+    n_layers = cfg.n_layers
     sites = [f"blocks.{i}.{site}" for i in range(n_layers) for site in ("ln1.v", "ln2")]
     sites = [site for site in sites if not (cfg.attn_only and site.endswith("ln2"))]
     names = {*write_names(model, "neuron", Place.last(model)), *read_names(model, sites)}
@@ -121,41 +132,13 @@ def hold(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Held:
     layers = []
     for layer, block in enumerate(model.blocks):
         prefix, attn = f"blocks.{layer}", block.attn
-        before_attn = read(model, cache, f"{prefix}.ln1.v")
+        before = read(model, cache, f"{prefix}.ln1.v")
         b_V = attn.b_V
-        if before_attn.bias is not None:
-            b_V = b_V + einsum(before_attn.bias, attn.W_V, "d, head d k -> head k")
-        post = gate = W_in = b_in = W_out = b_out = before_mlp = None
-        if not cfg.attn_only:
-            before_mlp = read(model, cache, f"{prefix}.ln2")
-            pre, post = (cache[f"{prefix}.mlp.hook_{x}"] for x in ("pre", "post"))
-            W_in, W_out, b_out = block.mlp.W_in, block.mlp.W_out, block.mlp.b_out
-            shift = 0 if before_mlp.bias is None else before_mlp.bias @ W_in
-            if gated:
-                gate = block.mlp.act_fn(pre)
-                b_in = block.mlp.b_in + gate * shift
-            else:
-                gate = torch.where(pre == 0, 0.0, post / pre)
-                b_in = gate * (block.mlp.b_in + shift)
-        layers.append(
-            HeldLayer(
-                layer,
-                cache[f"{prefix}.attn.hook_pattern"],
-                cache[f"{prefix}.attn.hook_z"],
-                post,
-                gate,
-                attn.W_V,
-                b_V,
-                attn.W_O,
-                attn.b_O,
-                W_in,
-                b_in,
-                W_out,
-                b_out,
-                before_attn,
-                before_mlp,
-            )
-        )
+        if before.bias is not None:
+            b_V = b_V + einsum(before.bias, attn.W_V, "d, head d k -> head k")
+        pattern, z = (cache[f"{prefix}.attn.hook_{x}"] for x in ("pattern", "z"))
+        mlp = None if cfg.attn_only else _hold_mlp(model, cache, layer)
+        layers.append(HeldLayer(layer, pattern, z, attn.W_V, b_V, attn.W_O, attn.b_O, before, mlp))
     streams = (*(cache[f"blocks.{i}.hook_resid_pre"] for i in range(n_layers)), last)
     mids = () if cfg.parallel_attn_mlp or cfg.attn_only else tuple(
         cache[f"blocks.{i}.hook_resid_mid"] for i in range(n_layers)
@@ -164,3 +147,19 @@ def hold(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Held:
     if "hook_pos_embed" in cache:
         embeds["pos_embed"] = cache["hook_pos_embed"]
     return Held(tuple(layers), streams, mids, embeds, cfg.parallel_attn_mlp)
+
+
+def _hold_mlp(model: HookedTransformer, cache: Activations, layer: int) -> HeldMLP:
+    mlp, prefix = model.blocks[layer].mlp, f"blocks.{layer}"
+    before = read(model, cache, f"{prefix}.ln2")
+    pre, post = (cache[f"{prefix}.mlp.hook_{x}"] for x in ("pre", "post"))
+    shift = 0 if before.bias is None else before.bias @ mlp.W_in
+    if model.cfg.gated_mlp:
+        gate, linear, b_post = mlp.act_fn(pre), "hook_pre_linear", mlp.b_in
+        b_in = b_post + gate * shift
+    else:
+        gate, linear, b_post = torch.where(pre == 0, 0.0, post / pre), "hook_pre", 0 * mlp.b_in
+        b_in = gate * (mlp.b_in + shift)
+    return HeldMLP(
+        post, gate, f"{prefix}.mlp.{linear}", mlp.W_in, b_in, b_post, mlp.W_out, mlp.b_out, before
+    )

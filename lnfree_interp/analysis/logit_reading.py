@@ -13,7 +13,7 @@ from lnfree_interp.analysis.questions import (
     Prompt,
     question_names,
     read_answers,
-    read_prompts,
+    read_one_prompt,
     strings,
 )
 from lnfree_interp.analysis.reads import Activations, read, read_names
@@ -36,6 +36,8 @@ class LogitReading:
     """One logit, or a difference of two, after one prompt: what it reads from the last stream."""
 
     tokens: Int[Tensor, "1 pos"]
+    answer: int
+    foil: int | None
     direction: Float[Tensor, " d_model"]
     """At the last position."""
     constants: tuple[tuple[Component, Float[Tensor, ""]], ...]
@@ -43,6 +45,12 @@ class LogitReading:
     total: Float[Tensor, ""]
     of: tuple[str, ...]
     prompts: tuple[tuple[str, ...], ...]
+
+    def spread(self, stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, "1 pos d_model"]:
+        """The direction in the shape of a stream: it reads the last position only."""
+        u = torch.zeros_like(stream)
+        u[:, -1] = self.direction
+        return u
 
 
 @torch.no_grad()
@@ -60,15 +68,12 @@ def read_logit(
         UnsupportedModelError: as `attribute_logits`.
     """
     require_decomposable(model)
-    prompts = read_prompts(model, prompt, prepend_bos)
-    if len(prompts.rows) != 1:
-        raise DataError(f"one prompt at a time, not {len(prompts.rows)}")
+    tokens = read_one_prompt(model, prompt, prepend_bos)
     answers, _ = read_answers(model, answer, 1, True)
     foils = None if against is None else read_answers(model, against, 1, True, "foil")[0]
     if answers.shape[1] != 1 or (foils is not None and foils.shape[1] != 1):
         raise DataError("one answer at a time")
     of = question_names(model, answers, foils)
-    tokens = prompts.rows[0][None]
     answers = answers.to(tokens.device)
     foils = None if foils is None else foils.to(tokens.device)
     names = logit_names(model)
@@ -76,7 +81,8 @@ def read_logit(
     direction, constants = logit_directions(model, cache, logits, answers, foils)
     total = logits[0] if foils is None else logits[0] - logits[1]
     return LogitReading(
-        tokens, direction[0, 0], tuple((component, value[0, 0]) for component, value in constants),
+        tokens, int(answers), None if foils is None else int(foils), direction[0, 0],
+        tuple((component, value[0, 0]) for component, value in constants),
         total[0, 0], of, (tuple(strings(model, tokens[0].tolist())),),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Component, Contributions, Level
+from lnfree_interp.analysis.gaps import largest
 from lnfree_interp.analysis.logit_reading import (
     POSITIONS,
     given_run,
@@ -35,9 +36,6 @@ from lnfree_interp.analysis.writes import Place, require_decomposable, write_nam
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.numerics import MeasuredError, measure_error
-
-_MEASURED = 4
-"""Parts whose effect is measured where something is held."""
 
 
 def attribute_logits(
@@ -215,10 +213,8 @@ def _measured_gap(
     against: Int[Tensor, "batch kept"] | None,
 ) -> MeasuredError:
     """What the largest parts claim against what the logit loses without them."""
-    in_stream = [i for i, c in enumerate(components) if c.kind not in ("ln_final.b", "b_U")]
-    size = values[in_stream].abs().flatten(1).mean(1)
-    chosen = sorted(in_stream[i] for i in size.topk(min(_MEASURED, len(size))).indices.tolist())
-    vectors, _ = expand(parts, [components[i] for i in chosen])
+    rows = largest(values, components)
+    vectors, _ = expand(parts, [components[row] for row in rows])
     kept = slice(None) if stream.shape[1] <= POSITIONS else slice(0, None, stream.shape[1] // 64)
     losses = []
     for vector in vectors:
@@ -228,4 +224,4 @@ def _measured_gap(
         if against is not None:
             changed = changed - logits.gather(-1, against[:, kept].flatten()[:, None])
         losses.append(total[:, kept] - changed.reshape(total[:, kept].shape))
-    return measure_error(values[chosen][:, :, kept], torch.stack(losses))
+    return measure_error(values[rows][:, :, kept], torch.stack(losses))

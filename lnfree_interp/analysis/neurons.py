@@ -15,9 +15,15 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Component, Contributions, Level
+from lnfree_interp.analysis.gaps import largest
 from lnfree_interp.analysis.parts import expand, project
-from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
-from lnfree_interp.analysis.reads import Read, held, read, read_names
+from lnfree_interp.analysis.questions import (
+    Prompt,
+    read_one_prompt,
+    read_position,
+    strings,
+)
+from lnfree_interp.analysis.reads import held, read, read_names
 from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
@@ -64,7 +70,8 @@ def attribute_neuron(
         by: As in `attribute_logits`.
         prepend_bos: As in `attribute_logits`.
         biases: As in `attribute_logits`.
-        frozen_scale: Hold the scale of a live norm before the MLP.
+        frozen_scale: Hold the scale of a live norm before the MLP; `.gap` measures what that
+            misses, the gate held.
 
     Returns:
         Values [component].
@@ -87,13 +94,13 @@ def attribute_neuron(
     through = mlp.W_gate if gated and of == "pre" else mlp.W_in
     w, b = through[:, neuron], mlp.b_in[neuron]
     names = [*write_names(model, by, place), *read_names(model, [site])]
-    names += [f"{prefix}.hook_pre", f"{prefix}.hook_post"]
+    names += [f"{prefix}.hook_pre", f"{prefix}.hook_post", place.hook]
     names += [f"{prefix}.hook_pre_linear"] if gated else []
     _, cache = model.run_with_cache(
         tokens, stop_at_layer=layer + 1, names_filter=lambda name: name in names
     )
     at = slice(pos, pos + 1)
-    norm = _sliced(read(model, cache, site), at)
+    norm = read(model, cache, site).at(at)
     pre, post = (cache[f"{prefix}.hook_{x}"][:, at, neuron] for x in ("pre", "post"))
     slope = torch.ones_like(pre)
     if of == "post":
@@ -110,6 +117,15 @@ def attribute_neuron(
     direction = norm.back((slope[..., None] * w).expand(1, 1, -1)).contiguous()
     parts = writes(model, cache, by, place, at, biases=biases)
     values, components = project(parts, direction, constants)
+    gap = None
+    if nonlinear:
+        rows = largest(values, components)
+        parts = writes(model, cache, by, place, at, biases=biases)
+        vectors, _ = expand(parts, [components[row] for row in rows])
+        x = cache[place.hook][:, at]
+        ln2 = model.blocks[layer].ln2
+        losses = [slope[0, 0] * ((ln2(x) - ln2(x - v)) @ w)[0, 0] for v in vectors]
+        gap = measure_error(values[rows, 0, 0], torch.stack(losses))
     name = Component("neuron", layer, neuron).label
     return Contributions(
         values[:, 0, 0], components, (pre if of == "pre" else post)[0, 0], by,
@@ -117,6 +133,7 @@ def attribute_neuron(
         prompts=(tuple(strings(model, tokens[0].tolist())),),
         frozen_scale=bool(nonlinear),
         identity=f"parts = {of} of {name}",
+        gap=gap,
     )  # fmt: skip
 
 
@@ -124,21 +141,8 @@ def _question(
     model: HookedTransformer, prompt: Prompt, layer: int, pos: int, prepend_bos: bool
 ) -> tuple[Place, Int[Tensor, "1 pos"], int]:
     require_decomposable(model)
-    place = mlp_place(model, layer)
-    prompts = read_prompts(model, prompt, prepend_bos)
-    if len(prompts.rows) != 1:
-        raise DataError(f"neurons are attributed one prompt at a time, not {len(prompts.rows)}")
-    tokens = prompts.rows[0][None]
-    n_pos = tokens.shape[1]
-    if not -n_pos <= pos < n_pos:
-        raise DataError(f"there is no position {pos} among {n_pos} tokens")
-    return place, tokens, pos % n_pos
-
-
-def _sliced(norm: Read, positions: slice) -> Read:
-    if isinstance(norm.scale, float):
-        return norm
-    return Read(norm.scale[:, positions], norm.gain, norm.bias, norm.centred)
+    tokens = read_one_prompt(model, prompt, prepend_bos)
+    return mlp_place(model, layer), tokens, read_position(pos, tokens.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Component, Contributions
+from lnfree_interp.analysis.gaps import token_gap
 from lnfree_interp.analysis.gates import Held, hold
 from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.questions import Answer, Prompt
@@ -51,7 +52,8 @@ def expand_paths(
             opened is listed as a whole: `L0H1 > L2H5` is all that L2H5 got from L0H1. With enough
             of them everything is open: there are about (1 + heads) ** layers paths.
         prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales.
+        frozen_scale: Hold live norms' scales; `.gap` measures what that misses, by taking out the
+            tokens that claim most, patterns and the outputs of MLPs still held.
 
     Returns:
         Values [path], largest first, then `rest`; each is exact, and so is their sum.
@@ -93,7 +95,7 @@ def expand_paths(
         # `ahead` is the direction as this head's output sees it.
         bias = Component("b_V", head.layer, head.index, through=head.through)
         done.append((bias, weights.sum() * (ahead @ layer.b_V[head.index])))
-        read_weights, direction = layer.before_attn.back_weighted(
+        read_weights, direction = layer.before.back_weighted(
             weights @ layer.pattern[0, head.index], layer.W_V[head.index] @ ahead
         )
         open_up(read_weights, direction, head.layer, via)
@@ -110,6 +112,7 @@ def expand_paths(
     return Contributions(
         values_listed, tuple(components), reading.total, "path", reading.of, reading.prompts,
         bool(nonlinear), "paths + rest = the model's logits, patterns given",
+        token_gap(model, network, reading, through_mlps=False) if nonlinear else None,
     )  # fmt: skip
 
 
@@ -121,9 +124,9 @@ def _sources(
         yield Component(kind, through=via), weights @ (x[0] @ direction)
     for layer in network.layers[:n_layers]:
         yield Component("b_O", layer.layer, through=via), weights.sum() * (layer.b_O @ direction)
-        if layer.post is not None:
-            moved = weights @ layer.post[0] @ (layer.W_out @ direction)
-            moved = moved + weights.sum() * (layer.b_out @ direction)
+        if (mlp := layer.mlp) is not None:
+            moved = weights @ mlp.post[0] @ (mlp.W_out @ direction)
+            moved = moved + weights.sum() * (mlp.b_out @ direction)
             yield Component("mlp_out", layer.layer, through=via), moved
 
 

@@ -108,6 +108,31 @@ def _refuse_padding(model: HookedTransformer, rows: list[Tensor]) -> None:
             )
 
 
+def read_one_prompt(
+    model: HookedTransformer, prompt: Prompt, prepend_bos: bool = True
+) -> Int[Tensor, "1 pos"]:
+    """The tokens of a prompt, for analyses that take one.
+
+    Raises:
+        DataError: if there are several, or as `read_prompts`.
+    """
+    prompts = read_prompts(model, prompt, prepend_bos)
+    if len(prompts.rows) != 1:
+        raise DataError(f"this analysis takes one prompt at a time, not {len(prompts.rows)}")
+    return prompts.rows[0][None]
+
+
+def read_position(pos: int, n_pos: int) -> int:
+    """A position, counted from the start.
+
+    Raises:
+        DataError: if the prompt is shorter.
+    """
+    if not -n_pos <= pos < n_pos:
+        raise DataError(f"there is no position {pos} among {n_pos} tokens")
+    return pos % n_pos
+
+
 def read_answers(
     model: HookedTransformer, answer: Answers, n_prompts: int, single: bool, what: str = "answer"
 ) -> tuple[Int[Tensor, "prompt answer"], bool]:

@@ -8,7 +8,7 @@ pass, and nothing that is changed in it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,12 @@ class Read:
     gain: Float[Tensor, " d_model"] | None = None
     bias: Float[Tensor, " d_model"] | None = None
     centred: bool = False
+
+    def at(self, positions: slice) -> "Read":
+        """The same at some of the positions."""
+        if isinstance(self.scale, float):
+            return self
+        return replace(self, scale=self.scale[:, positions])
 
     def back(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """A direction behind the map, carried to the stream."""

@@ -9,7 +9,12 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Contributions, Level
 from lnfree_interp.analysis.parts import expand, project
-from lnfree_interp.analysis.questions import Prompt, read_prompts, strings
+from lnfree_interp.analysis.questions import (
+    Prompt,
+    read_position,
+    read_prompts,
+    strings,
+)
 from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
 from lnfree_interp.errors import DataError
 
@@ -63,9 +68,9 @@ def decompose_residual(
         raise DataError("prompts differ in length: take the stream apart one prompt at a time")
     tokens = groups[0][1]
     n_pos = tokens.shape[1]
-    if isinstance(pos, int) and not -n_pos <= pos < n_pos:
-        raise DataError(f"there is no position {pos} among {n_pos} tokens")
-    positions = slice(pos % n_pos, pos % n_pos + 1) if isinstance(pos, int) else pos
+    if isinstance(pos, int):
+        pos = read_position(pos, n_pos)
+    positions = slice(pos, pos + 1) if isinstance(pos, int) else pos
     names = [*write_names(model, by, place), place.hook]
     stop = min(place.layer + 1, model.cfg.n_layers)
     _, cache = model.run_with_cache(

@@ -14,7 +14,10 @@ from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Level
 from lnfree_interp.analysis.counterfactual import counterfactual_pattern
 from lnfree_interp.analysis.flow import flow_graph
+from lnfree_interp.analysis.gaps import token_gap
+from lnfree_interp.analysis.gates import hold
 from lnfree_interp.analysis.lens import logit_lens
+from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.analysis.neurons import attribute_neuron, flip_distances
 from lnfree_interp.analysis.paths import expand_paths
@@ -80,6 +83,7 @@ def _certificates(
             if flips.affine is not None:
                 yield flips.affine
     yield affine_map(model, tokens, answer, foil, **held).contributions.certificate
+    yield _measured_certificate(model, tokens, answer, foil)
     yield expand_paths(model, tokens, answer, foil, **held).certificate
     yield flow_graph(model, tokens, answer, foil, **held).certificate
     yield logit_lens(model, tokens[None], **held).certificate
@@ -87,6 +91,16 @@ def _certificates(
     yield direct_effect_additivity(model, tokens[None], ["L0H0"], second).certificate
     if not frozen_scale:
         yield _table_certificate(model, tokens, answer)
+
+
+def _measured_certificate(
+    model: HookedTransformer, tokens: Int[Tensor, " pos"], answer: int, foil: int
+) -> Certificate:
+    """What tokens claim against runs without them, patterns and gates held and nothing else."""
+    reading = read_logit(model, tokens, answer, foil, True)
+    error = token_gap(model, hold(model, reading.tokens), reading)
+    name = "a token's share = what the logit loses without it, patterns and gates held"
+    return Certificate(name, error)
 
 
 @torch.no_grad()
