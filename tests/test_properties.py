@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from architectures import CONFIGS, lnfree_model, make_model
+from conftest import freeze_all
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel
@@ -144,3 +145,19 @@ def test_folding_and_exporting_change_nothing(drawn, target):
             hf_model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64)
             back = lf.load(hf_model, dtype=torch.float64)
     assert lf.compare_logits(back, sites).relative <= 1e-9
+
+
+@MANY
+@given(
+    sizes([kind for kind in CONFIGS if kind != "gemma2"]),  # its caps are not linear
+    st.lists(st.integers(0, 11), min_size=2, max_size=12),
+    st.sampled_from(["folded", "frozen"]),
+)
+def test_every_analysis_adds_up(drawn, tokens, form):
+    kind, config = drawn
+    live = lf.load(make_model(kind, **config), check=False, dtype=torch.float64)
+    model = lf.fold(freeze_all(live))
+    model = model if form == "folded" else lf.frozen_form(model)
+    certificates = lf.certify(model, torch.tensor(tokens))
+    failing = [str(one) for one in certificates if not one.error.relative <= 1e-10]
+    assert not failing, failing
