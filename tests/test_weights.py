@@ -170,6 +170,11 @@ def test_gauge():
         lambda m: lf.logit_lens(m, tokens).values,
     ):
         assert lf.gauge_check(metric, model).invariant
+    # Composition scores are norms of matrices with ends in the stream; virtual weights have none.
+    scores = lf.gauge_check(lambda model: model.all_composition_scores("Q"), model)
+    assert not scores.invariant
+    products = lf.gauge_check(lambda m: lf.virtual_weights(m, "L0H0", "L2H1", "Q").norm(), model)
+    assert products.invariant
     turned = lf.random_gauge(model)
     assert (turned.W_E - model.W_E).abs().max() > 0.1
     assert lf.compare_logits(turned, model).relative <= 1e-10
