@@ -1,10 +1,15 @@
 """What a caller can ask, and get wrong."""
 
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
+from transformer_lens import HookedTransformer
 from transformer_lens.utilities import get_act_name
 
 import lnfree_interp as lf
+from lnfree_interp.analysis import attention
 from lnfree_interp.analysis.contributions import Component
 from lnfree_interp.errors import DataError
 
@@ -83,7 +88,18 @@ def test_wrong_questions_are_refused(folded):
     tokens = torch.arange(6)
     for question, message in (
         (lambda: lf.attribute_logits(folded, torch.tensor([5, 400]), 3), "0 to 299"),
-        (lambda: lf.attribute_logits(folded, torch.ones(2, 2, 2).long(), 3), "whole numbers"),
+        (lambda: lf.attribute_logits(folded, torch.ones(2, 2, 2).long(), 3), "pos"),
+        (lambda: lf.attribute_logits(folded, [1.5, 2.0], 3), "whole numbers"),
+        (lambda: lf.attribute_logits(folded, torch.tensor([True, False]), 3), "whole numbers"),
+        (lambda: lf.attribute_logits(folded, [], 3), "empty"),
+        (lambda: lf.attribute_logits(folded, [tokens[None], tokens[None]], 3), r"is \[pos\]"),
+        (lambda: lf.attribute_logits(folded, tokens, [3.0]), "a string or a whole number"),
+        (lambda: lf.attribute_logits(folded, tokens, 3).top(0), "0 largest"),
+        (lambda: lf.attribute_logits(folded, tokens, 3).select(0), "already"),
+        (lambda: lf.attribute_logits(folded, tokens[None], 3).select(1), "no 1 among 1"),
+        (lambda: lf.logit_lens(folded, tokens[None, :1]), "no next token"),
+        (lambda: lf.certify(folded, tokens[:1]), "at least two"),
+        (lambda: lf.direct_effects(folded, tokens[None], batch=0), "at least one row"),
         (lambda: lf.attribute_logits(folded, "", 3, prepend_bos=False), "empty"),
         (lambda: lf.attribute_logits(folded, "return", ["zzz qqq", "r"]), "is one token"),
         (lambda: lf.attribute_logits(folded, ["a", "b"], [["r", "s"], ["e"]]), "same number"),
@@ -98,9 +114,18 @@ def test_wrong_questions_are_refused(folded):
         (lambda: lf.attribute_scores(folded, tokens, 0, 7), "no L0H7"),
         (lambda: lf.attribute_scores(folded, tokens, 0, 0, query=2, keys=[4]), "sees keys 0 to 2"),
         (lambda: lf.attribute_scores(folded, ["a", "b"], 0, 0), "one prompt at a time"),
-        (lambda: lf.attribute_scores(folded, tokens, 2, 0).log_odds(0, 9), "not among the keys"),
+        (lambda: lf.attribute_scores(folded, tokens, 2, 0).log_odds(0, 9), "no position 9"),
         (lambda: lf.counterfactual_pattern(folded, tokens, 1, 0, "L2H0"), "no component 'L2H0'"),
         (lambda: lf.counterfactual_pattern(folded, tokens, 1, 0, "b_Q"), "no part of the stream"),
+        (lambda: lf.counterfactual_pattern(folded, tokens, 1, 0, []), "at least one component"),
+        (lambda: lf.counterfactual_pattern(folded, tokens, 1, 0, ["L0H0"] * 2), "named twice"),
+        (lambda: lf.direct_effect_additivity(folded, tokens[None], "L0H0", "L0H0"), "both groups"),
+        (lambda: lf.attribute_scores(folded, tokens, 1, 0, keys=[9]), "no position 9"),
+        (lambda: lf.attribute_scores(folded, tokens, True, 0), "no LTrueH0"),
+        (lambda: lf.attribute_scores(folded, tokens, 1, 0).top(0, k=-1), "-1 largest"),
+        (lambda: lf.decompose_residual(folded, tokens, pos=slice(None, None, -1)), "backwards"),
+        (lambda: lf.virtual_weights(folded, "L0H0@3", "L1H0", "Q"), "same at every position"),
+        (lambda: lf.bigram_table(folded).top(0), "must be positive"),
         (lambda: lf.attribute_neuron(folded, tokens, 0, 999), "neurons 0 to 127"),
         (lambda: lf.attribute_neuron(folded, tokens, 5, 0), "no MLP in layer 5"),
         (lambda: lf.flip_distances(folded, tokens, 1, "L7H0"), "no component 'L7H0'"),
@@ -163,3 +188,139 @@ def test_counterfactual_patterns_are_those_of_a_patched_run(folded, side, withou
     if side != "key" or "b_" not in without:  # the same at every key: the softmax does not see it
         assert not torch.allclose(found.pattern, found.original)
     assert not found.pattern.triu(1).any()
+
+
+def test_padding_by_end_of_text_is_found(folded):
+    """GPT-2's tokenizer has no padding token, so TransformerLens pads with end-of-text."""
+    texts = ["for i in range", "def add(self, other): return"]
+    padded = folded.to_tokens(texts)
+    assert padded[0, -1] == folded.tokenizer.eos_token_id
+    with pytest.raises(DataError, match="pass attention_mask"):
+        lf.attribute_logits(folded, padded, 7)
+    with pytest.raises(DataError, match="pass attention_mask"):
+        lf.attribute_next_tokens(folded, padded)
+    whole = folded.to_tokens(texts[1])
+    ends = torch.cat([whole[:, :-1], padded[:1, -1:]], dim=1)  # text that ends in end-of-text
+    lf.attribute_next_tokens(folded, torch.cat([whole, ends])).verify()
+
+
+@pytest.mark.parametrize("prepends", [True, False])
+def test_a_tokenizer_that_pads_on_the_left_masks_nothing(folded, prepends):
+    text = "for i in range"
+    expected = lf.attribute_logits(folded, text, 7, prepend_bos=True)
+    folded.tokenizer.padding_side = "left"
+    folded.cfg.default_prepend_bos = prepends
+    found = lf.attribute_logits(folded, text, 7, prepend_bos=True).verify()
+    close(found.values, expected.values)
+    assert lf.attribute_scores(folded, text, 1, 0, prepend_bos=True).keys[0] == 0
+    assert len(lf.attribute_logits(folded, text, 7).prompts[0]) == len(found.prompts[0]) - (
+        not prepends
+    )
+    bos = folded.tokenizer.bos_token_id
+    assert all(c.holds for c in lf.certify(folded, torch.tensor([bos, bos, 5, 6, 7])))
+
+
+def test_token_ids_in_any_container(folded):
+    expected = lf.attribute_logits(folded, torch.tensor([5, 6, 7]), 3).values
+    for prompt in ([5, 6, 7], np.array([5, 6, 7]), torch.tensor([5, 6, 7], dtype=torch.uint8)):
+        for answer in (3, torch.tensor(3), np.int64(3)):
+            close(lf.attribute_logits(folded, prompt, answer).values, expected)
+    several = lf.attribute_logits(folded, [[5, 6, 7], [5, 6]], torch.tensor([3, 4]))
+    close(several.values[:, 0], expected)
+    assert lf.attribute_logits(folded, [[5, 6], [7, 8]], [3, 4]).values.shape[1] == 2
+
+
+def test_a_run_of_other_tokens_is_refused(folded):
+    a, b = torch.randint(300, (2, 3, 8), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match="other tokens"):
+        lf.attribute_next_tokens(folded, a, run=folded.run_with_cache(b))
+
+
+def test_a_mask_is_ones_and_zeros(folded):
+    with pytest.raises(DataError, match="1 where there is text"):
+        lf.attribute_logits(
+            folded, torch.arange(3), 3, attention_mask=torch.tensor([-1e9, 0.0, 0.0])
+        )
+
+
+def test_selecting_keeps_names(folded):
+    rows = torch.stack([torch.arange(6), torch.arange(7, 13)])
+    batch = lf.attribute_logits(folded, rows, [[3, 4], [5, 6]])
+    last = batch.select(-1)
+    assert last.of == batch.of[1:]
+    assert last.prompts == batch.prompts[1:]
+    answers = last.select(1)
+    assert answers.values.ndim == 1
+    close(answers.values, batch.values[:, 1, 1])
+    assert answers.of == (batch.answers[1][1],)
+    assert answers.top(2)["component"].tolist()
+
+
+def test_any_query_of_a_model_that_looks_ahead(folded):
+    cfg = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_head": 8, "d_mlp": 40, "n_ctx": 24}
+    cfg |= {"d_vocab": 50, "act_fn": "gelu", "normalization_type": None, "seed": 0}
+    model = HookedTransformer(cfg | {"attention_dir": "bidirectional"})
+    lf.attribute_scores(model, torch.arange(6), 1, 0, query=2).verify()
+
+
+def test_scores_of_few_keys_take_little_memory(folded):
+    tokens = torch.randint(300, (40,), generator=torch.Generator().manual_seed(0))
+    whole = lf.attribute_scores(folded, tokens, 2, 1, by="head").verify()
+    for keys in ([5], [30, 3, 4, 5, 39], 7):
+        few = lf.attribute_scores(folded, tokens, 2, 1, keys=keys, by="head").verify()
+        close(few.values, whole.values[:, :, list(few.keys)])
+    sizes = []
+    original = attention.transform
+
+    def watch(parts, W):
+        values, components = original(parts, W)
+        sizes.append(values.shape[2])
+        return values, components
+
+    with mock.patch.object(attention, "transform", watch):
+        lf.attribute_scores(folded, tokens, 2, 1, keys=[5], by="neuron").verify()
+    assert sizes == [1, 1]
+
+
+def test_no_logit_under_a_cap_is_no_problem():
+    cfg = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 20, "n_ctx": 24}
+    cfg |= {"d_vocab": 50, "act_fn": "gelu", "normalization_type": None, "seed": 0}
+    model = HookedTransformer(cfg | {"output_logits_soft_cap": 3.0, "attn_scores_soft_cap": 2.0})
+    with torch.no_grad():
+        model.W_U[:, 7] = 0
+        model.b_U[7] = 0
+        model.blocks[0].attn.W_Q[0] = 0
+    tokens, held = torch.arange(6), {"frozen_scale": True}
+    assert lf.attribute_logits(model, tokens, 3, 7, **held).verify().values.isfinite().all()
+    assert lf.attribute_scores(model, tokens, 0, 0, **held).verify().values.isfinite().all()
+
+
+def test_means_are_judged_by_what_the_model_computed_in(folded):
+    tokens = torch.randint(300, (5, 9), generator=torch.Generator().manual_seed(2))
+    mean = lf.mean_next_token_attribution(folded, tokens).verify()
+    assert mean.as_contributions().error.dtype == folded.cfg.dtype
+    top = mean.top(3)
+    assert top["value"].iloc[0] == pytest.approx(mean[top["component"].iloc[0]])
+    assert set(top) >= {"mean_abs", "std"}
+
+
+def test_paths_are_written_as_they_are_read(folded):
+    for label in ("embed > L0H1 > L2H5", "L0H1@3", "0_mlp_out > L1H0"):
+        assert lf.Component.parse(label).label == label
+
+
+def test_results_say_what_they_are_in_a_line(folded):
+    tokens = torch.arange(6)
+    for result in (
+        lf.attribute_logits(folded, tokens, 3),
+        lf.attribute_scores(folded, tokens, 1, 0),
+        lf.counterfactual_pattern(folded, tokens, 1, 0, "L0H0"),
+        lf.affine_map(folded, tokens, 3).verify(),
+        lf.flow_graph(folded, tokens, 3),
+        lf.logit_lens(folded, tokens[None]),
+        lf.flip_distances(folded, tokens, 1, "L0H0"),
+        lf.mean_next_token_attribution(folded, tokens[None]),
+        lf.ov_table(folded, 1, 0),
+    ):
+        assert len(repr(result)) < 300
+        assert type(result).__name__ in repr(result)

@@ -175,6 +175,19 @@ def test_gauge():
     assert not scores.invariant
     products = lf.gauge_check(lambda m: lf.virtual_weights(m, "L0H0", "L2H1", "Q").norm(), model)
     assert products.invariant
+    # A large number does not hide a small one, and a count is right or wrong.
+    hidden = lf.gauge_check(
+        lambda m: torch.stack([norms(m).new_tensor(5e6), norms(m)[0, 0]]), model
+    )
+    assert not hidden.invariant
+    count = iter([50_001, 50_002])
+    assert not lf.gauge_check(lambda m: next(count), model, bases=1).invariant
+    nans = iter([1.0, float("nan")])
+    with pytest.raises(DataError, match="nan"):
+        lf.gauge_check(lambda m: next(nans), model, bases=1)
+    hooks = [("hook_embed", lambda x, hook: 2 * x)]
+    with model.hooks(hooks), pytest.raises(UnsupportedModelError, match="has hooks"):
+        lf.random_gauge(model)
     turned = lf.random_gauge(model)
     assert (turned.W_E - model.W_E).abs().max() > 0.1
     assert lf.compare_logits(turned, model).relative <= 1e-10

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Component
+from lnfree_interp.models.running import run_and_keep
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def by_ablation(
 
 
 def _activation(model: HookedTransformer, tokens: Tensor, name: str, stop: int) -> Tensor:
-    return model.run_with_cache(tokens, stop_at_layer=stop, names_filter=name)[1][name]
+    return run_and_keep(model, tokens, [name], stop)[1][name]
 
 
 def _moved(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Component, Contributions
 from lnfree_interp.analysis.gaps import token_gap
 from lnfree_interp.analysis.gates import HeldLayer, hold
@@ -15,7 +16,7 @@ from lnfree_interp.analysis.questions import Answer, Prompt
 from lnfree_interp.analysis.reads import held
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AffineMap:
     """A logit as sum over tokens of J_t (embedding + position), plus biases.
 
@@ -38,6 +39,27 @@ class AffineMap:
         """What does not come from any token, in logits."""
         return self.contributions.total - self.by_token.sum()
 
+    @property
+    def certificate(self) -> Certificate:
+        """Tokens and biases against the model's logit."""
+        return self.contributions.certificate
+
+    def verify(self, tolerance: float | None = None) -> "AffineMap":
+        """Return self if tokens and biases add up to the logit.
+
+        Raises:
+            InexactError: if they do not.
+        """
+        self.certificate.require(tolerance)
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"AffineMap({len(self.jacobian)} tokens, of the logit {self.by_token.sum().item():+.3f}"
+            f" from tokens and {self.biases.item():+.3f} from biases, "
+            f"error {self.contributions.error})"
+        )
+
 
 @torch.no_grad()
 def affine_map(
@@ -46,7 +68,7 @@ def affine_map(
     answer: Answer,
     against: Answer | None = None,
     *,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     frozen_scale: bool = False,
 ) -> AffineMap:
     """What each input token adds to a logit, with attention patterns and neuron gates held.

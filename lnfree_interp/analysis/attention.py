@@ -10,7 +10,7 @@ not additive, but its log-odds between two keys are: the normaliser cancels. So 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.components.abstract_attention import AbstractAttention
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.analysis.certificates import Certificate
@@ -25,6 +26,7 @@ from lnfree_interp.analysis.contributions import (
     Component,
     Contributions,
     Level,
+    find_components,
 )
 from lnfree_interp.analysis.gaps import largest
 from lnfree_interp.analysis.parts import Write, expand, transform
@@ -35,15 +37,22 @@ from lnfree_interp.analysis.questions import (
     strings,
 )
 from lnfree_interp.analysis.reads import held, read, read_names
-from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
+from lnfree_interp.analysis.writes import (
+    Place,
+    require_decomposable,
+    require_level,
+    write_names,
+    writes,
+)
 from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
+from lnfree_interp.models.running import run_and_keep
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
 _LARGEST = 2**28
 """Entries of a bilinear attribution; a gigabyte in float32."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ScoreAttribution:
     """Attention scores of one query as a sum over pairs of components.
 
@@ -138,7 +147,25 @@ class ScoreAttribution:
             (self.tokens,), self.frozen_scale, "parts = log-odds between two keys",
         )  # fmt: skip
 
+    def __getitem__(self, pair: tuple[str | Component, str | Component]) -> Float[Tensor, " key"]:
+        """The values of one pair, by the labels at the query and at the key.
+
+        Raises:
+            DataError: if there is none; it names the nearest.
+        """
+        query = find_components([pair[0]], self.query_components)[0]
+        return self.values[query, find_components([pair[1]], self.key_components)[0]]
+
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.values.shape))
+        held = f", held: gap {self.gap}" if self.gap is not None else ""
+        return (
+            f"ScoreAttribution({self.head.label} from {self.query}, {self.level} level, "
+            f"values [{shape}], error {self.error}{held})"
+        )
+
     def _column(self, position: int) -> int:
+        position = read_position(position, len(self.tokens))
         if position not in self.keys:
             raise DataError(f"position {position} is not among the keys {list(self.keys)}")
         return self.keys.index(position)
@@ -149,6 +176,8 @@ class ScoreAttribution:
         Raises:
             DataError: if the position is not among the keys.
         """
+        if k < 1:
+            raise DataError(f"the {k} largest are none")
         values = self.values[:, :, self._column(key)]
         rows = values.abs().flatten().topk(min(k, values.numel())).indices.tolist()
         width = values.shape[1]
@@ -168,10 +197,10 @@ def attribute_scores(
     layer: int,
     head: int,
     query: int = -1,
-    keys: Sequence[int] | None = None,
+    keys: Sequence[int] | Tensor | int | None = None,
     *,
     by: Level = "head",
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     frozen_scale: bool = False,
 ) -> ScoreAttribution:
     """One head's attention scores from one query, by pairs of what query and key are made of.
@@ -182,7 +211,7 @@ def attribute_scores(
         layer: Of the head.
         head: Its index.
         query: Position.
-        keys: Positions. Default: all that the query sees.
+        keys: Positions, or one. Default: all that the query sees.
         by: As in `attribute_logits`.
         prepend_bos: As in `attribute_logits`.
         frozen_scale: Hold live norms' scales and a soft cap's slope; `.gap` measures what that
@@ -214,22 +243,27 @@ def attribute_scores(
     more = [scores_hook, pattern_hook, Place(layer).hook, *query_key_hooks(model, layer)]
     cache = cache_input(model, tokens, layer, by, site, more)
     looks = _looks(cache[scores_hook][0, head, query])
-    seen = looks if keys is None else [key % n_pos for key in keys]
+    if not looks:
+        raise DataError(f"position {query} sees no key: its scores are masked, or not numbers")
+    seen = looks if keys is None else [read_position(key, n_pos) for key in _as_list(keys)]
     if not seen or not set(seen) <= set(looks):
-        raise DataError(f"position {query} sees keys {looks[0]} to {looks[-1]}, not all of {keys}")
-    q, q_components = projected(model, cache, layer, head, by, "Q", slice(query, query + 1))
-    k, k_components = projected(model, cache, layer, head, by, "K", slice(0, query + 1))
-    if len(q) * len(k) * len(seen) > _LARGEST:
+        raise DataError(f"position {query} sees keys {looks[0]} to {looks[-1]}, not all of {seen}")
+    parts = writes(model, cache, by, Place(layer), [query])
+    n_parts = sum(len(part.components) for part in parts)
+    if n_parts * max(n_parts, model.cfg.d_head) * len(seen) > _LARGEST:
         raise DataError(
-            f"{len(q)} x {len(k)} pairs for {len(seen)} keys are too many: give fewer keys, or a "
-            "coarser level"
+            f"{n_parts} x {n_parts} pairs for {len(seen)} keys are too many: give fewer keys, or "
+            "a coarser level"
         )
+    q, q_components = projected(model, cache, layer, head, by, "Q", [query])
+    k, k_components = projected(model, cache, layer, head, by, "K", seen)
     attn = model.blocks[layer].attn
-    values = einsum(q[:, 0], k[:, seen], "i d_head, j key d_head -> i j key") / attn.attn_scale
+    values = einsum(q[:, 0], k, "i d_head, j key d_head -> i j key") / attn.attn_scale
     total = cache[scores_hook][0, head, query, seen]
     if model.cfg.attn_scores_soft_cap > 0:  # hold the slope of what the cap let through
         q_whole, k_whole = queries_and_keys(model, cache, layer, head)
-        values = values * (total / (k_whole[seen] @ q_whole[query] / attn.attn_scale))
+        uncapped = k_whole[seen] @ q_whole[query] / attn.attn_scale
+        values = values * torch.where(uncapped == 0, 1.0, total / uncapped)
     gap = None
     if nonlinear:
         claims = values.sum(1)
@@ -254,7 +288,7 @@ def _measured_gap(
 ) -> MeasuredError:
     """What the largest components at the query claim against what the scores lose without them."""
     stream = cache[Place(layer).hook]
-    parts = writes(model, cache, by, Place(layer), slice(query, query + 1))
+    parts = writes(model, cache, by, Place(layer), [query])
     rows = largest(claims, components)
     vectors, _ = expand(parts, [components[row] for row in rows])
     original = run_attention(model, stream, layer)
@@ -304,7 +338,8 @@ def require_head(model: HookedTransformer, layer: int, head: int) -> None:
     """
     require_decomposable(model)
     cfg = model.cfg
-    if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (layer, head))
+    if not whole or not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
         raise DataError(
             f"there is no L{layer}H{head}: the model has {cfg.n_layers} layers of {cfg.n_heads} "
             "heads"
@@ -322,13 +357,9 @@ def cache_input(
     more: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """What taking apart one layer's input needs, and more."""
-    if by not in get_args(Level):
-        raise DataError(f"by={by!r} is not one of {', '.join(get_args(Level))}")
+    require_level(by)
     names = {*write_names(model, by, Place(layer)), *read_names(model, [site]), *more}
-    _, cache = model.run_with_cache(
-        tokens, stop_at_layer=layer + 1, names_filter=lambda name: name in names
-    )
-    return dict(cache.items())
+    return run_and_keep(model, tokens, names, layer + 1)[1]
 
 
 def projected(
@@ -338,7 +369,7 @@ def projected(
     head: int,
     by: Level,
     which: Literal["Q", "K"],
-    positions: slice,
+    positions: list[int],
 ) -> tuple[Float[Tensor, "component pos d_head"], tuple[Component, ...]]:
     """What each component, and each bias, adds to a head's queries or keys, rotated if they are."""
     attn = model.blocks[layer].attn
@@ -354,9 +385,27 @@ def projected(
     shape = (1, values.shape[1], values.shape[2])
     values = torch.cat([values, *(constant.expand(shape) for _, constant in constants)])
     if model.cfg.positional_embedding_type == "rotary":
-        start = positions.start or 0
-        values = attn.apply_rotary(values[:, :, None], past_kv_pos_offset=start)[:, :, 0]
+        values = _rotated(attn, values, positions)
     return values, (*components, *(component for component, _ in constants))
+
+
+def _rotated(
+    attn: AbstractAttention, values: Float[Tensor, "component pos d_head"], positions: list[int]
+) -> Float[Tensor, "component pos d_head"]:
+    """Each at its position; those that lie side by side at once."""
+    found, start = [], 0
+    for i in range(1, len(positions) + 1):
+        if i == len(positions) or positions[i] != positions[i - 1] + 1:
+            run = values[:, start:i, None]
+            found.append(attn.apply_rotary(run, past_kv_pos_offset=positions[start])[:, :, 0])
+            start = i
+    return torch.cat(found, dim=1)
+
+
+def _as_list(keys: Sequence[int] | Tensor | int) -> list[int]:
+    if isinstance(keys, Tensor):
+        return torch.atleast_1d(keys).tolist()
+    return [keys] if isinstance(keys, int) else list(keys)
 
 
 def _looks(scores: Float[Tensor, " key"]) -> list[int]:

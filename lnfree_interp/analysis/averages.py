@@ -3,19 +3,26 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.contributions import Component, Contributions, Level
+from lnfree_interp.analysis.contributions import (
+    Component,
+    Contributions,
+    Level,
+    find_components,
+)
 from lnfree_interp.analysis.logits import attribute_next_tokens
+from lnfree_interp.analysis.questions import split
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MeanContributions:
     """Attribution over many tokens, accumulated without keeping them.
 
@@ -44,7 +51,37 @@ class MeanContributions:
         return Contributions(
             self.mean, self.components, total, self.level,
             of=(f"the next token, mean of {self.count:,}",), frozen_scale=self.frozen_scale,
+            dtype=self.error.dtype,
         )  # fmt: skip
+
+    def verify(self, tolerance: float | None = None) -> "MeanContributions":
+        """Return self if the means add up to the mean logit; each batch has been verified too.
+
+        Raises:
+            InexactError: if they do not.
+        """
+        self.as_contributions().verify(tolerance)
+        return self
+
+    def __getitem__(self, component: str | Component) -> float:
+        """One component's mean contribution, by label.
+
+        Raises:
+            DataError: if there is none; it names the nearest.
+        """
+        return self.as_contributions()[component].item()
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k components of largest mean: `component`, `value`, `mean_abs`, `std`."""
+        found = self.as_contributions().top(k)
+        rows = find_components(found["component"].tolist(), self.components)
+        return found.assign(mean_abs=self.mean_abs[rows].tolist(), std=self.std[rows].tolist())
+
+    def __repr__(self) -> str:
+        return (
+            f"MeanContributions({self.level} level, {len(self.components)} components, mean of "
+            f"{self.count:,} tokens, error {self.error})"
+        )
 
 
 def mean_next_token_attribution(
@@ -74,7 +111,7 @@ def mean_next_token_attribution(
     """
     if by == "source":
         raise DataError("the mean over positions of a source token says nothing: choose by='head'")
-    chunks: Iterable[Tensor] = blocks.split(batch) if isinstance(blocks, Tensor) else blocks
+    chunks = split(blocks, batch) if isinstance(blocks, Tensor) else blocks
     sums: Tensor | None = None
     total, count, worst, last = 0.0, 0, None, None
     for tokens in tqdm(chunks, desc="attribution", unit="batch", disable=not progress):
@@ -92,7 +129,7 @@ def mean_next_token_attribution(
         sums = moments if sums is None else sums + moments
         total += part.total.double().sum().item()
         count += values.shape[1]
-        if worst is None or part.error.relative > worst.relative:
+        if worst is None or not part.error.relative <= worst.relative:
             worst = part.error
         last = part
     if sums is None or last is None or worst is None:

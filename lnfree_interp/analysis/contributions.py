@@ -2,12 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -79,6 +80,9 @@ class Component:
         Raises:
             DataError: if no component is written like that.
         """
+        start, *heads = label.split(" > ")
+        if heads:
+            return replace(cls.parse(start), through=tuple(cls.parse(head) for head in heads))
         name, split, at = label.partition("@")
         pos = int(at) if at.isdigit() else None
         if not split or pos is not None:
@@ -102,18 +106,29 @@ def find_components(wanted: Sequence[str | Component], among: Sequence[Component
     """The rows of components, by label.
 
     Raises:
-        DataError: for a label that is not there; it names the nearest.
+        DataError: for a label that is not there (it names the nearest), or is named twice.
     """
     rows = {component.label: row for row, component in enumerate(among)}
     found = []
     for one in wanted:
         label = one.label if isinstance(one, Component) else one
         if label not in rows:
-            near = difflib.get_close_matches(label, rows, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise DataError(f"no component {label!r} among these {len(rows)}{hint}")
+            raise DataError(f"no component {label!r} among these {len(rows)}{nearest(label, rows)}")
+        if rows[label] in found:
+            raise DataError(f"{label} is named twice")
         found.append(rows[label])
     return found
+
+
+def nearest(name: object, names: Collection[str]) -> str:
+    """A hint for a message: the names most like a wrong one, else some of those that there are."""
+    by_lower = {one.lower(): one for one in names}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=3)
+    if near:
+        return f"; did you mean {' or '.join(by_lower[one] for one in near)}?"
+    some = list(names)
+    shown = [*some[:3], "...", *some[-2:]] if len(some) > 5 else some
+    return f": there are {', '.join(shown)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +142,9 @@ class Contributions:
         level: How finely the model was taken apart.
         of: For each prompt, what was attributed, e.g. `" self" - " cls"`.
         prompts: The prompts' tokens as strings, where there are prompts.
+        answers: For each prompt, the several answers, where several were asked for: the last
+            dimension of `values`.
+        dtype: What the model computed in. Default: that of `total`.
         frozen_scale: True if something was held at the value it had (a live norm's scale, a soft
             cap's slope): the parts then still add up, but taking one away would change the others.
         identity: What the sum says, for the certificate.
@@ -143,6 +161,8 @@ class Contributions:
     frozen_scale: bool = False
     identity: str = "parts = the model's logits"
     gap: MeasuredError | None = None
+    answers: tuple[tuple[str, ...], ...] = ()
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if len(self.components) != len(self.values):
@@ -157,7 +177,7 @@ class Contributions:
         """
         found, largest = sum_and_largest(self.values)
         error = measure_error(found, self.total, max(largest, self.total.abs().max().item()))
-        return replace(error, dtype=self.total.dtype)
+        return replace(error, dtype=self.dtype or self.total.dtype)
 
     @property
     def certificate(self) -> Certificate:
@@ -192,22 +212,41 @@ class Contributions:
         """The values of one component, by label.
 
         Raises:
-            DataError: if there is none; it names the nearest.
+            DataError: if there is none; it names the nearest. Rows by number are in `values`.
         """
+        if not isinstance(component, str | Component):
+            raise DataError(f"a component is a label such as {self.labels[0]!r}, not {component!r}")
         return self.values[find_components([component], self.components)[0]]
 
     def select(self, prompt: int) -> "Contributions":
-        """The result for one prompt of a batch, without the batch dimension."""
+        """The result for one prompt of a batch, without the batch dimension; of several answers
+        to one prompt, for one answer.
+
+        Raises:
+            DataError: if there is no such prompt.
+        """
+        if self.values.ndim == 1:
+            raise DataError("this is one prompt's result already")
+        n = self.values.shape[1]
+        if not -n <= prompt < n:
+            raise DataError(f"there is no {prompt} among {n}")
+        row = prompt % n
+        chosen = replace(self, values=self.values[:, row], total=self.total[row])
+        if self.values.ndim == 2 and self.answers:
+            return replace(chosen, of=(self.answers[0][row],), answers=())
+        one = slice(row, row + 1)
         return replace(
-            self,
-            values=self.values[:, prompt],
-            total=self.total[prompt],
-            of=self.of[prompt : prompt + 1],
-            prompts=self.prompts[prompt : prompt + 1],
+            chosen, of=self.of[one], prompts=self.prompts[one], answers=self.answers[one]
         )
 
     def of_kind(self, kind: ComponentKind) -> Float[Tensor, "component *batch"]:
-        """The values of one kind of component, e.g. all heads, layer by layer."""
+        """The values of one kind of component, e.g. all heads, layer by layer.
+
+        Raises:
+            DataError: if there is no such kind. One that the model lacks gives no rows.
+        """
+        if kind not in get_args(ComponentKind):
+            raise DataError(f"no kind {kind!r}{nearest(kind, get_args(ComponentKind))}")
         rows = [i for i, component in enumerate(self.components) if component.kind == kind]
         return self.values[rows]
 
@@ -218,7 +257,9 @@ class Contributions:
             DataError: for a batch.
         """
         if self.values.ndim != 1:
-            raise DataError("the largest of one prompt: take it with select(i)")
+            raise DataError("the largest of one prompt and answer: take it with select(i)")
+        if k < 1:
+            raise DataError(f"the {k} largest are none")
         rows = self.values.abs().topk(min(k, len(self))).indices.tolist()
         frame = self.to_frame().iloc[rows][["component", "value"]]
         return frame.reset_index(drop=True)

@@ -33,7 +33,7 @@ from lnfree_interp.numerics import measure_error
 Side = Literal["both", "query", "key"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CounterfactualPattern:
     """A head's attention pattern without some components of what it reads.
 
@@ -56,6 +56,13 @@ class CounterfactualPattern:
     head: Component
     tokens: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        moved = (self.pattern - self.original).abs().max().item()
+        return (
+            f"CounterfactualPattern({self.head.label} without {', '.join(self.without)}: weights "
+            f"move by up to {moved:.3f}; {self.certificate})"
+        )
+
     def verify(self, tolerance: float | None = None) -> "CounterfactualPattern":
         """Return self if the closed form equals the patched run.
 
@@ -76,7 +83,7 @@ def counterfactual_pattern(
     *,
     side: Side = "both",
     by: Level = "head",
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     frozen_scale: bool = False,
 ) -> CounterfactualPattern:
     """The pattern that a head would have if components were missing from what it reads.
@@ -108,17 +115,20 @@ def counterfactual_pattern(
     more += query_key_hooks(model, layer)
     cache = cache_input(model, tokens, layer, by, site, more)
     given = [without] if isinstance(without, str | Component) else list(without)
+    if not given:
+        raise DataError("name at least one component to take away")
     wanted = [one if isinstance(one, str) else one.label for one in given]
     if biases := [one for one in wanted if one in ("b_Q", "b_K") or one.endswith("ln1.b")]:
         raise DataError(f"{biases[0]} is no part of the stream: it cannot be missing from it")
     attn = model.blocks[layer].attn
     q, k = queries_and_keys(model, cache, layer, head)
-    parts, components = projected(model, cache, layer, head, by, "Q", slice(None))
+    everywhere = list(range(tokens.shape[1]))
+    parts, components = projected(model, cache, layer, head, by, "Q", everywhere)
     rows = find_components(wanted, components)
     if side != "key":
         q = q - parts[rows].sum(0)
     if side != "query":
-        q_and_k = projected(model, cache, layer, head, by, "K", slice(None))
+        q_and_k = projected(model, cache, layer, head, by, "K", everywhere)
         k = k - q_and_k[0][find_components(wanted, q_and_k[1])].sum(0)
     scores = q @ k.T / attn.attn_scale
     cap = model.cfg.attn_scores_soft_cap

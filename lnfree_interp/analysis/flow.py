@@ -14,6 +14,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.analysis.contributions import nearest
 from lnfree_interp.analysis.flow_parts import Unit, bias_flow, flow_parts, inflow_of
 from lnfree_interp.analysis.gaps import token_gap
 from lnfree_interp.analysis.gates import hold
@@ -55,7 +56,7 @@ class FlowEdge:
     flow: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FlowGraph:
     """Nodes and edges, and what they leave out.
 
@@ -98,12 +99,20 @@ class FlowGraph:
         for node in self.nodes:
             if node.name == name:
                 return node
-        raise DataError(f"no node {name!r} is shown")
+        names = [node.name for node in self.nodes]
+        raise DataError(f"no node {name!r} is shown{nearest(name, names)}")
 
     @property
     def lost(self) -> float:
         """What reaches the logit through nodes that are not shown, in logits."""
         return self.node("logit").from_rest
+
+    def __repr__(self) -> str:
+        return (
+            f"FlowGraph({self.of}: {self.total:+.3f} through {len(self.nodes)} nodes and "
+            f"{len(self.edges)} edges, {self.lost:+.3f} through others, "
+            f"error {self.certificate.error})"
+        )
 
     def to_json(self) -> str:
         """Everything, as JSON."""
@@ -145,7 +154,7 @@ def flow_graph(
     top_k: int | None = 40,
     unit: Unit = "mlp",
     smallest: float = 0.0,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     frozen_scale: bool = False,
 ) -> FlowGraph:
     """How a logit flows from the tokens through heads and neurons.
@@ -202,7 +211,7 @@ def flow_graph(
         FlowEdge(parts[i].name, parts[j].name, edges[i, j].item())
         for i, j in shown.nonzero().tolist()
     )
-    dtype = model.cfg.dtype
+    dtype = reading.total.dtype
     through = ~is_token
     # All that starts somewhere, tokens and biases, ends in the logit.
     started = flow[is_token].sum() + all_biases

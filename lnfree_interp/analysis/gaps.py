@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from lnfree_interp.analysis.contributions import Component
 from lnfree_interp.analysis.gates import Held, HeldLayer
 from lnfree_interp.analysis.logit_reading import LogitReading
+from lnfree_interp.models.running import run_hooked
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 MEASURED = 4
@@ -64,7 +65,7 @@ def token_gap(
     for layer in network.layers:
         hooks += _hold(layer, through_mlps)
     tokens = reading.tokens.expand(len(gone), -1)
-    stream = model.run_with_hooks(tokens, stop_at_layer=model.cfg.n_layers, fwd_hooks=hooks)
+    stream = run_hooked(model, tokens, hooks, model.cfg.n_layers)
     logits = model(stream[:, -1:], start_at_layer=model.cfg.n_layers)[:, -1]
     left = logits[:, reading.answer]
     if reading.foil is not None:

@@ -18,6 +18,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.parts import onto_z
 from lnfree_interp.analysis.reads import Activations, Read, read, read_names
 from lnfree_interp.analysis.writes import Place, write_names
+from lnfree_interp.models.running import run_and_keep
 
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -126,9 +127,7 @@ def hold(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Held:
         names |= {f"{prefix}.attn.hook_pattern", f"{prefix}.hook_resid_pre"}
         names |= {f"{prefix}.mlp.hook_pre"} if not cfg.attn_only else set()
         names |= {f"{prefix}.hook_resid_mid"} if not cfg.parallel_attn_mlp else set()
-    last, cache = model.run_with_cache(
-        tokens, stop_at_layer=n_layers, names_filter=lambda name: name in names
-    )
+    last, cache = run_and_keep(model, tokens, names, n_layers)
     layers = []
     for layer, block in enumerate(model.blocks):
         prefix, attn = f"blocks.{layer}", block.attn

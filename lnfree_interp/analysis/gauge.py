@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.writes import require_decomposable
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
+from lnfree_interp.numerics import TOLERANCE, MeasuredError
 
-Metric = Callable[[HookedTransformer], float | Tensor]
+Metric = Callable[[HookedTransformer], float | int | Tensor]
 
 
 @torch.no_grad()
@@ -57,6 +56,8 @@ def random_gauge(
         raise DataError(
             f"spread={spread} must lie in 1..1000, kind={kind!r} be general or orthogonal"
         )
+    if any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()):
+        raise UnsupportedModelError("the model has hooks: model.reset_hooks() first")
     generator = torch.Generator().manual_seed(seed)
     d_model = model.cfg.d_model
     left, right = (
@@ -69,7 +70,6 @@ def random_gauge(
     M = (left * stretch @ right).to(model.W_E.device)
     back = (right.T / stretch @ left.T).to(model.W_E.device)
     turned = copy.deepcopy(model)
-    turned.reset_hooks(including_permanent=True)
     for name, W in turned.named_parameters():
         leaf = name.rpartition(".")[2].lstrip("_")
         if leaf in ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out"):
@@ -85,7 +85,8 @@ class GaugeReport:
     """Whether a metric means something on an LN-free model."""
 
     error: MeasuredError
-    """Largest change between bases, relative to the largest value."""
+    """Largest change of a number between bases, relative to that number (or, for one that is
+    next to nothing, to what rounding of the largest leaves)."""
     bases: int
     kind: str
 
@@ -141,15 +142,31 @@ def gauge_check(
             raise DataError(
                 f"the metric gave {list(expected.shape)}, then {list(found.shape)} numbers"
             )
-        error = measure_error(found.to(model.cfg.dtype), expected.to(model.cfg.dtype))
-        worst = error if worst is None or error.relative > worst.relative else worst
+        error = _change(found, expected, model.cfg.dtype)
+        worst = error if worst is None or not error.relative <= worst.relative else worst
     assert worst is not None
     return GaugeReport(worst, bases, kind)
 
 
-def _numbers(value: float | Tensor) -> Float[Tensor, "*shape"]:
+def _change(found: Tensor, expected: Tensor, dtype: torch.dtype) -> MeasuredError:
+    """Each number against its own size: a large one would hide the change of a small one."""
+    if found.isnan().any() or expected.isnan().any():
+        raise DataError("the metric gave nan")
+    if not found.is_floating_point():
+        changed = (found != expected).any().item()
+        return MeasuredError(float(changed), float(changed), torch.float64)
+    found, expected = found.double(), expected.double()
+    size = expected.abs()
+    # Below this share of the largest, what is left of a number is rounding.
+    floor = size.max() * TOLERANCE[dtype]
+    change = (found - expected).abs()
+    relative = torch.where(change == 0, 0.0, change / torch.maximum(size, floor))
+    return MeasuredError(change.max().item(), relative.max().item(), dtype)
+
+
+def _numbers(value: float | int | Tensor) -> Tensor:
     try:
-        numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        numbers = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError) as error:
         raise DataError(f"a metric gives numbers, not {value!r}") from error
     if numbers.numel() == 0:

@@ -13,14 +13,16 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.analysis.logit_reading import target_logits
 from lnfree_interp.analysis.logits import attribute_next_tokens
-from lnfree_interp.analysis.questions import strings
+from lnfree_interp.analysis.questions import read_blocks, strings
 from lnfree_interp.analysis.reads import held
 from lnfree_interp.analysis.writes import Place
+from lnfree_interp.models.running import run_and_keep
 from lnfree_interp.numerics import measure_error
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Lens:
     """The logit of the true next token, as it builds up.
 
@@ -41,6 +43,10 @@ class Lens:
     def increments(self) -> Float[Tensor, "layer batch target"]:
         """What each block added, in logits."""
         return self.values.diff(dim=0)
+
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.values.shape))
+        return f"Lens(values [{shape}], {self.certificate})"
 
     def verify(self, tolerance: float | None = None) -> "Lens":
         """Return self if the steps are the blocks' attributions.
@@ -70,22 +76,16 @@ def logit_lens(
         DataError: as `attribute_next_tokens`.
     """
     held(model, frozen_scale, ["ln_final"])
+    tokens = read_blocks(model, tokens)
     by_layer = attribute_next_tokens(model, tokens, by="layer", frozen_scale=frozen_scale)
-    tokens = tokens.to(model.W_E.device)
     n_layers = model.cfg.n_layers
     hooks = [Place(layer).hook for layer in range(n_layers + 1)]
-    _, cache = model.run_with_cache(
-        tokens, stop_at_layer=n_layers, names_filter=lambda name: name in hooks
-    )
-    values, top = [], []
-    for hook in hooks:
-        logits = model(cache[hook][:, :-1], start_at_layer=n_layers)
-        values.append(logits.gather(-1, tokens[:, 1:, None])[..., 0])
-        top.append(logits.argmax(-1))
-    lens = torch.stack(values)
+    _, cache = run_and_keep(model, tokens, hooks, n_layers)
+    found = [target_logits(model, cache[hook][:, :-1], tokens[:, 1:]) for hook in hooks]
+    lens, top = (torch.stack(each) for each in zip(*found, strict=True))
     largest = max(by_layer.values.abs().max().item(), lens.abs().max().item())
     error = measure_error(lens.diff(dim=0), by_layer.of_kind("layer"), largest)
     return Lens(
-        lens, torch.stack(top), tuple(tuple(strings(model, row.tolist())) for row in tokens),
+        lens, top, tuple(tuple(strings(model, row.tolist())) for row in tokens),
         Certificate("lens(l + 1) - lens(l) = attribution of block l", error),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from lnfree_interp.analysis.questions import (
 from lnfree_interp.analysis.reads import Activations, read, read_names
 from lnfree_interp.analysis.writes import require_decomposable
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import run_and_keep
 
 _SCALE, _UNCAPPED = "ln_final.hook_scale", "unembed.hook_out"
 POSITIONS = 128
@@ -59,7 +60,7 @@ def read_logit(
     prompt: Prompt,
     answer: Answers,
     against: Answers | None,
-    prepend_bos: bool,
+    prepend_bos: bool | None,
 ) -> LogitReading:
     """For analyses that go further back than the last stream.
 
@@ -73,7 +74,7 @@ def read_logit(
     foils = None if against is None else read_answers(model, against, 1, True, "foil")[0]
     if answers.shape[1] != 1 or (foils is not None and foils.shape[1] != 1):
         raise DataError("one answer at a time")
-    of = question_names(model, answers, foils)
+    of = question_names(model, answers, foils)[0]
     answers = answers.to(tokens.device)
     foils = None if foils is None else foils.to(tokens.device)
     names = logit_names(model)
@@ -101,9 +102,7 @@ def run_to_logits(
 ) -> tuple[dict[str, Tensor], Picked]:
     """One forward pass, whose logits are never all there at once."""
     n_layers = model.cfg.n_layers
-    resid, cache = model.run_with_cache(
-        tokens, stop_at_layer=n_layers, names_filter=lambda name: name in names
-    )
+    resid, found = run_and_keep(model, tokens, names, n_layers)
     kept, picked, uncapped, scales = resid[:, positions], [], [], []
     for start in range(0, kept.shape[1], POSITIONS):
         chunk = slice(start, start + POSITIONS)
@@ -119,7 +118,6 @@ def run_to_logits(
             uncapped.append(_pick(ends[_UNCAPPED], *wanted))
         if _SCALE in names:
             scales.append(ends[_SCALE])
-    found = dict(cache.items())
     if scales:
         found[_SCALE] = torch.cat(scales, dim=1)
     if uncapped:
@@ -128,6 +126,8 @@ def run_to_logits(
 
 
 def given_run(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "batch pos"],
     run: tuple[Tensor, Activations],
     positions: slice,
     names: list[str],
@@ -139,6 +139,9 @@ def given_run(
     if missing := [name for name in names if name not in cache]:
         raise DataError(f"the run's cache lacks {missing[0]} (and {len(missing) - 1} more)")
     found = {name: cache[name] for name in names}
+    embed = model.embed(tokens)
+    if found["hook_embed"].shape != embed.shape or not torch.equal(found["hook_embed"], embed):
+        raise DataError("the run is of other tokens, or something changed its embeddings")
     if _SCALE in found:
         found[_SCALE] = found[_SCALE][:, positions]
     if _UNCAPPED in found:
@@ -161,6 +164,23 @@ def _pick(
     return torch.stack([of(tokens) for tokens in (targets, against) if tokens is not None])
 
 
+def target_logits(
+    model: HookedTransformer,
+    stream: Float[Tensor, "batch kept d_model"],
+    targets: Int[Tensor, "batch kept"],
+) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"]]:
+    """What final norm and unembedding make of a stream: one logit per position, and the token of
+    the largest; for a few positions at a time."""
+    found, top = [], []
+    for some, wanted in zip(
+        stream.split(POSITIONS, dim=1), targets.split(POSITIONS, dim=1), strict=True
+    ):
+        logits = model(some, start_at_layer=model.cfg.n_layers)
+        found.append(logits.gather(-1, wanted[..., None])[..., 0])
+        top.append(logits.argmax(-1))
+    return torch.cat(found, dim=1), torch.cat(top, dim=1)
+
+
 def logit_directions(
     model: HookedTransformer,
     cache: Activations,
@@ -173,7 +193,9 @@ def logit_directions(
     """What a logit, or the difference of two, reads from the stream, and what biases add to it."""
     final = read(model, cache, "ln_final")
     # A cap holds the slope of what it let through.
-    slopes = logits / cache[_UNCAPPED] if _UNCAPPED in cache else torch.ones_like(logits)
+    slopes = torch.ones_like(logits)
+    if _UNCAPPED in cache:
+        slopes = torch.where(cache[_UNCAPPED] == 0, 1.0, logits / cache[_UNCAPPED])
     direction, bias = 0, 0
     for sign, tokens, slope in zip((1, -1), (targets, against), slopes, strict=False):
         slope = sign * slope

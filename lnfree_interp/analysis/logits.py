@@ -6,7 +6,6 @@ the scale held at the value it had, and only the adding up survives.
 """
 
 from collections.abc import Iterable
-from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -28,11 +27,18 @@ from lnfree_interp.analysis.questions import (
     Prompt,
     question_names,
     read_answers,
+    read_blocks,
     read_prompts,
     strings,
 )
 from lnfree_interp.analysis.reads import Activations, held
-from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
+from lnfree_interp.analysis.writes import (
+    Place,
+    require_decomposable,
+    require_level,
+    write_names,
+    writes,
+)
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.numerics import MeasuredError, measure_error
@@ -45,8 +51,8 @@ def attribute_logits(
     against: Answers | None = None,
     *,
     by: Level = "head",
-    prepend_bos: bool = True,
-    attention_mask: Int[Tensor, "prompt pos"] | None = None,
+    prepend_bos: bool | None = None,
+    attention_mask: Int[Tensor, "*prompt pos"] | Float[Tensor, "*prompt pos"] | None = None,
     biases: bool = False,
     frozen_scale: bool = False,
 ) -> Contributions:
@@ -112,10 +118,11 @@ def attribute_logits(
         components=longest.components,
         total=total if several else total[..., 0],
         level=by,
-        of=questions,
+        of=tuple(", ".join(names) for names in questions),
         prompts=tuple(tuple(strings(model, row.tolist())) for row in prompts.rows),
         frozen_scale=longest.frozen_scale,
         gap=_worst(part.gap for _, part in parts),
+        answers=questions if several else (),
     )
     return whole.select(0) if prompts.single else whole
 
@@ -147,11 +154,7 @@ def attribute_next_tokens(
         DataError: if the rows have no next token, or the model cannot read them; or if `run` lacks
             an activation.
     """
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise DataError(f"token ids, [batch, pos], not {tokens.dtype} of {list(tokens.shape)}")
-    if tokens.shape[1] < 2:
-        raise DataError("a row of one token has no next token")
-    tokens = tokens.to(model.W_E.device)
+    tokens = read_blocks(model, tokens)
     return _attribute(
         model, tokens, slice(0, -1), tokens[:, 1:], None, by, biases, frozen_scale, run
     )
@@ -174,8 +177,7 @@ def _attribute(
     run: tuple[Tensor, Activations] | None = None,
 ) -> Contributions:
     """Of targets at positions, or of several targets at one position."""
-    if by not in get_args(Level):
-        raise DataError(f"by={by!r} is not one of {', '.join(get_args(Level))}")
+    require_level(by)
     require_decomposable(model)
     require_tokens(model, tokens)
     nonlinear = held(model, frozen_scale, ["ln_final"])
@@ -189,17 +191,19 @@ def _attribute(
     if run is None:
         cache, logits = run_to_logits(model, tokens, positions, names, targets, against)
     else:
-        cache, logits = given_run(run, positions, names, targets, against)
+        cache, logits = given_run(model, tokens, run, positions, names, targets, against)
     direction, constants = logit_directions(model, cache, logits, targets, against)
     parts = writes(model, cache, by, place, positions, repeat, biases)
     values, components = project(parts, direction, constants)
     total = logits[0] if against is None else logits[0] - logits[1]
-    gap = None
+    gap, of = None, ()
+    if positions != slice(-1, None):
+        of = ("each next token",) * len(tokens)
     if nonlinear:
         parts = writes(model, cache, by, place, positions, repeat, biases)
         stream = cache[place.hook][:, positions].expand(-1, total.shape[1], -1)
         gap = _measured_gap(model, parts, values, components, stream, total, targets, against)
-    return Contributions(values, components, total, by, frozen_scale=bool(nonlinear), gap=gap)
+    return Contributions(values, components, total, by, of, frozen_scale=bool(nonlinear), gap=gap)
 
 
 def _measured_gap(

@@ -24,8 +24,15 @@ from lnfree_interp.analysis.questions import (
     strings,
 )
 from lnfree_interp.analysis.reads import held, read, read_names
-from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
+from lnfree_interp.analysis.writes import (
+    Place,
+    require_decomposable,
+    require_level,
+    write_names,
+    writes,
+)
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import run_and_keep
 from lnfree_interp.numerics import measure_error
 
 Of = Literal["pre", "post"]
@@ -37,7 +44,7 @@ def mlp_place(model: HookedTransformer, layer: int) -> Place:
     Raises:
         DataError: if the layer has no MLP.
     """
-    if model.cfg.attn_only or not 0 <= layer < model.cfg.n_layers:
+    if not isinstance(layer, int) or model.cfg.attn_only or not 0 <= layer < model.cfg.n_layers:
         raise DataError(f"the model has no MLP in layer {layer}")
     return Place(layer, mid=not model.cfg.parallel_attn_mlp)
 
@@ -52,7 +59,7 @@ def attribute_neuron(
     *,
     of: Of = "pre",
     by: Level = "head",
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     biases: bool = False,
     frozen_scale: bool = False,
 ) -> Contributions:
@@ -81,8 +88,9 @@ def attribute_neuron(
         InexactError: if the norm before the MLP is live and `frozen_scale` is False.
         UnsupportedModelError: for a model whose stream has other parts.
     """
-    if of not in get_args(Of) or by not in get_args(Level):
-        raise DataError(f"of={of!r} must be pre or post, by={by!r} one of {get_args(Level)}")
+    if of not in get_args(Of):
+        raise DataError(f"of={of!r} is not one of {', '.join(get_args(Of))}")
+    require_level(by)
     place, tokens, pos = _question(model, prompt, layer, pos, prepend_bos)
     mlp = model.blocks[layer].mlp
     n_neurons = mlp.W_in.shape[1]
@@ -96,9 +104,7 @@ def attribute_neuron(
     names = [*write_names(model, by, place), *read_names(model, [site])]
     names += [f"{prefix}.hook_pre", f"{prefix}.hook_post", place.hook]
     names += [f"{prefix}.hook_pre_linear"] if gated else []
-    _, cache = model.run_with_cache(
-        tokens, stop_at_layer=layer + 1, names_filter=lambda name: name in names
-    )
+    _, cache = run_and_keep(model, tokens, names, layer + 1)
     at = slice(pos, pos + 1)
     norm = read(model, cache, site).at(at)
     pre, post = (cache[f"{prefix}.hook_{x}"][:, at, neuron] for x in ("pre", "post"))
@@ -138,14 +144,14 @@ def attribute_neuron(
 
 
 def _question(
-    model: HookedTransformer, prompt: Prompt, layer: int, pos: int, prepend_bos: bool
+    model: HookedTransformer, prompt: Prompt, layer: int, pos: int, prepend_bos: bool | None
 ) -> tuple[Place, Int[Tensor, "1 pos"], int]:
     require_decomposable(model)
     tokens = read_one_prompt(model, prompt, prepend_bos)
     return mlp_place(model, layer), tokens, read_position(pos, tokens.shape[1])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Flips:
     """How far the stream can move along a direction before gates of an MLP flip.
 
@@ -176,6 +182,10 @@ class Flips:
         index = int(self.distance.argmin())
         return Component("neuron", self.layer, index), self.distance[index].item()
 
+    def __repr__(self) -> str:
+        neuron, distance = self.nearest
+        return f"Flips({len(self.pre)} neurons, the first is {neuron.label} at {distance:.3g})"
+
     def verify(self, tolerance: float | None = None) -> "Flips":
         """Return self if both identities hold.
 
@@ -197,7 +207,7 @@ def flip_distances(
     pos: int = -1,
     *,
     by: Level = "head",
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
 ) -> Flips:
     """How far the stream may move before a neuron's input changes its sign.
 
@@ -216,15 +226,15 @@ def flip_distances(
         InexactError: if the norm before the MLP is live.
     """
     place, tokens, pos = _question(model, prompt, layer, pos, prepend_bos)
+    require_level(by)
     site = f"blocks.{layer}.ln2"
     held(model, False, [site])
     block, gated = model.blocks[layer], model.cfg.gated_mlp
     names = [*write_names(model, by, place), place.hook]
-    _, cache = model.run_with_cache(
-        tokens, stop_at_layer=layer + 1, names_filter=lambda name: name in names
-    )
+    _, cache = run_and_keep(model, tokens, names, layer + 1)
     x = cache[place.hook][0, pos]
-    if isinstance(along, Tensor):
+    if not isinstance(along, str | Component):
+        along = torch.as_tensor(along)
         if along.shape != x.shape:
             raise DataError(f"a direction has {len(x)} entries, not {list(along.shape)}")
         v = along.to(x)

@@ -149,13 +149,15 @@ class Neurons:
 
 
 @lru_cache(maxsize=256)
-def labels(
-    kind: ComponentKind, layer: int, n: int, sources: int | None = None
-) -> tuple[Component, ...]:
-    """Heads or neurons of a layer, by source token too; made once, since there are many."""
-    if sources is None:
-        return tuple(Component(kind, layer, index) for index in range(n))
-    return tuple(Component(kind, layer, i, pos) for i in range(n) for pos in range(sources))
+def labels(kind: ComponentKind, layer: int, n: int) -> tuple[Component, ...]:
+    """Heads or neurons of a layer; made once, since there are many."""
+    return tuple(Component(kind, layer, index) for index in range(n))
+
+
+@lru_cache(maxsize=24)
+def source_labels(layer: int, n_heads: int, sources: int) -> tuple[Component, ...]:
+    """Heads of a layer by source token; few are kept, since every length has its own."""
+    return tuple(Component("head", layer, i, pos) for i in range(n_heads) for pos in range(sources))
 
 
 Write = Dense | Constant | Heads | Sources | Neurons

@@ -36,7 +36,7 @@ def expand_paths(
     *,
     top_k: int | None = 20,
     expansions: int = 200,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     frozen_scale: bool = False,
 ) -> Contributions:
     """A logit by paths: a source, and the heads that carried it to the last position.

@@ -1,10 +1,13 @@
 """Prompts and answers as a caller writes them, as tokens."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -13,8 +16,10 @@ from lnfree_interp.models.agreement import require_tokens
 
 Answer = str | int
 """A token: a string that is one token (mind the leading space), or its id."""
-Answers = Answer | Sequence[Answer] | Sequence[Sequence[Answer]]
-Prompt = str | Sequence[str] | Int[Tensor, "*prompt pos"] | Sequence[Int[Tensor, " _"]]
+Answers = Answer | Sequence[Any] | Tensor | np.ndarray | np.integer
+"""One token or several, for one prompt or each of several."""
+Prompt = str | Sequence[Any] | Tensor | np.ndarray
+"""Text; token ids, [pos] or [prompt, pos], in a tensor, array or list; or a list of such."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Prompts:
 def read_prompts(
     model: HookedTransformer,
     prompt: Prompt,
-    prepend_bos: bool = True,
-    attention_mask: Int[Tensor, "prompt pos"] | None = None,
+    prepend_bos: bool | None = None,
+    attention_mask: Int[Tensor, "*prompt pos"] | Float[Tensor, "*prompt pos"] | None = None,
 ) -> Prompts:
     """Each prompt's tokens, whole; TransformerLens by itself cuts off the end of a long one.
 
@@ -47,19 +52,20 @@ def read_prompts(
         model: Its tokenizer, context and vocabulary.
         prompt: One prompt or several, as text or token ids; several need not be equally long.
         prepend_bos: Start each text with the beginning-of-sequence token; not added to ids.
+            Default: as the model does, `cfg.default_prepend_bos`.
         attention_mask: 0 where a row of token ids is padding, on either side.
 
     Raises:
         DataError: if a prompt is empty, longer than the context, outside the vocabulary, or padded
             without a mask.
     """
-    if isinstance(prompt, Tensor):
-        if prompt.is_floating_point() or prompt.ndim not in (1, 2):
-            raise DataError(
-                f"token ids are whole numbers, [pos] or [prompt, pos], not {prompt.dtype} of shape "
-                f"{list(prompt.shape)}"
-            )
-        rows = list(torch.atleast_2d(prompt.to(model.W_E.device)))
+    bos = model.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+    given = _as_ids(prompt)
+    single = isinstance(given, str) or (isinstance(given, Tensor) and given.ndim == 1)
+    if isinstance(given, Tensor):
+        if given.ndim not in (1, 2):
+            raise DataError(f"token ids are [pos] or [prompt, pos], not {list(given.shape)}")
+        rows = list(torch.atleast_2d(given.to(model.W_E.device)))
         if attention_mask is not None:
             rows = _unpadded(rows, torch.atleast_2d(attention_mask.to(model.W_E.device)))
         else:
@@ -67,25 +73,52 @@ def read_prompts(
     elif attention_mask is not None:
         raise DataError("an attention mask belongs to a tensor of token ids")
     else:
-        given = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows = [
-            row.to(model.W_E.device)
-            if isinstance(row, Tensor)
-            else model.to_tokens(row, prepend_bos=prepend_bos, truncate=False)[0]
-            for row in given
-        ]
+        each = [given] if isinstance(given, str) else [_as_ids(one) for one in given]
+        rows = [_row(model, one, bos) for one in each]
     if not rows or any(row.numel() == 0 for row in rows):
         raise DataError("a prompt is empty")
     for row in rows:
         require_tokens(model, row)
-    return Prompts(
-        tuple(rows), isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.ndim == 1)
-    )
+    return Prompts(tuple(rows), single)
+
+
+def _as_ids(given: Any) -> Any:
+    """Whole numbers in any container as a tensor; text, and lists of prompts, as they are."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, Sequence) and any(
+        isinstance(one, str | Sequence | Tensor | np.ndarray) for one in given
+    ):
+        lengths = {len(one) for one in given if not isinstance(one, str)}
+        nested = all(isinstance(one, Sequence) and not isinstance(one, str) for one in given)
+        if not nested or len(lengths) != 1:
+            return given
+    try:
+        ids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"a prompt is text or token ids, not {given!r:.60}") from error
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise DataError(f"token ids are whole numbers, not {ids.dtype}")
+    return ids.long()
+
+
+def _row(model: HookedTransformer, one: str | Tensor, prepend_bos: bool) -> Int[Tensor, " _"]:
+    if isinstance(one, Tensor):
+        if one.ndim != 1:
+            raise DataError(f"one of several prompts is [pos], not {list(one.shape)}")
+        return one.to(model.W_E.device)
+    if not isinstance(one, str):
+        raise DataError(f"a prompt is text or token ids, not {one!r:.60}")
+    if model.tokenizer is None:
+        raise DataError(f"the model has no tokenizer to read {one!r:.60} with: give token ids")
+    return model.to_tokens(one, prepend_bos=prepend_bos, truncate=False)[0]
 
 
 def _unpadded(rows: list[Tensor], mask: Tensor) -> list[Tensor]:
     if len(mask) != len(rows) or any(len(m) != len(row) for m, row in zip(mask, rows, strict=True)):
         raise DataError(f"{len(rows)} rows of tokens, and a mask of shape {list(mask.shape)}")
+    if mask.is_floating_point() or not ((mask == 0) | (mask == 1)).all():
+        raise DataError("an attention mask is 1 where there is text and 0 where there is padding")
     shortened = []
     for row, kept in zip(rows, mask.bool(), strict=True):
         where = kept.nonzero()[:, 0]
@@ -95,21 +128,54 @@ def _unpadded(rows: list[Tensor], mask: Tensor) -> list[Tensor]:
     return shortened
 
 
-def _refuse_padding(model: HookedTransformer, rows: list[Tensor]) -> None:
-    """Padding read as text would change every number, and nothing would show it."""
+def _refuse_padding(model: HookedTransformer, rows: Sequence[Tensor], least: int = 1) -> None:
+    """Padding read as text would change every number, and nothing would show it.
+
+    A padding token of its own is never text. Where end-of-text stands in for it, as TransformerLens
+    lets it, rows of a batch that end in `least` of them or more, while others do not, are padded.
+    """
     tokenizer = model.tokenizer
     pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None or pad in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+    if tokenizer is None or pad is None:
         return
-    for row in rows:
-        if len(row) and (row[0] == pad or row[-1] == pad):
-            raise DataError(
-                f"a row of tokens begins or ends with the padding token {pad}: pass attention_mask"
-            )
+    doubles = pad in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    at_end = [bool(len(row) >= least and (row[len(row) - least :] == pad).all()) for row in rows]
+    starts = [bool(len(row) > 1 and (row[:2] == pad).all()) for row in rows]
+    if doubles:
+        padded = (any(at_end) and not all(at_end)) or (any(starts) and not all(starts))
+    else:
+        padded = any(len(row) and pad in (row[0], row[-1]) for row in rows)
+    if padded:
+        raise DataError(
+            f"rows of tokens that begin or end with the padding token {pad}: pass attention_mask, "
+            "or the texts themselves, which need not be equally long"
+        )
+
+
+def read_blocks(
+    model: HookedTransformer, tokens: Int[Tensor, "blocks pos"]
+) -> Int[Tensor, "blocks pos"]:
+    """Rows of text for analyses of every next token, on the model's device.
+
+    Raises:
+        DataError: if these are no token ids, have no next token, or are padded.
+    """
+    ids = _as_ids(tokens)
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        shape = list(ids.shape) if isinstance(ids, Tensor) else type(tokens).__name__
+        raise DataError(f"token ids, [batch, pos], not {shape}")
+    require_tokens(model, ids)
+    if ids.shape[1] < 2:
+        raise DataError("a row of one token has no next token")
+    if ids[:, 1:].max() >= model.cfg.d_vocab_out:
+        raise DataError(f"the model has logits for {model.cfg.d_vocab_out} tokens only")
+    # One end-of-text at the end of a block is text; a run of them is padding.
+    _refuse_padding(model, list(ids), least=2)
+    return ids.to(model.W_E.device)
 
 
 def read_one_prompt(
-    model: HookedTransformer, prompt: Prompt, prepend_bos: bool = True
+    model: HookedTransformer, prompt: Prompt, prepend_bos: bool | None = None
 ) -> Int[Tensor, "1 pos"]:
     """The tokens of a prompt, for analyses that take one.
 
@@ -126,11 +192,24 @@ def read_position(pos: int, n_pos: int) -> int:
     """A position, counted from the start.
 
     Raises:
-        DataError: if the prompt is shorter.
+        DataError: if it is no number, or the prompt is shorter.
     """
+    if not isinstance(pos, int) or isinstance(pos, bool):
+        raise DataError(f"a position is a number, not {pos!r}")
     if not -n_pos <= pos < n_pos:
         raise DataError(f"there is no position {pos} among {n_pos} tokens")
     return pos % n_pos
+
+
+def split(tokens: Int[Tensor, "blocks pos"], batch: int) -> tuple[Tensor, ...]:
+    """Rows of text in batches.
+
+    Raises:
+        DataError: if a batch would be empty.
+    """
+    if batch < 1:
+        raise DataError(f"a batch has at least one row, not {batch}")
+    return tokens.split(batch)
 
 
 def read_answers(
@@ -149,9 +228,10 @@ def read_answers(
     Raises:
         DataError: if an answer is not one token of the vocabulary, or the numbers do not fit.
     """
+    answer = _plain(answer)
     if isinstance(answer, str | int):
         return torch.tensor([[_token(model, answer, what)]] * n_prompts), False
-    given = list(answer)
+    given = [_plain(one) for one in answer]
     if single:
         given = [given]
     if len(given) != n_prompts:
@@ -160,10 +240,27 @@ def read_answers(
     if any(nested) and not all(nested):
         raise DataError(f"give every prompt one {what}, or every prompt several")
     several = all(nested)
-    rows = [[_token(model, one, what) for one in (row if several else [row])] for row in given]
+    rows = [
+        [_token(model, _plain(one), what) for one in (row if several else [row])] for row in given
+    ]
     if len({len(row) for row in rows}) != 1 or not rows[0]:
         raise DataError(f"every prompt needs the same number of {what}s, at least one")
     return torch.tensor(rows), several
+
+
+def _plain(answer: Any) -> Any:
+    """Numbers of torch and NumPy as Python's; anything that is no sequence is refused."""
+    if isinstance(answer, Tensor | np.ndarray):
+        answer = answer.tolist()
+    if isinstance(answer, str | int):
+        return answer
+    try:
+        return operator.index(answer)
+    except TypeError:
+        pass
+    if not isinstance(answer, Iterable):
+        raise DataError(f"a token is a string or a whole number, not {answer!r}")
+    return list(answer)
 
 
 def _token(model: HookedTransformer, answer: object, what: str) -> int:
@@ -195,8 +292,8 @@ def question_names(
     model: HookedTransformer,
     answers: Int[Tensor, "prompt answer"],
     foils: Int[Tensor, "prompt answer"] | None,
-) -> tuple[str, ...]:
-    """For each prompt, what was asked: `'answer'`, or `'answer' - 'foil'`, several with commas.
+) -> tuple[tuple[str, ...], ...]:
+    """For each prompt, what was asked: `'answer'`, or `'answer' - 'foil'`, several or one.
 
     Raises:
         DataError: for an answer against itself.
@@ -213,5 +310,5 @@ def question_names(
                     )
             minus = [repr(name) for name in strings(model, against)]
             names = [f"{name} - {foil}" for name, foil in zip(names, minus, strict=True)]
-        questions.append(", ".join(names))
+        questions.append(tuple(names))
     return tuple(questions)

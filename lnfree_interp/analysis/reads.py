@@ -33,7 +33,7 @@ class Read:
     bias: Float[Tensor, " d_model"] | None = None
     centred: bool = False
 
-    def at(self, positions: slice) -> "Read":
+    def at(self, positions: slice | list[int]) -> "Read":
         """The same at some of the positions."""
         if isinstance(self.scale, float):
             return self

@@ -1,7 +1,5 @@
 """The residual stream at any place as a sum of what was written to it."""
 
-from typing import get_args
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,8 +13,15 @@ from lnfree_interp.analysis.questions import (
     read_prompts,
     strings,
 )
-from lnfree_interp.analysis.writes import Place, require_decomposable, write_names, writes
+from lnfree_interp.analysis.writes import (
+    Place,
+    require_decomposable,
+    require_level,
+    write_names,
+    writes,
+)
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import run_and_keep
 
 
 @torch.no_grad()
@@ -28,8 +33,8 @@ def decompose_residual(
     pos: int | slice = -1,
     by: Level = "head",
     onto: Float[Tensor, "*batch d_model"] | None = None,
-    prepend_bos: bool = True,
-    attention_mask: Int[Tensor, "prompt pos"] | None = None,
+    prepend_bos: bool | None = None,
+    attention_mask: Int[Tensor, "*prompt pos"] | Float[Tensor, "*prompt pos"] | None = None,
     biases: bool = False,
 ) -> Contributions:
     """The residual stream at one place, as the sum of embeddings, heads, neurons and biases.
@@ -58,8 +63,7 @@ def decompose_residual(
         DataError: if there is no such place or position, or prompts differ in length.
         UnsupportedModelError: for a model whose stream has other parts.
     """
-    if by not in get_args(Level):
-        raise DataError(f"by={by!r} is not one of {', '.join(get_args(Level))}")
+    require_level(by)
     require_decomposable(model)
     place = Place.last(model) if at is None else Place.parse(model, at)
     prompts = read_prompts(model, prompt, prepend_bos, attention_mask)
@@ -68,14 +72,14 @@ def decompose_residual(
         raise DataError("prompts differ in length: take the stream apart one prompt at a time")
     tokens = groups[0][1]
     n_pos = tokens.shape[1]
-    if isinstance(pos, int):
+    if isinstance(pos, slice) and (pos.step or 1) < 0:
+        raise DataError(f"{pos} runs backwards")
+    if not isinstance(pos, slice):
         pos = read_position(pos, n_pos)
-    positions = slice(pos, pos + 1) if isinstance(pos, int) else pos
+    positions = pos if isinstance(pos, slice) else slice(pos, pos + 1)
     names = [*write_names(model, by, place), place.hook]
     stop = min(place.layer + 1, model.cfg.n_layers)
-    _, cache = model.run_with_cache(
-        tokens, stop_at_layer=stop, names_filter=lambda name: name in names
-    )
+    _, cache = run_and_keep(model, tokens, names, stop)
     total = cache[place.hook][:, positions]
     if total.shape[1] == 0:
         raise DataError(f"{pos} selects none of {n_pos} positions")
@@ -83,8 +87,9 @@ def decompose_residual(
     if onto is None:
         values, components = expand(parts)
     else:
-        if onto.shape[-1] != model.cfg.d_model:
-            raise DataError(f"a direction has {model.cfg.d_model} entries, not {onto.shape[-1]}")
+        onto = torch.as_tensor(onto)
+        if onto.ndim == 0 or onto.shape[-1] != model.cfg.d_model:
+            raise DataError(f"a direction has {model.cfg.d_model} entries, not {list(onto.shape)}")
         direction = onto.to(total).expand(total.shape).contiguous()
         values, components = project(parts, direction)
         total = torch.linalg.vecdot(total, direction)

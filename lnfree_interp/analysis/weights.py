@@ -35,8 +35,16 @@ def writer_weights(
     Raises:
         DataError: if the model has no such component, or it is none of these.
     """
+    return _writer_weights(model, component).detach()
+
+
+def _writer_weights(
+    model: HookedTransformer, component: str | Component
+) -> Float[Tensor, "width d_model"]:
     one = component if isinstance(component, Component) else Component.parse(component)
     layers = model.cfg.n_layers
+    if one.pos is not None or one.through:
+        raise DataError(f"{one.label}: weights are the same at every position and on every path")
     if one.layer is not None and not 0 <= one.layer < layers:
         raise DataError(f"{one.label}: the model has layers 0 to {layers - 1}")
     block = None if one.layer is None else model.blocks[one.layer]
@@ -64,7 +72,7 @@ def writer_weights(
 
 def _through(norm: Read, W: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
     """A reader's weights with its norm, which is constant, merged in."""
-    return norm.weights_back(W) / norm.scale
+    return norm.weights_back(W.detach()) / norm.scale
 
 
 def _norm(model: HookedTransformer, name: str) -> Read:
@@ -142,7 +150,7 @@ def virtual_weights(
     return FactoredMatrix(writer_weights(model, one), reader_weights(model, two, which))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenTable:
     """A table over tokens that is kept as two factors.
 
@@ -166,6 +174,10 @@ class TokenTable:
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return (len(self.left), self.right.shape[1])
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"TokenTable({self.what}, {rows} x {columns}, rank {self.left.shape[1]} at most)"
 
     @property
     def matrix(self) -> FactoredMatrix:
@@ -204,6 +216,8 @@ class TokenTable:
             smallest: The most negative instead.
             chunk: Rows formed at once.
         """
+        if k < 1 or chunk < 1:
+            raise DataError(f"k={k} and chunk={chunk} must be positive")
         chosen = range(len(self.left)) if row is None else [
             self._index(row, self.tokens_in_rows, len(self.left)) % len(self.left)
         ]  # fmt: skip
@@ -240,7 +254,9 @@ def bigram_table(model: HookedTransformer) -> TokenTable:
         InexactError: if the final norm is live.
     """
     require_decomposable(model)
-    return TokenTable(model.W_E, reader_weights(model, "b_U"), "logit from the embedding", model)
+    return TokenTable(
+        model.W_E.detach(), reader_weights(model, "b_U"), "logit from the embedding", model
+    )
 
 
 @torch.no_grad()
@@ -301,7 +317,7 @@ def neuron_input_table(model: HookedTransformer, layer: int) -> TokenTable:
     """
     right = reader_weights(model, Component("mlp_out", layer))
     what = f"input of layer {layer}'s neurons"
-    return TokenTable(model.W_E, right, what, model, tokens_in_columns=False)
+    return TokenTable(model.W_E.detach(), right, what, model, tokens_in_columns=False)
 
 
 @torch.no_grad()

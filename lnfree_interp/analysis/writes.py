@@ -3,13 +3,23 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from einops import einsum
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.contributions import Component, Level
-from lnfree_interp.analysis.parts import Constant, Dense, Heads, Neurons, Sources, Write, labels
+from lnfree_interp.analysis.parts import (
+    Constant,
+    Dense,
+    Heads,
+    Neurons,
+    Sources,
+    Write,
+    labels,
+    source_labels,
+)
 from lnfree_interp.analysis.reads import Activations
 from lnfree_interp.errors import DataError, UnsupportedModelError
 
@@ -29,7 +39,7 @@ class Place:
         Raises:
             DataError: if the model has no such place.
         """
-        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", name)
+        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", str(name))
         if match is None or name not in model.hook_dict:
             last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
             raise DataError(
@@ -74,6 +84,16 @@ def require_decomposable(model: HookedTransformer) -> None:
         raise UnsupportedModelError(f"cannot take apart a model with {', '.join(found)}")
 
 
+def require_level(by: Level) -> None:
+    """Refuse a level that there is not.
+
+    Raises:
+        DataError: with those that there are.
+    """
+    if by not in get_args(Level):
+        raise DataError(f"by={by!r} is not one of {', '.join(get_args(Level))}")
+
+
 _PER_BLOCK: dict[Level, tuple[str, str]] = {
     "layer": ("hook_attn_out", "hook_mlp_out"),
     "block": ("hook_attn_out", "hook_mlp_out"),
@@ -103,7 +123,7 @@ def writes(
     cache: Activations,
     level: Level,
     place: Place,
-    positions: slice = slice(None),
+    positions: slice | list[int] = slice(None),
     repeat: int = 1,
     biases: bool = False,
 ) -> Iterator[Write]:
@@ -154,7 +174,7 @@ def writes(
                 pattern = cache[f"{prefix}.attn.hook_pattern"][:, :, positions]
                 if repeat > 1:
                     pattern = pattern.expand(-1, -1, repeat, -1)
-                sources = labels("head", layer, n_heads, v.shape[1])
+                sources = source_labels(layer, n_heads, v.shape[1])
                 yield Sources(sources, pattern, v, attn.W_O)
             else:
                 z = at(cache[f"{prefix}.attn.hook_z"])

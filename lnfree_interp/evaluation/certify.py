@@ -21,17 +21,20 @@ from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.analysis.neurons import attribute_neuron, flip_distances
 from lnfree_interp.analysis.paths import expand_paths
+from lnfree_interp.analysis.questions import Prompt, read_one_prompt
 from lnfree_interp.analysis.reads import read
 from lnfree_interp.analysis.residual import decompose_residual
 from lnfree_interp.analysis.weights import ov_table, virtual_weights
+from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.direct_effects import direct_effect_additivity
 from lnfree_interp.models.agreement import random_tokens
+from lnfree_interp.models.running import run_and_keep
 from lnfree_interp.numerics import measure_error
 
 
 def certify(
     model: HookedTransformer,
-    tokens: Int[Tensor, " pos"] | None = None,
+    prompt: Prompt | None = None,
     *,
     frozen_scale: bool = False,
 ) -> tuple[Certificate, ...]:
@@ -40,7 +43,7 @@ def certify(
     Args:
         model: LN-free; or not, with `frozen_scale`: sums then still hold, what changes the stream
             (counterfactual patterns, the lens, additivity of effects) does not.
-        tokens: [pos]. Default: 16 random ones.
+        prompt: One, of at least two tokens. Default: 16 random ones.
         frozen_scale: As in `attribute_logits`.
 
     Returns:
@@ -53,8 +56,11 @@ def certify(
     Example:
         >>> lf.certificate_table(lf.certify(free))  # doctest: +SKIP
     """
-    tokens = random_tokens(model, 1, 16)[0] if tokens is None else tokens
-    return tuple(_certificates(model, tokens.to(model.W_E.device), frozen_scale))
+    prompt = random_tokens(model, 1, 16)[0] if prompt is None else prompt
+    tokens = read_one_prompt(model, prompt)[0]
+    if len(tokens) < 2:
+        raise DataError("a prompt of one token has no next token: give at least two")
+    return tuple(_certificates(model, tokens, frozen_scale))
 
 
 def _certificates(
@@ -112,7 +118,8 @@ def _table_certificate(
     rows = [c for c in found.components if c.kind == "head" and (c.layer, c.index) == (0, 0)]
     expected = torch.stack([found[component] for component in rows])
     # With weights and no activation but the pattern.
-    pattern = model.run_with_cache(tokens[None], names_filter="blocks.0.attn.hook_pattern")[1]
+    hook = "blocks.0.attn.hook_pattern"
+    pattern = run_and_keep(model, tokens[None], [hook])[1][hook][0, 0, -1]
     table = ov_table(model, 0, 0)
     moved = table.left[tokens] @ table.right[:, answer]
     if model.cfg.positional_embedding_type == "standard":
@@ -121,7 +128,6 @@ def _table_certificate(
     site_bias = _norm_bias(model)
     if site_bias is not None:
         moved = moved + site_bias @ table.right[:, answer]
-    pattern = pattern["blocks.0.attn.hook_pattern"][0, 0, -1]
     scale = found.values.abs().max().item()
     error = measure_error(pattern * moved, expected, scale)
     return Certificate("pattern x OV table = layer 0 head by source", error)

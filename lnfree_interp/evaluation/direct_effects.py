@@ -18,10 +18,13 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Component, Level, find_components
+from lnfree_interp.analysis.logit_reading import target_logits
 from lnfree_interp.analysis.logits import attribute_next_tokens
 from lnfree_interp.analysis.parts import expand
+from lnfree_interp.analysis.questions import read_blocks, split
 from lnfree_interp.analysis.writes import Place, write_names, writes
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import run_and_keep
 from lnfree_interp.numerics import measure_error
 
 
@@ -73,13 +76,22 @@ class Additivity:
         """The gap in units of the effect of both."""
         return self.gap / self.both if self.both else 0.0
 
+    def verify(self, tolerance: float | None = None) -> "Additivity":
+        """Return self if the effects add up, and to the attribution.
+
+        Raises:
+            InexactError: if they do not.
+        """
+        self.certificate.require(tolerance)
+        return self
+
 
 @torch.no_grad()
 def direct_effect_additivity(
     model: HookedTransformer,
     tokens: Int[Tensor, "blocks pos"],
-    first: Sequence[str | Component],
-    second: Sequence[str | Component],
+    first: str | Component | Sequence[str | Component],
+    second: str | Component | Sequence[str | Component],
     *,
     by: Level = "head",
     batch: int = 4,
@@ -101,14 +113,14 @@ def direct_effect_additivity(
     Raises:
         DataError: for a component that does not exist, or is in both groups.
     """
-    groups = [[x if isinstance(x, str) else x.label for x in group] for group in (first, second)]
+    tokens = read_blocks(model, tokens)
+    groups = [_names(group) for group in (first, second)]
     if common := set(groups[0]) & set(groups[1]):
         raise DataError(f"{sorted(common)[0]} is in both groups")
     if not all(groups):
         raise DataError("each group needs a component")
     sums, count, worst = torch.zeros(5, dtype=torch.float64), 0, None
-    for chunk in tokens.split(batch):
-        chunk = chunk.to(model.W_E.device)
+    for chunk in split(tokens, batch):
         attributed = attribute_next_tokens(model, chunk, by=by, frozen_scale=True)
         rows = find_components([*groups[0], *groups[1]], attributed.components)
         claimed = attributed.values[rows].sum(0)
@@ -119,11 +131,9 @@ def direct_effect_additivity(
         count += both.numel()
         scale = max(attributed.values.abs().max().item(), attributed.total.abs().max().item())
         for found in (a + b, claimed):
-            error = measure_error(found.to(both.dtype), both, scale)
-            error = replace(error, dtype=model.cfg.dtype)
-            worst = error if worst is None or error.relative > worst.relative else worst
-    if worst is None:
-        raise DataError("there is no text")
+            error = replace(measure_error(found, both, scale), dtype=attributed.total.dtype)
+            worst = error if worst is None or not error.relative <= worst.relative else worst
+    assert worst is not None
     certificate = Certificate("effect(A) + effect(B) = effect(A and B) = attribution", worst)
     return Additivity(*(sums / count).tolist(), count, certificate)
 
@@ -138,17 +148,17 @@ def _group_effects(
     """What the logit loses without the first group, the second, and both."""
     place = Place.last(model)
     names = {*write_names(model, by, place), place.hook}
-    _, cache = model.run_with_cache(
-        tokens, stop_at_layer=model.cfg.n_layers, names_filter=lambda name: name in names
-    )
-    stream, targets = cache[place.hook][:, :-1], tokens[:, 1:, None]
+    _, cache = run_and_keep(model, tokens, names, model.cfg.n_layers)
+    stream, targets = cache[place.hook][:, :-1], tokens[:, 1:]
     parts = list(writes(model, cache, by, place, slice(0, -1)))
     gone = [expand(parts, group)[0].sum(0) for group in groups]
-    losses = []
-    for vector in (*gone, gone[0] + gone[1]):
-        logits = model(stream - vector, start_at_layer=model.cfg.n_layers)
-        losses.append(total - logits.gather(-1, targets)[..., 0])
-    return torch.stack(losses)
+    removed = (*gone, gone[0] + gone[1])
+    return torch.stack([total - target_logits(model, stream - x, targets)[0] for x in removed])
+
+
+def _names(group: str | Component | Sequence[str | Component]) -> list[str]:
+    given = [group] if isinstance(group, str | Component) else group
+    return [one if isinstance(one, str) else one.label for one in given]
 
 
 @torch.no_grad()
@@ -162,8 +172,12 @@ def direct_effects(
             direct logit attribution always does there.
         tokens: [blocks, pos]. Every position with a next token counts.
         batch: Blocks per forward pass.
+
+    Raises:
+        DataError, UnsupportedModelError: as `attribute_next_tokens`.
     """
-    chunks = [_of_batch(model, chunk.to(model.W_E.device)) for chunk in tokens.split(batch)]
+    tokens = read_blocks(model, tokens)
+    chunks = [_of_batch(model, chunk) for chunk in split(tokens, batch)]
     attribution, measured = (torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True))
     return DirectEffects(attribution, measured)
 
@@ -177,19 +191,14 @@ def _of_batch(
 
     resid_name = f"blocks.{n_layers - 1}.hook_resid_post"
     wanted = {resid_name, *(f"blocks.{layer}.attn.hook_z" for layer in range(n_layers))}
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in wanted)
-    resid = cache[resid_name][:, :-1]
-    targets = tokens[:, 1:, None]
-
-    def target_logit(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos"]:
-        logits = model(stream, start_at_layer=n_layers)
-        return logits.gather(-1, targets)[..., 0]
-
-    with_all = target_logit(resid)
+    _, cache = run_and_keep(model, tokens, wanted, n_layers)
+    resid, targets = cache[resid_name][:, :-1], tokens[:, 1:]
+    with_all = target_logits(model, resid, targets)[0]
     measured = torch.empty_like(heads)
     for layer, block in enumerate(model.blocks):
         z = cache[f"blocks.{layer}.attn.hook_z"][:, :-1]
         for head in range(n_heads):
             output = z[:, :, head] @ block.attn.W_O[head]
-            measured[layer, head] = (with_all - target_logit(resid - output)).flatten()
+            without = target_logits(model, resid - output, targets)[0]
+            measured[layer, head] = (with_all - without).flatten()
     return heads.cpu(), measured.cpu()

@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.models.loss import next_token_loss
+from lnfree_interp.models.running import run
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ def evaluate_loss(
     device = model.W_E.device
     losses = torch.cat(
         [
-            next_token_loss(model(chunk.to(device)), chunk.to(device), reduction="none").cpu()
+            next_token_loss(run(model, chunk.to(device)), chunk.to(device), reduction="none").cpu()
             for chunk in tokens.split(batch)
         ]
     ).double()

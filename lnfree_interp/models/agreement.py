@@ -7,6 +7,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import run
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 LanguageModel = HookedTransformer | PreTrainedModel
@@ -17,20 +18,21 @@ def logits_of(
     model: LanguageModel, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of a `HookedTransformer` or a Hugging Face model, without gradient or dropout."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             tokens = tokens.to(next(model.parameters()).device)
             if not isinstance(model, PreTrainedModel):
-                return model(tokens)
+                return run(model, tokens)
             returned, model.config.return_dict = model.config.return_dict, True
             try:
                 return model(tokens, use_cache=False).logits
             finally:
                 model.config.return_dict = returned
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def require_tokens(model: HookedTransformer, tokens: Int[Tensor, "*batch pos"]) -> None:
