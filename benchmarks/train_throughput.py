@@ -31,7 +31,7 @@ from transformers.utils import logging
 import lnfree_interp as lf
 from lnfree_interp.data.blocks import ShuffledBlocks
 from lnfree_interp.models.loss import next_token_loss
-from lnfree_interp.removal.objectives import bf16_is_fast
+from lnfree_interp.models.precision import bf16_is_fast
 from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
 from lnfree_interp.removal.schedule import all_at_once
 

@@ -44,16 +44,25 @@ if TYPE_CHECKING:
     from lnfree_interp.checkpoints.published import nanogpt_sigma
     from lnfree_interp.checkpoints.sidecar import Sidecar, read_sidecar
     from lnfree_interp.checkpoints.source import open_in_transformers
+    from lnfree_interp.data.named import evaluation_text, tokens_seen, without_tokens
     from lnfree_interp.data.packing import pack
     from lnfree_interp.data.stdlib import stdlib_corpus
     from lnfree_interp.evaluation.certify import certify
+    from lnfree_interp.evaluation.confidence_neurons import (
+        NeuronAblation,
+        ablate_neurons,
+        find_confidence_neurons,
+    )
     from lnfree_interp.evaluation.direct_effects import (
         Additivity,
         DirectEffects,
         direct_effect_additivity,
         direct_effects,
     )
+    from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
     from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
+    from lnfree_interp.evaluation.patching import Patching, corrupted_pairs, patch_residual
+    from lnfree_interp.evaluation.tasks import as_harness_model, run_tasks
     from lnfree_interp.models.agreement import compare_logits
     from lnfree_interp.models.forms import fold, frozen_form
     from lnfree_interp.models.norm_conversions import NormConversion, to_crms, to_rms
@@ -115,14 +124,27 @@ _HOME = {
     "Sidecar": "lnfree_interp.checkpoints.sidecar",
     "read_sidecar": "lnfree_interp.checkpoints.sidecar",
     "open_in_transformers": "lnfree_interp.checkpoints.source",
+    "evaluation_text": "lnfree_interp.data.named",
+    "tokens_seen": "lnfree_interp.data.named",
+    "without_tokens": "lnfree_interp.data.named",
     "pack": "lnfree_interp.data.packing",
     "stdlib_corpus": "lnfree_interp.data.stdlib",
     "certify": "lnfree_interp.evaluation.certify",
+    "NeuronAblation": "lnfree_interp.evaluation.confidence_neurons",
+    "ablate_neurons": "lnfree_interp.evaluation.confidence_neurons",
+    "find_confidence_neurons": "lnfree_interp.evaluation.confidence_neurons",
     "Additivity": "lnfree_interp.evaluation.direct_effects",
     "direct_effect_additivity": "lnfree_interp.evaluation.direct_effects",
     "DirectEffects": "lnfree_interp.evaluation.direct_effects",
     "direct_effects": "lnfree_interp.evaluation.direct_effects",
+    "Evaluation": "lnfree_interp.evaluation.evaluate",
+    "evaluate": "lnfree_interp.evaluation.evaluate",
     "CrossEntropy": "lnfree_interp.evaluation.loss",
+    "Patching": "lnfree_interp.evaluation.patching",
+    "corrupted_pairs": "lnfree_interp.evaluation.patching",
+    "patch_residual": "lnfree_interp.evaluation.patching",
+    "as_harness_model": "lnfree_interp.evaluation.tasks",
+    "run_tasks": "lnfree_interp.evaluation.tasks",
     "evaluate_loss": "lnfree_interp.evaluation.loss",
     "compare_logits": "lnfree_interp.models.agreement",
     "fold": "lnfree_interp.models.forms",

@@ -1,4 +1,4 @@
-"""The command line: `lnfree demo`, `lnfree remove`, `lnfree convert`.
+"""The command line: `lnfree demo`, `remove`, `convert`, `evaluate`.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
@@ -245,6 +245,77 @@ def convert(
         print("dry run: nothing was written")
 
 
+def evaluate(
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")],
+    /,
+    against: str | None = None,
+    data: str = "stdlib",
+    blocks: int | None = None,
+    block: int | None = None,
+    split: str | None = None,
+    data_name: str | None = None,
+    column: str | None = None,
+    data_revision: str | None = None,
+    threshold: float = 3.5,
+    effects: bool = True,
+    neurons: int = 3,
+    pairs: int = 16,
+    tasks: tuple[str, ...] = (),
+    include: Path | None = None,
+    limit: int | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "float32",
+    batch: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Is an LN-free model still its original? Several models side by side, one table, one JSON.
+
+    Cross-entropy beyond the mean, entropy and calibration, residual norms and attention sinks, what
+    attribution says against what is measured, attribution patching, confidence neurons, tasks of
+    the lm-evaluation-harness.
+
+    Args:
+        models: Hub ids, local folders, or folders that lnfree wrote.
+        against: The original, which the others are compared with; it is evaluated too.
+        data: openwebtext-val, pile-10k, pile-10k-filtered; stdlib; local files; else a data set
+            on the hub.
+        blocks: Of text. Default: all of a named text or of stdlib, else 256.
+        block: Tokens per block. Default: the smallest context of the models, up to 1024.
+        split: Of the data set. Default: heldout of stdlib, train of others.
+        data_name: Configuration of a data set on the hub.
+        column: Column with the text, or with token ids.
+        data_revision: Of the data set on the hub.
+        threshold: Count tokens that are worse than the original's by more than this, in nats.
+        effects: Measure every head's direct effect against its attribution.
+        neurons: Confidence neurons to find and ablate; 0 for none.
+        pairs: Prompts for attribution patching against activation patching; 0 for none.
+        tasks: Of the lm-evaluation-harness, such as hellaswag (needs the extra `tasks`).
+        include: Folder with task files of your own.
+        limit: Examples per task.
+        precision: Of matrix products; auto takes bfloat16 where the hardware has it.
+        batch: Blocks per forward pass. Default: what fits into memory.
+        out: JSON file to write; must not exist yet.
+    """
+    from lnfree_interp.files import require_new_file
+
+    if out is not None:
+        require_new_file(out)
+    _say("importing torch, transformers and transformer_lens ...")
+    _quiet_libraries()
+    from lnfree_interp.evaluation.job import evaluate_checkpoints
+
+    evaluation = evaluate_checkpoints(
+        models, against, data,
+        blocks=blocks, block=block, split=split, name=data_name, column=column,
+        revision=data_revision, precision=precision, progress=True, say=_say,
+        threshold=threshold, effects=effects, neurons=neurons, pairs=pairs, tasks=tasks,
+        include=include, limit=limit, batch=batch,
+    )  # fmt: skip
+    print(f"\n{evaluation.table().to_text()}")
+    if out is not None:
+        out.write_text(evaluation.to_json() + "\n", encoding="utf-8")
+        print(f"\nwrote {out}")
+
+
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
@@ -264,7 +335,7 @@ def main() -> None:
     """Run a command. Exit status: 2 for what the user can mend, 130 after Ctrl-C."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "remove": remove, "convert": convert},
+            {"demo": demo, "remove": remove, "convert": convert, "evaluate": evaluate},
             prog="lnfree",
             description="Remove a transformer's LayerNorms; read its logits as sums of parts.",
         )

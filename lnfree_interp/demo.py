@@ -27,12 +27,13 @@ from lnfree_interp.files import new_folder, require_writable
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.forms import fold
 from lnfree_interp.numerics import MeasuredError
-from lnfree_interp.plots.page import Section, Table, page
+from lnfree_interp.plots.page import Section, page
 from lnfree_interp.plots.style import MODEL_NAMES
 from lnfree_interp.removal import recipes
 from lnfree_interp.removal.job import write_finished
 from lnfree_interp.removal.remove import remove_norms
 from lnfree_interp.removal.run import Run
+from lnfree_interp.tables import Table
 
 LEVELS: tuple[Level, ...] = ("block", "head", "neuron")
 

@@ -32,6 +32,20 @@ def require_writable(out: str | os.PathLike[str]) -> Path:
     return path
 
 
+def require_new_file(out: str | os.PathLike[str]) -> Path:
+    """Refuse, before the work, a file that could not be written after it.
+
+    Raises:
+        OutputError: if something stands there, or its folder cannot be written.
+    """
+    path = Path(out).absolute()
+    if os.path.lexists(path):
+        raise OutputError(f"{out} already exists: choose another name or remove it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: {path.parent} is not a writable folder")
+    return path
+
+
 def _open_to_readers(folder: Path) -> None:
     """Ordinary permissions: temporary folders, and what safetensors writes, are private."""
     for path in (folder, *folder.rglob("*")):

@@ -14,7 +14,8 @@ import lnfree_interp as lf
 from lnfree_interp import cli, demo
 from lnfree_interp.errors import OutputError
 from lnfree_interp.files import new_folder
-from lnfree_interp.plots.page import Section, Table, page
+from lnfree_interp.plots.page import Section, page
+from lnfree_interp.tables import Table
 
 SIZE_LIMIT = 8_000_000
 

@@ -1,6 +1,7 @@
 """How well a model predicts text."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -8,21 +9,89 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.errors import DataError
 from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import run
 
+TRIMMED = 0.01
+"""Share of the tokens that the trimmed mean leaves out at either end."""
+
 
 @dataclass(frozen=True, eq=False)
 class CrossEntropy:
-    """Next-token cross-entropy over a text, in nats per token."""
+    """Next-token cross-entropy over a text, in nats per token.
 
-    mean: float
-    median: float
-    p99: float
-    """99th percentile: what the mean hides when a few tokens go wrong."""
-    per_token: Float[Tensor, " targets"]
-    """Block by block, position 1 to the last."""
+    The mean of an LN-free model can be wrecked by a few tokens whose residual stream explodes
+    (2507.02559: three blocks of 10,000 take GPT-2 XL from 2.4 to 130), so the mean is never alone.
+    """
+
+    per_token: Float[Tensor, "block target"]
+    """Targets are the positions from 1 to the last."""
+
+    @property
+    def mean(self) -> float:
+        """Over all tokens."""
+        return self.per_token.mean().item()
+
+    @property
+    def median(self) -> float:
+        """Half of the tokens are below."""
+        return self._quantiles[0]
+
+    @property
+    def p99(self) -> float:
+        """99th percentile: what the mean hides when a few tokens go wrong."""
+        return self._quantiles[1]
+
+    @property
+    def p99_9(self) -> float:
+        """99.9th percentile."""
+        return self._quantiles[2]
+
+    @property
+    def maximum(self) -> float:
+        """The worst token's."""
+        return self.per_token.max().item()
+
+    @cached_property
+    def trimmed_mean(self) -> float:
+        """Without the best and the worst hundredth of the tokens."""
+        losses = np.sort(self.per_token.numpy(), axis=None)
+        cut = int(TRIMMED * losses.size)
+        return losses[cut : losses.size - cut].mean().item()
+
+    @property
+    def by_position(self) -> Float[Tensor, " target"]:
+        """Mean over blocks, for each position."""
+        return self.per_token.mean(0)
+
+    def share_above(self, other: "CrossEntropy", threshold: float = 3.5) -> float:
+        """Share of the tokens whose loss is more than a threshold above another model's.
+
+        Args:
+            other: Of the same text, e.g. the original's.
+            threshold: In nats; 3.5 is that of 2507.02559.
+
+        Raises:
+            DataError: if it was another text.
+        """
+        if other.per_token.shape != self.per_token.shape:
+            shapes = [list(x.per_token.shape) for x in (self, other)]
+            raise DataError(f"losses of two texts, {shapes[0]} and {shapes[1]}")
+        return (self.per_token - other.per_token > threshold).double().mean().item()
+
+    @cached_property
+    def _quantiles(self) -> tuple[float, float, float]:
+        # NumPy's, because torch.quantile refuses more than 16 million values.
+        found = np.quantile(self.per_token.numpy(), [0.5, 0.99, 0.999]).tolist()
+        return found[0], found[1], found[2]
+
+    def __repr__(self) -> str:
+        return (
+            f"CrossEntropy(mean {self.mean:.4f}, median {self.median:.4f}, p99.9 {self.p99_9:.3f}, "
+            f"maximum {self.maximum:.3f}; {self.per_token.numel():,} tokens)"
+        )
 
 
 @torch.no_grad()
@@ -41,12 +110,8 @@ def evaluate_loss(
     """
     require_tokens(model, tokens)
     device = model.W_E.device
-    losses = torch.cat(
-        [
-            next_token_loss(run(model, chunk.to(device)), chunk.to(device), reduction="none").cpu()
-            for chunk in tokens.split(batch)
-        ]
-    ).double()
-    # NumPy's, because torch.quantile refuses more than 16 million values.
-    median, p99 = np.quantile(losses.numpy(), [0.5, 0.99]).tolist()
-    return CrossEntropy(losses.mean().item(), median, p99, losses)
+    losses = [
+        next_token_loss(run(model, chunk.to(device)), chunk.to(device), reduction="none").cpu()
+        for chunk in tokens.split(batch)
+    ]
+    return CrossEntropy(torch.cat(losses).double().reshape(len(tokens), -1))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from lnfree_interp.tables import Table
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto;
        padding: 0 1rem; }
@@ -18,35 +20,6 @@ th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right;
 th:first-child, td:first-child { text-align: left; }
 footer { color: #666; font-size: .85rem; margin: 3rem 0 1rem; }
 """
-
-
-@dataclass(frozen=True)
-class Table:
-    """A small table; every cell is text."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def to_html(self) -> str:
-        """As an HTML table, cells escaped."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.rows
-        )
-        return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-    def to_text(self) -> str:
-        """Aligned for a terminal: first column left, the others right."""
-        lines = [list(self.header), *map(list, self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
 
 
 @dataclass(frozen=True)

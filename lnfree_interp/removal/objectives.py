@@ -308,13 +308,3 @@ class Objective(nn.Module):
 def _capped(model: HookedTransformer, logits: Tensor) -> Tensor:
     cap = model.cfg.output_logits_soft_cap
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 products are native there; emulated ones are slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return False

@@ -19,10 +19,11 @@ from lnfree_interp.errors import (
     TrainingError,
 )
 from lnfree_interp.models.agreement import require_tokens
+from lnfree_interp.models.precision import bf16_is_fast
 from lnfree_interp.models.sites import with_norm_sites
 from lnfree_interp.removal import state
 from lnfree_interp.removal.guard import Watch
-from lnfree_interp.removal.objectives import Objective, bf16_is_fast
+from lnfree_interp.removal.objectives import Objective
 from lnfree_interp.removal.probes import ResidualProbe
 from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe

@@ -1,0 +1,132 @@
+"""The texts that LN-free models have been measured on, and the filter behind one of them."""
+
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+import torch
+from datasets import Dataset
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lnfree_interp.data.packing import pack
+from lnfree_interp.data.sources import STDLIB, open_blocks, open_text
+from lnfree_interp.errors import DataError
+
+PILE_ROWS = 10_000
+"""Rows of The Pile that 2507.02559 evaluates on, 1024 tokens each."""
+_FOR_GPT2 = 50257
+"""Vocabulary of the tokenizer that the published rows were made with."""
+
+
+def _openwebtext(tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer to read OpenWebText with")
+    documents = open_text("Skylion007/openwebtext", streaming=False)
+    assert isinstance(documents, Dataset)
+    split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    return pack(split["test"], tokenizer, block)
+
+
+def _rows_of(source: str) -> Callable[[PreTrainedTokenizerBase | None, int], Tensor]:
+    def read(tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
+        if tokenizer is not None and len(tokenizer) < _FOR_GPT2:
+            raise DataError(f"{source} is tokenized for GPT-2, and this is another tokenizer")
+        rows = list(islice(open_text(source), PILE_ROWS))
+        column = next(name for name in ("input_ids", "tokens") if name in rows[0])
+        tokens = torch.tensor([row[column] for row in rows])
+        if block > tokens.shape[1]:
+            raise DataError(f"rows of {source} have {tokens.shape[1]} tokens, not {block}")
+        return tokens[:, :block]
+
+    return read
+
+
+NAMED: dict[str, Callable[[PreTrainedTokenizerBase | None, int], Tensor]] = {
+    "openwebtext-val": _openwebtext,
+    "pile-10k": _rows_of("apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2"),
+    "pile-10k-filtered": _rows_of("lucabaroni/apollo-pile-filtered-10k"),
+}
+"""By name: OpenWebText's 4,007 held-out documents (the split of nanoGPT: 0.0005, seed 2357); the
+first 10,000 rows of The Pile as tokenized for GPT-2; the same without tokens that OpenWebText never
+has (2507.02559)."""
+
+
+def evaluation_text(
+    source: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    block: int,
+    blocks: int | None = None,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    column: str | None = None,
+    revision: str | None = None,
+) -> Int[Tensor, "blocks block"]:
+    """Text to evaluate on.
+
+    Args:
+        source: One of `NAMED`; or as for `open_text`.
+        tokenizer: The model's.
+        block: Tokens per block.
+        blocks: How many; spread over a named text or the standard library, the first of any
+            other. Default: all, or 256 of any other.
+        split: See `open_text`. Default: `"heldout"` of the standard library, `"train"` of others.
+        name: See `open_text`.
+        column: See `open_text`.
+        revision: See `open_text`.
+
+    Raises:
+        DataError: if the text cannot be had, or there is less of it.
+    """
+    if blocks is not None and blocks < 1:
+        raise DataError(f"{blocks} blocks are no text")
+    if source in NAMED:
+        tokens = NAMED[str(source)](tokenizer, block)
+    elif source == STDLIB:
+        tokens = pack(open_text(STDLIB, split=split or "heldout"), _need(tokenizer), block)
+    else:
+        stream = open_blocks(
+            source, tokenizer, block,
+            split=split or "train", name=name, column=column, revision=revision,
+        )  # fmt: skip
+        return stream.take(blocks or 256)
+    if blocks is None:
+        return tokens
+    if blocks > len(tokens):
+        raise DataError(f"{source} has {len(tokens)} blocks of {block} tokens, not {blocks}")
+    return tokens[:: len(tokens) // blocks][:blocks]
+
+
+def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer: give text that is tokenized already")
+    return tokenizer
+
+
+def tokens_seen(blocks: Iterable[Int[Tensor, "_ block"]], d_vocab: int) -> Bool[Tensor, " d_vocab"]:
+    """Which tokens occur in a text, read batch by batch.
+
+    Raises:
+        DataError: if an id is outside the vocabulary.
+    """
+    seen = torch.zeros(d_vocab, dtype=torch.bool)
+    for batch in blocks:
+        if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < d_vocab:
+            raise DataError(f"token ids go up to {int(batch.max())}, the vocabulary to {d_vocab}")
+        seen[batch.flatten()] = True
+    return seen
+
+
+def without_tokens(
+    blocks: Int[Tensor, "blocks block"], unwanted: Bool[Tensor, " d_vocab"]
+) -> Int[Tensor, "kept block"]:
+    """The blocks in which no unwanted token occurs.
+
+    The published filter (2507.02559) drops blocks of The Pile with any token that occurs in a
+    million rows of The Pile and in none of a million of OpenWebText:
+    `without_tokens(pile, tokens_seen(pile_rows, n) & ~tokens_seen(openwebtext_rows, n))`. Three
+    such blocks in 10,000 wreck the mean of an LN-free GPT-2 XL.
+    """
+    return blocks[~unwanted[blocks].any(1)]

@@ -1,0 +1,139 @@
+"""Neurons that set how sure a model is, and say nothing about which token comes.
+
+A neuron of the last MLP whose output lies where the unembedding hardly reads can only act through
+the final norm, by making the stream longer (Stolfo et al., 2406.16254). Without that norm it has
+nothing to act through: 2507.02559 finds the effect of mean-ablating such neurons gone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.logit_reading import POSITIONS
+from lnfree_interp.analysis.neurons import mlp_place
+from lnfree_interp.analysis.questions import read_blocks, split
+from lnfree_interp.analysis.reads import Read, read
+from lnfree_interp.analysis.writes import Place
+from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import run_and_keep
+
+
+@torch.no_grad()
+def confidence_scores(model: HookedTransformer) -> Float[Tensor, " neuron"]:
+    """For each neuron of the last MLP: norm of its output, over the variance of its cosines.
+
+    |w_out| / var_v cos(w_out, W_U[:, v]), 2507.02559. The unembedding is taken with the final
+    norm's gain and centring in it, so that a model and its LN-free version are scored alike.
+
+    Raises:
+        DataError: for a model without MLPs.
+    """
+    last = model.cfg.n_layers - 1
+    mlp_place(model, last)
+    scale = {"ln_final.hook_scale": torch.ones(1)}  # of no consequence for cosines
+    final: Read = read(model, scale, "ln_final")
+    W_U = torch.nn.functional.normalize(final.weights_back(model.W_U).float(), dim=0)
+    W_out = model.blocks[last].mlp.W_out.float()
+    cosines = torch.nn.functional.normalize(W_out, dim=1) @ W_U
+    return W_out.norm(dim=1) / cosines.var(dim=1)
+
+
+def find_confidence_neurons(model: HookedTransformer, k: int = 3) -> list[int]:
+    """The k neurons of the last MLP with the highest score.
+
+    Raises:
+        DataError: for a model without MLPs, or fewer neurons.
+    """
+    scores = confidence_scores(model)
+    if not 0 < k <= len(scores):
+        raise DataError(f"the last MLP has {len(scores)} neurons, not {k}")
+    return scores.topk(k).indices.tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronAblation:
+    """What setting neurons of the last MLP to their mean does to the next token's prediction."""
+
+    neurons: tuple[int, ...]
+    loss_change: Float[Tensor, "which block target"]
+    """In nats, neuron by neuron, then all together."""
+    entropy_change: Float[Tensor, "which block target"]
+    """In nats."""
+    entropy: float
+    """Before, mean."""
+
+    @property
+    def median_loss_change(self) -> Float[Tensor, " which"]:
+        """Median of the absolute change, the published figure."""
+        return self.loss_change.flatten(1).abs().median(1).values
+
+    @property
+    def median_entropy_change(self) -> Float[Tensor, " which"]:
+        """Median of the absolute change, the published figure."""
+        return self.entropy_change.flatten(1).abs().median(1).values
+
+    @property
+    def total_entropy_change(self) -> float:
+        """Change of the mean entropy with all of them ablated, as a fraction of it."""
+        return self.entropy_change[-1].mean().item() / self.entropy
+
+
+@torch.no_grad()
+def ablate_neurons(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "blocks pos"],
+    neurons: Sequence[int],
+    batch: int = 4,
+) -> NeuronAblation:
+    """Set neurons of the last MLP to their mean over the text, one by one and all together.
+
+    Args:
+        model: Any with MLPs.
+        tokens: [blocks, pos].
+        neurons: Of the last MLP, such as `find_confidence_neurons(model)`.
+        batch: Blocks per forward pass.
+
+    Raises:
+        DataError: if there is no such neuron, or the model cannot read the tokens.
+    """
+    tokens, last = read_blocks(model, tokens), model.cfg.n_layers - 1
+    mlp_place(model, last)
+    W_out = model.blocks[last].mlp.W_out
+    wrong = [neuron for neuron in neurons if not 0 <= neuron < len(W_out)]
+    if wrong or not neurons:
+        raise DataError(f"the last MLP has neurons 0 to {len(W_out) - 1}, not {wrong}")
+    post_hook, place = f"blocks.{last}.mlp.hook_post", Place.last(model).hook
+    chosen = torch.tensor(list(neurons), device=W_out.device)
+    streams, posts = [], []
+    for chunk in split(tokens, batch):
+        _, cache = run_and_keep(model, chunk, [post_hook, place], last + 1)
+        streams.append(cache[place])
+        posts.append(cache[post_hook][..., chosen])
+    stream, post = torch.cat(streams), torch.cat(posts)
+    moved = post.mean((0, 1)) - post
+    changes = [moved[..., [i]] @ W_out[chosen[[i]]] for i in range(len(chosen))]
+    changes.append(moved @ W_out[chosen])
+    before = _predict(model, stream, tokens)
+    after = [_predict(model, stream + change, tokens) for change in changes]
+    loss, entropy = (
+        torch.stack([one[which] - before[which] for one in after]) for which in range(2)
+    )
+    return NeuronAblation(tuple(neurons), loss, entropy, before[1].double().mean().item())
+
+
+def _predict(
+    model: HookedTransformer, stream: Float[Tensor, "block pos d_model"], tokens: Tensor
+) -> tuple[Float[Tensor, "block target"], Float[Tensor, "block target"]]:
+    """Loss and entropy of every next token."""
+    losses, entropies = [], []
+    for some, targets in zip(
+        stream[:, :-1].split(POSITIONS, 1), tokens[:, 1:].split(POSITIONS, 1), strict=True
+    ):
+        log_p = model(some, start_at_layer=model.cfg.n_layers).float().log_softmax(-1)
+        losses.append(-log_p.gather(-1, targets[..., None])[..., 0])
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(losses, 1).cpu(), torch.cat(entropies, 1).cpu()

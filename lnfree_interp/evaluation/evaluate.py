@@ -1,0 +1,269 @@
+"""Is an LN-free model still its original? Everything that was ever asked about it, in one table."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.errors import DataError
+from lnfree_interp.evaluation.confidence_neurons import (
+    NeuronAblation,
+    ablate_neurons,
+    find_confidence_neurons,
+)
+from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
+from lnfree_interp.evaluation.loss import CrossEntropy
+from lnfree_interp.evaluation.patching import Patching, corrupted_pairs, patch_residual
+from lnfree_interp.evaluation.summaries import (
+    Distribution,
+    ResidualNorms,
+    Sinks,
+    distribution,
+    residual_norms,
+    sinks,
+)
+from lnfree_interp.evaluation.tasks import BOS_POLICY, run_tasks
+from lnfree_interp.evaluation.text_pass import Precision, fitting_batch, measure_text
+from lnfree_interp.tables import Table
+
+SAMPLE = 16
+"""Blocks on which effects of single heads and neurons are measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelEvaluation:
+    """What was found about one model."""
+
+    cross_entropy: CrossEntropy
+    distribution: Distribution
+    residual_norms: ResidualNorms
+    sinks: Sinks
+    direct_effects: DirectEffects | None = None
+    confidence_neurons: NeuronAblation | None = None
+    patching: Patching | None = None
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Several models side by side, on one text.
+
+    Attributes:
+        models: By name, in the order given.
+        original: The name of the one that the others are compared with.
+        threshold: In nats, for the share of tokens that got worse by more.
+        text: What it was, in words.
+        tokens: How many were predicted.
+    """
+
+    models: Mapping[str, ModelEvaluation]
+    original: str | None
+    threshold: float
+    text: str
+    tokens: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per figure, one column per model; figures that were not asked for are left out.
+
+        Cross-entropies, entropies and divergences are in nats per token.
+        """
+        columns = {name: self._figures(name) for name in self.models}
+        frame = pd.DataFrame(columns)
+        return frame.dropna(how="all")
+
+    def table(self) -> Table:
+        """The same as text, for terminal and report."""
+        frame = self.to_frame()
+        rows = [
+            [str(label), *(_shown(str(label), value) for value in row)]
+            for label, row in zip(frame.index, frame.to_numpy(), strict=True)
+        ]
+        return Table([f"{self.text}, {self.tokens:,} tokens", *frame.columns], rows)
+
+    def _figures(self, name: str) -> dict[str, float]:
+        model, first = self.models[name], None
+        loss, norms = model.cross_entropy, model.residual_norms
+        if self.original is not None and name != self.original:
+            first = self.models[self.original].cross_entropy
+        figures = {
+            "cross-entropy, mean": loss.mean,
+            "median": loss.median,
+            "mean without the extreme 1 %": loss.trimmed_mean,
+            "99.9th percentile": loss.p99_9,
+            "largest": loss.maximum,
+            "minus original": math.nan if first is None else loss.mean - first.mean,
+            f"tokens worse by more than {self.threshold:g}": (
+                math.nan if first is None else loss.share_above(first, self.threshold)
+            ),
+            "entropy": model.distribution.entropy,
+            "calibration error": model.distribution.calibration_error,
+            "Jensen-Shannon divergence": _number(
+                model.distribution.divergence if first is not None else None
+            ),
+            "largest residual norm, position 0": norms.first_max.max().item(),
+            "largest residual norm, others": norms.others_max.max().item(),
+            "median residual norm, others, last": norms.others_median[-1].item(),
+            "sink rate, by query": model.sinks.query_rate,
+            "sink rate, by head": model.sinks.head_rate,
+        }
+        if model.direct_effects is not None:
+            figures["attribution error per head (NMAE)"] = model.direct_effects.nmae
+            figures["attribution error pooled (NMAE)"] = model.direct_effects.pooled_nmae
+        if model.patching is not None:
+            figures["attribution patching error"] = model.patching.error
+        if model.confidence_neurons is not None:
+            ablation = model.confidence_neurons
+            figures["entropy without confidence neurons, change"] = ablation.total_entropy_change
+        for task, scores in model.tasks.items():
+            for metric, value in scores.items():
+                figures[f"{task}, {metric}"] = value
+        return figures
+
+    def to_json(self) -> str:
+        """Every figure, and what is a curve: by position, by layer, by head."""
+        plain: dict[str, Any] = {
+            "text": self.text,
+            "tokens": self.tokens,
+            "original": self.original,
+            "threshold_nats": self.threshold,
+            "bos_policy_of_tasks": BOS_POLICY,
+            "models": {},
+        }
+        for name, model in self.models.items():
+            norms = model.residual_norms
+            found: dict[str, Any] = {
+                "figures": {k: v for k, v in self._figures(name).items() if not math.isnan(v)},
+                "cross_entropy_by_position": model.cross_entropy.by_position.tolist(),
+                "residual_norms": {
+                    key: getattr(norms, key).tolist()
+                    for key in ("first_median", "first_max", "others_median", "others_max")
+                },
+                "attention_to_first": model.sinks.by_head.tolist(),
+            }
+            if model.direct_effects is not None:
+                found["nmae_per_head"] = model.direct_effects.nmae_per_head.tolist()
+            if model.patching is not None:
+                found["patching_error_by_layer"] = model.patching.error_by_layer.tolist()
+                found["patching_correlation"] = model.patching.correlation
+            if (ablation := model.confidence_neurons) is not None:
+                found["confidence_neurons"] = {
+                    "neurons": list(ablation.neurons),
+                    "median_loss_change": ablation.median_loss_change.tolist(),
+                    "median_entropy_change": ablation.median_entropy_change.tolist(),
+                }
+            plain["models"][name] = found
+        return json.dumps(plain, indent=1)
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {x.cross_entropy.mean:.4f}" for name, x in self.models.items())
+        return f"Evaluation({self.text}, {self.tokens:,} tokens; cross-entropy {means})"
+
+
+def _shown(label: str, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    if "worse" in label or "rate" in label or "NMAE" in label or label.endswith("change"):
+        return f"{100 * value:.3g} %"
+    if label == "minus original":
+        return f"{value:+.4f}"
+    return f"{value:.1f}" if "norm" in label else f"{value:.4f}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def evaluate(
+    models: Mapping[str, HookedTransformer] | HookedTransformer,
+    tokens: Int[Tensor, "blocks pos"],
+    *,
+    original: str | None = None,
+    threshold: float = 3.5,
+    effects: bool = True,
+    neurons: int = 3,
+    pairs: int = 16,
+    tasks: str | Sequence[str] = (),
+    include: Path | None = None,
+    limit: int | None = None,
+    text: str = "text",
+    batch: int | None = None,
+    precision: Precision = "float32",
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate several models on one text.
+
+    Args:
+        models: By name; or one.
+        tokens: [blocks, pos], such as `pack(...)` or `open_blocks(...).take(n)`.
+        original: The name of the one that the others are compared with.
+        threshold: In nats: how much worse a token must get to be counted.
+        effects: Measure every head's direct effect against its attribution, on 16 blocks.
+        neurons: How many confidence neurons to find and ablate, on the same blocks; those of the
+            original, if there is one. 0: none.
+        pairs: Prompts for attribution patching against activation patching. 0: none.
+        tasks: Of the lm-evaluation-harness, such as `"hellaswag"`.
+        include: Folder with task files of one's own.
+        limit: Examples per task.
+        text: What the text is, for table and JSON.
+        batch: Blocks per forward pass. Default: what fits.
+        precision: Of matrix products in the pass over the text.
+        seed: Of the corrupted prompts.
+        progress: Whether to show progress bars.
+
+    Raises:
+        DataError: if a model cannot read the text, or models cannot be compared.
+        UnsupportedModelError: for a model whose heads cannot be told apart, or missing packages.
+
+    Example:
+        >>> models = {"gpt2": original, "LN-free": free}  # doctest: +SKIP
+        >>> lf.evaluate(models, text, original="gpt2").to_frame()  # doctest: +SKIP
+    """
+    if isinstance(models, HookedTransformer):
+        models = {"model": models}
+    measured = measure_text(
+        models, tokens, original, batch=batch, precision=precision, progress=progress
+    )
+    sample = tokens[:: max(1, len(tokens) // SAMPLE)][:SAMPLE]
+    found, chosen = {}, None
+    if neurons and original is not None:
+        chosen = find_confidence_neurons(models[original], neurons)
+    for name, model in models.items():
+        inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
+        measures = measured[name]
+        found[name] = ModelEvaluation(
+            CrossEntropy(measures.loss),
+            distribution(measures),
+            residual_norms(measures),
+            sinks(measures),
+            direct_effects(model, sample, inner) if effects else None,
+            _neurons(model, sample, chosen, neurons, inner),
+            _patching(model, sample, pairs, seed),
+            run_tasks(model, tasks, include=include, limit=limit) if tasks else {},
+        )
+    return Evaluation(found, original, threshold, text, tokens[:, 1:].numel())
+
+
+def _neurons(
+    model: HookedTransformer, sample: Tensor, chosen: list[int] | None, n: int, batch: int
+) -> NeuronAblation | None:
+    if n < 1 or model.cfg.attn_only:
+        return None
+    chosen = find_confidence_neurons(model, n) if chosen is None else chosen
+    return ablate_neurons(model, sample, chosen, batch)
+
+
+def _patching(model: HookedTransformer, sample: Tensor, n: int, seed: int) -> Patching | None:
+    if n < 1:
+        return None
+    length = min(32, sample.shape[1] - 1)
+    if length < 2:
+        raise DataError("blocks of two tokens hold no prompt to patch: pairs=0")
+    return patch_residual(model, *corrupted_pairs(sample, n, length, seed))

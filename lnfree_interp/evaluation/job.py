@@ -1,0 +1,88 @@
+"""`lnfree evaluate`: from the names of models and a text to an evaluation."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from lnfree_interp.checkpoints.loading import load
+from lnfree_interp.data.named import evaluation_text
+from lnfree_interp.errors import DataError
+from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
+from lnfree_interp.evaluation.text_pass import Precision
+from lnfree_interp.models.precision import bf16_is_fast
+
+
+def evaluate_checkpoints(
+    sources: Sequence[str],
+    against: str | None,
+    text: str,
+    *,
+    blocks: int | None = None,
+    block: int | None = None,
+    split: str | None = None,
+    name: str | None = None,
+    column: str | None = None,
+    revision: str | None = None,
+    precision: Precision | Literal["auto"] = "float32",
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Evaluation:
+    """Load models and a text, and evaluate.
+
+    Args:
+        sources: Hub ids or local folders.
+        against: The original; evaluated too.
+        text: As for `evaluation_text`, like the following six.
+        blocks: See there.
+        block: Tokens per block. Default: the smallest context, up to 1024.
+        split: See there.
+        name: See there.
+        column: See there.
+        revision: See there.
+        precision: As for `evaluate`; `"auto"` takes bfloat16 where the hardware has it.
+        progress: Whether to show progress bars.
+        say: Gets a line before each stage.
+        settings: As for `evaluate`.
+
+    Raises:
+        LnfreeError: whatever `load`, `evaluation_text` and `evaluate` raise.
+    """
+    wanted = [*([against] if against is not None else []), *sources]
+    if not wanted:
+        raise DataError("name at least one model")
+    models = {}
+    for source in dict.fromkeys(wanted):
+        say(f"loading {source}")
+        models[source] = load(source)
+    names = dict(zip(models, _short([*models]), strict=True))
+    contexts = [model.cfg.n_ctx for model in models.values()]
+    block = block or min(1024, *contexts)
+    first = next(iter(models.values()))
+    say(f"opening {text}")
+    tokens = evaluation_text(
+        text, first.tokenizer, block, blocks,
+        split=split, name=name, column=column, revision=revision,
+    )  # fmt: skip
+    say(f"evaluating on {tokens.numel():,} tokens in blocks of {block}")
+    if precision == "auto":
+        precision = "bfloat16" if bf16_is_fast(first.W_E.device) else "float32"
+    return evaluate(
+        {names[source]: model for source, model in models.items()},
+        tokens,
+        original=None if against is None else names[against],
+        text=text,
+        precision=precision,
+        progress=progress,
+        **settings,
+    )
+
+
+def _short(sources: list[str]) -> list[str]:
+    """The last parts of paths and ids, as few as tell them apart."""
+    parts = [source.rstrip(os.sep + "/").split("/") for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return sources

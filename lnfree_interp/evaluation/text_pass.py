@@ -1,0 +1,201 @@
+"""Several models over one text, in one pass: everything that is a number per token.
+
+The models take the batches in turns, so that each can be compared with the original token by token
+without keeping anybody's logits.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from lnfree_interp.analysis.logit_reading import POSITIONS
+from lnfree_interp.analysis.questions import read_blocks, split
+from lnfree_interp.analysis.writes import Place
+from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import run_hooked
+
+SINK = 0.3
+"""Attention to the first token from which on it counts as a sink."""
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMeasures:
+    """What one model did on a text, on the CPU."""
+
+    loss: Float[Tensor, "block target"]
+    """Nats, in float64."""
+    entropy: Float[Tensor, "block target"]
+    """Of the predicted distribution, in nats."""
+    confidence: Float[Tensor, "block target"]
+    """Probability of the most likely token."""
+    correct: Bool[Tensor, "block target"]
+    """Whether that was the true one."""
+    divergence: Float[Tensor, "block target"] | None
+    """Jensen-Shannon divergence to the original's prediction, in nats; None without an original."""
+    norms: Float[Tensor, "place block pos"]
+    """Of the residual stream before each block and after the last."""
+    sink_weights: Float[Tensor, "block layer head"]
+    """Attention to the first token, mean over queries."""
+    sink_queries: Float[Tensor, "block layer head"]
+    """Share of queries whose attention to the first token is above `SINK`."""
+
+
+@torch.no_grad()
+def measure_text(
+    models: Mapping[str, HookedTransformer],
+    tokens: Int[Tensor, "blocks pos"],
+    original: str | None = None,
+    *,
+    batch: int | None = None,
+    precision: Precision = "float32",
+    progress: bool = False,
+) -> dict[str, TokenMeasures]:
+    """One pass of several models over a text.
+
+    Args:
+        models: By name.
+        tokens: [blocks, pos], such as `pack(...)`.
+        original: The name of the one that the others are compared with.
+        batch: Blocks per forward pass. Default: what fits into the memory that is free; results do
+            not depend on it beyond rounding.
+        precision: Of matrix products; `"bfloat16"` is faster on most hardware and changes losses
+            in the third decimal.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        DataError: if a model cannot read the tokens, or vocabularies differ.
+    """
+    if not models:
+        raise DataError("there is no model to evaluate")
+    if original is not None and original not in models:
+        raise DataError(f"no model is called {original!r}: there are {', '.join(models)}")
+    sizes = {model.cfg.d_vocab_out for model in models.values()}
+    if original is not None and len(sizes) > 1:
+        raise DataError(f"models with vocabularies of {sorted(sizes)} tokens cannot be compared")
+    for model in models.values():
+        read_blocks(model, tokens)
+    order = ([original] if original else []) + [name for name in models if name != original]
+    if batch is None:
+        batch = min(fitting_batch(model, tokens.shape[1]) for model in models.values())
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    with tqdm(total=len(tokens), desc="evaluating", unit="block", disable=not progress) as bar:
+        for chunk in split(tokens, batch):
+            streams = {}
+            for name in order:
+                with _products(models[name], precision):
+                    streams[name], about = _stream(models[name], chunk)
+                parts[name].append(about)
+            for name, found in _predictions(models, streams, chunk, original, order, precision):
+                parts[name][-1] |= found
+            bar.update(len(chunk))
+    return {name: _joined(found) for name, found in parts.items()}
+
+
+def fitting_batch(model: HookedTransformer, pos: int) -> int:
+    """Blocks whose activations fit into a quarter of the memory that is free, 1 to 32."""
+    cfg, device = model.cfg, model.W_E.device
+    scores = 4 * cfg.n_heads * pos * pos
+    hidden = 4 * pos * ((cfg.d_mlp or 0) + 4 * cfg.d_model)
+    logits = 6 * min(pos, POSITIONS) * cfg.d_vocab_out
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"), 4 * 2**30)
+    return max(1, min(32, int(free / 4 / (4 * (scores + hidden + logits)))))
+
+
+def _products(model: HookedTransformer, precision: Precision) -> Any:
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(model.W_E.device.type, torch.bfloat16)
+
+
+def _stream(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The last stream, and what is measured on the way to it."""
+    n_layers = model.cfg.n_layers
+    places = [Place(layer).hook for layer in range(n_layers + 1)]
+    patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(n_layers)]
+    found: dict[str, Tensor] = {}
+
+    def norm(x: Tensor, hook: HookPoint) -> None:
+        found[hook.name or ""] = x.float().norm(dim=-1).cpu()
+
+    def sink(x: Tensor, hook: HookPoint) -> None:
+        to_first = x[..., 0].float()
+        both = torch.stack([to_first.mean(-1), (to_first > SINK).float().mean(-1)])
+        found[hook.name or ""] = both.cpu()
+
+    hooks = [(lambda name: name in places, norm), (lambda name: name in patterns, sink)]
+    stream = run_hooked(model, tokens.to(model.W_E.device), hooks, n_layers)
+    sinks = torch.stack([found[name] for name in patterns], dim=2)
+    return stream, {
+        "norms": torch.stack([found[name] for name in places]),
+        "sink_weights": sinks[0],
+        "sink_queries": sinks[1],
+    }
+
+
+def _predictions(
+    models: Mapping[str, HookedTransformer],
+    streams: Mapping[str, Tensor],
+    tokens: Tensor,
+    original: str | None,
+    order: list[str],
+    precision: Precision,
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Loss, entropy and so on of every next token; logits of a few positions at a time."""
+    pieces: dict[str, list[dict[str, Tensor]]] = {name: [] for name in order}
+    n_targets = tokens.shape[1] - 1
+    for start in range(0, n_targets, POSITIONS):
+        at = slice(start, min(start + POSITIONS, n_targets))
+        targets, theirs = tokens[:, 1:][:, at], None
+        for name in order:
+            model = models[name]
+            with _products(model, precision):
+                logits = model(streams[name][:, at], start_at_layer=model.cfg.n_layers)
+            log_p = logits.float().log_softmax(-1)
+            wanted = targets.to(log_p.device)
+            best = log_p.max(-1)
+            found = {
+                "loss": -log_p.gather(-1, wanted[..., None])[..., 0].double(),
+                "entropy": -(log_p.exp() * log_p).sum(-1),
+                "confidence": best.values.exp(),
+                "correct": best.indices == wanted,
+            }
+            if original is not None:
+                theirs = log_p if name == original else theirs
+                assert theirs is not None
+                found["divergence"] = _jensen_shannon(log_p, theirs.to(log_p.device))
+            pieces[name].append({key: value.cpu() for key, value in found.items()})
+    for name in order:
+        keys = pieces[name][0]
+        yield name, {key: torch.cat([piece[key] for piece in pieces[name]], 1) for key in keys}
+
+
+def _jensen_shannon(
+    log_p: Float[Tensor, "*token d_vocab"], log_q: Float[Tensor, "*token d_vocab"]
+) -> Float[Tensor, "*token"]:
+    """(KL(p || m) + KL(q || m)) / 2 with m halfway between, in nats, at most ln 2."""
+    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    sums = [F.kl_div(log_m, x, reduction="none", log_target=True).sum(-1) for x in (log_p, log_q)]
+    return (sums[0] + sums[1]).clamp(min=0) / 2
+
+
+def _joined(parts: list[dict[str, Any]]) -> TokenMeasures:
+    joined = {
+        key: torch.cat([part[key] for part in parts], dim=1 if key == "norms" else 0)
+        for key in parts[0]
+    }
+    return TokenMeasures(**{"divergence": None} | joined)
