@@ -1,4 +1,4 @@
-"""The command line: `lnfree demo`, `remove`, `convert`, `evaluate`.
+"""The command line: `lnfree demo`, `remove`, `convert`, `evaluate`, `report`.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lnfree_interp.errors import LnfreeError
+from lnfree_interp.errors import DataError, LnfreeError
 
 
 def demo(
@@ -316,6 +316,43 @@ def evaluate(
         print(f"\nwrote {out}")
 
 
+def report(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_MODEL")],
+    /,
+    out: Path = Path("report.html"),
+    against: str | None = None,
+    data: str = "stdlib",
+    blocks: int = 64,
+    prompt: str | None = None,
+    answer: str | None = None,
+    foil: str | None = None,
+) -> None:
+    """Everything about a run or a model on one HTML page that needs no network.
+
+    Args:
+        source: A run's folder, what lnfree demo wrote, or a model: hub id or local folder.
+        out: The page; must not exist yet.
+        against: The original. Default: what a run says it started from.
+        data: Text to evaluate on, as for lnfree evaluate.
+        blocks: Of text, 256 tokens each at most.
+        prompt: Explain what follows this, instead of prompts about Python source.
+        answer: The next token to explain; mind the leading space.
+        foil: The token that it is compared with.
+    """
+    from lnfree_interp.files import require_new_file
+
+    require_new_file(out)
+    if (prompt is None) != (answer is None):
+        raise DataError("--prompt and --answer belong together")
+    _say("importing torch, transformers and transformer_lens ...")
+    _quiet_libraries()
+    from lnfree_interp.report import Question, write_report
+
+    asked = [] if prompt is None or answer is None else [Question(prompt, answer, foil)]
+    write_report(source, out, against=against, text=data, blocks=blocks, questions=asked, say=_say)
+    _say(f"wrote {out}")
+
+
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
@@ -335,7 +372,13 @@ def main() -> None:
     """Run a command. Exit status: 2 for what the user can mend, 130 after Ctrl-C."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "remove": remove, "convert": convert, "evaluate": evaluate},
+            {
+                "demo": demo,
+                "remove": remove,
+                "convert": convert,
+                "evaluate": evaluate,
+                "report": report,
+            },
             prog="lnfree",
             description="Remove a transformer's LayerNorms; read its logits as sums of parts.",
         )

@@ -1,10 +1,12 @@
 """Figures show the numbers that they were given."""
 
+import html
+
 import pytest
 import torch
 
 import lnfree_interp as lf
-from lnfree_interp.errors import DataError
+from lnfree_interp.errors import DataError, OutputError
 from lnfree_interp.removal.schedule import sequential_sites
 
 
@@ -45,7 +47,7 @@ def test_titles_say_what_is_shown_and_markup_stays_text(folded):
     title = lf.plots.attribution(result).layout.title
     assert "&lt;script&gt;return" in title.text
     assert "<script>" not in title.text
-    assert "parts minus logit" in title.subtitle.text
+    assert "parts minus whole" in title.subtitle.text
 
 
 def test_direct_effects_has_a_panel_a_model(folded, live, tokens):
@@ -56,8 +58,8 @@ def test_direct_effects_has_a_panel_a_model(folded, live, tokens):
     figure = lf.plots.direct_effects(results, points=50)
     assert [len(trace.x) for trace in figure.data] == [2, 50, 2, 50]
     texts = [annotation.text for annotation in figure.layout.annotations]
-    assert texts[0].startswith("original: NMAE")
-    assert texts[1].startswith("LN-free: NMAE")
+    assert texts[0].startswith("original<br>NMAE")
+    assert texts[1].startswith("LN-free<br>NMAE")
 
 
 def test_training_curve_shows_losses_and_marks_every_event(live):
@@ -79,3 +81,153 @@ def test_training_curve_shows_losses_and_marks_every_event(live):
         "ln_final frozen": 1,
     }
     assert marks["ln_final frozen"] == [recipe.events[-1].step]
+
+
+@pytest.fixture
+def question(folded):
+    return folded, "for i in range", "i", "n"
+
+
+def test_heads_by_token_and_what_is_left(question):
+    result = lf.attribute_logits(*question, by="source")
+    figure = lf.plots.attribution(result)
+    (heatmap,) = figure.data
+    assert len(heatmap.y) == 12
+    assert list(heatmap.x) == [f"{i} {t}" for i, t in enumerate(shown(result.prompts[0]))]
+    row = list(heatmap.y).index("L1H2")
+    found = torch.tensor(heatmap.z)[row]
+    expected = [result[f"L1H2@{pos}"].item() for pos in range(len(heatmap.x))]
+    assert found.tolist() == pytest.approx(expected)
+    assert f"everything else {result.total - torch.tensor(heatmap.z).sum():+.2f}" in (
+        figure.layout.title.subtitle.text
+    )
+
+
+def shown(tokens):
+    return [html.escape(token.replace(" ", "·")) for token in tokens]
+
+
+def test_tokens_and_biases_add_up_to_the_logit(question):
+    result = lf.affine_map(*question)
+    (bars,) = lf.plots.attribution(result).data
+    assert sum(bars.y) == pytest.approx(result.contributions.total.item(), rel=1e-4)
+    assert bars.x[-1] == "biases"
+    view = lf.plots.circuits.tokens(result)._repr_html_()
+    assert "ColoredTokens" in view
+
+
+def test_paths_as_bars_and_as_a_sankey(question):
+    result = lf.expand_paths(*question, top_k=8)
+    (bars,) = lf.plots.attribution(result, top=5).data
+    assert sum(bars.y[:-1]) == pytest.approx(result.total.item(), rel=1e-4)
+    assert bars.x[5] == "all others"
+    (sankey,) = lf.plots.paths(result).data
+    logit = list(sankey.node.label).index("logit")
+    into = [
+        value for value, target in zip(sankey.link.customdata, sankey.link.target, strict=True)
+        if target == logit
+    ]  # fmt: skip
+    assert sum(into) == pytest.approx(result.total.item(), rel=1e-4)
+    assert all(value > 0 for value in sankey.link.value)
+    with pytest.raises(DataError, match="expand_paths"):
+        lf.plots.paths(lf.attribute_logits(*question))
+
+
+def test_flow_shows_every_node_and_its_edges(question):
+    result = lf.flow_graph(*question, top_k=6)
+    figure = lf.plots.flow(result)
+    *lines, nodes = figure.data
+    assert len(nodes.x) == len(result.nodes)
+    assert len(lines) == len(result.edges)
+    widest = max(result.edges, key=lambda edge: abs(edge.flow))
+    assert lines[-1].text == f"{widest.source} to {widest.target}: {widest.flow:+.3f}"
+    heights = dict(zip([text.partition(":")[0] for text in nodes.hovertext], nodes.y, strict=True))
+    assert heights["embed@0"] < heights["logit"]
+
+
+def test_scores_keep_what_is_not_shown(folded):
+    result = lf.attribute_scores(folded, "for i in range(10):", 2, 1, by="neuron")
+    (heatmap,) = lf.plots.scores(result, key=2, top=5).data
+    assert torch.tensor(heatmap.z).shape == (6, 6)
+    assert torch.tensor(heatmap.z).sum().item() == pytest.approx(result.total[2].item(), abs=1e-5)
+    best = lf.plots.scores(result).layout.xaxis.title.text
+    assert f"{result.keys[int(result.total.argmax())]} " in best
+
+
+def test_patterns_before_and_after(folded):
+    result = lf.counterfactual_pattern(folded, "for i in <range>", 2, 1, "L0H0")
+    before, after, change = lf.plots.pattern(result).data
+    weights = [torch.tensor(panel.z) for panel in (before, after, change)]
+    torch.testing.assert_close(weights[2], weights[1] - weights[0])
+    torch.testing.assert_close(weights[0].double(), result.original.double())
+    assert not any("<r" in label for label in before.x)
+    assert "AttentionHeads" in lf.plots.circuits.heads(result)._repr_html_()
+
+
+def test_no_token_closes_the_script_it_is_written_in(folded):
+    result = lf.affine_map(folded, "</script><script>alert(1)", "i")
+    page = lf.plots.circuits.tokens(result)._repr_html_()
+    props = page[page.rindex("CircuitsVis.render(") :]
+    assert "\\u003c" in props
+    assert props.count("</script>") == 1  # the page's own
+    assert "unpkg" not in props
+
+
+def test_lens(folded):
+    tokens = folded.to_tokens("for i in range(10): print(i)")
+    result = lf.logit_lens(folded, tokens)
+    (heatmap,) = lf.plots.lens(result, start=2, stop=6).data
+    assert torch.tensor(heatmap.z).shape == (4, 4)
+    assert heatmap.y[0] == "embeddings"
+    final = folded(tokens)[0]
+    assert heatmap.z[-1][0] == pytest.approx(final[2, tokens[0, 3]].item(), rel=1e-4)
+    top = folded.tokenizer.decode([int(final[2].argmax())])
+    assert heatmap.text[-1][0] == html.escape(top.replace(" ", "·").replace("\n", "↵"))[:6]
+    with pytest.raises(DataError, match="targets"):
+        lf.plots.lens(result, prompt=1)
+
+
+def test_evaluations_as_curves(live, folded, tokens):
+    evaluation = lf.evaluate({"original": live, "lnfree": folded}, tokens, neurons=0, pairs=0)
+    norms = lf.plots.residual_norms(evaluation)
+    assert len(norms.data) == 6
+    expected = evaluation.models["lnfree"].residual_norms.others_max.tolist()
+    assert list(norms.data[5].y) == pytest.approx(expected)
+    by_position = lf.plots.loss_by_position(evaluation)
+    mean = evaluation.models["original"].cross_entropy.by_position[:16].mean().item()
+    assert by_position.data[0].y[15] == pytest.approx(mean)
+    assert by_position.data[0].line.color != by_position.data[1].line.color
+
+
+def test_drift_of_frozen_sites(live):
+    data = torch.randint(300, (16, 20), generator=torch.Generator().manual_seed(0))
+    recipe = lf.recipes.distilled(sequential_sites(3), steps=12)
+    run = lf.remove_norms(live, recipe, data, progress=False, log_every=2)
+    figure = lf.plots.sigma_drift(run)
+    looked = [record for record in run.history if record.probes.get("drift")]
+    assert {trace.text[0] for trace in figure.data} == set(looked[-1].probes["drift"])
+    for trace in figure.data:
+        assert trace.y[-1] == pytest.approx(looked[-1].probes["drift"][trace.text[0]])
+        assert trace.x[-1] == looked[-1].step
+    control = lf.remove_norms(live, recipe.vanilla(), data, progress=False, log_every=0)
+    with pytest.raises(DataError, match="no drift"):
+        lf.plots.sigma_drift(control)
+
+
+def test_big_models_stay_readable():
+    components = [lf.Component("head", i, j) for i in range(48) for j in range(25)]
+    values = torch.randn(1200, generator=torch.Generator().manual_seed(0))
+    big = lf.Contributions(values, tuple(components), values.sum(), "head")
+    figure = lf.plots.attribution(big)
+    assert figure.layout.height < 1000
+    assert figure.data[0].texttemplate is None
+
+
+def test_pictures(question, tmp_path):
+    figure = lf.plots.attribution(lf.attribute_logits(*question, by="block"))
+    page = lf.plots.save(figure, tmp_path / "figure.html")
+    assert "cdn.plot.ly" not in page.read_text()[-2000:]
+    with pytest.raises(OutputError, match=r"\.png"):
+        lf.plots.save(figure, tmp_path / "figure.jpg")
+    with pytest.raises(OutputError, match="no folder"):
+        lf.plots.save(figure, tmp_path / "nowhere" / "figure.png")

@@ -139,7 +139,7 @@ class ScoreAttribution:
         Raises:
             DataError: if a position is not among the keys.
         """
-        a, b = (self._column(position) for position in (key, other))
+        a, b = (self.column(position) for position in (key, other))
         values = self.values[:, :, a].sum(1) - self.values[:, :, b].sum(1)
         return Contributions(
             values, self.query_components, self.log_pattern[a] - self.log_pattern[b], self.level,
@@ -164,7 +164,12 @@ class ScoreAttribution:
             f"values [{shape}], error {self.error}{held})"
         )
 
-    def _column(self, position: int) -> int:
+    def column(self, position: int) -> int:
+        """The column of a key, by its position.
+
+        Raises:
+            DataError: if it is not among the keys.
+        """
         position = read_position(position, len(self.tokens))
         if position not in self.keys:
             raise DataError(f"position {position} is not among the keys {list(self.keys)}")
@@ -178,7 +183,7 @@ class ScoreAttribution:
         """
         if k < 1:
             raise DataError(f"the {k} largest are none")
-        values = self.values[:, :, self._column(key)]
+        values = self.values[:, :, self.column(key)]
         rows = values.abs().flatten().topk(min(k, values.numel())).indices.tolist()
         width = values.shape[1]
         return pd.DataFrame(

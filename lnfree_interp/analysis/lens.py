@@ -5,6 +5,7 @@ steps from layer to layer are no attribution. Without, each step is exactly what
 lens(l + 1) - lens(l) is block l's direct logit attribution.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,14 @@ class Lens:
         increments: [layer, batch, pos - 1], what each block added.
         top: [layer + 1, batch, pos - 1], the token that would be predicted there.
         tokens: The prompts, as strings.
+        names: Each token of `top`, as a string.
         certificate: Steps of the lens against direct attribution by layer.
     """
 
     values: Float[Tensor, "place batch target"]
     top: Int[Tensor, "place batch target"]
     tokens: tuple[tuple[str, ...], ...]
+    names: Mapping[int, str]
     certificate: Certificate
 
     @property
@@ -85,7 +88,9 @@ def logit_lens(
     lens, top = (torch.stack(each) for each in zip(*found, strict=True))
     largest = max(by_layer.values.abs().max().item(), lens.abs().max().item())
     error = measure_error(lens.diff(dim=0), by_layer.of_kind("layer"), largest)
+    ids = top.unique().tolist()
     return Lens(
         lens, top, tuple(tuple(strings(model, row.tolist())) for row in tokens),
+        dict(zip(ids, strings(model, ids), strict=True)),
         Certificate("lens(l + 1) - lens(l) = attribution of block l", error),
     )  # fmt: skip

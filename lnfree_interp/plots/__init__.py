@@ -1,7 +1,27 @@
-"""Figures: each takes a result object and returns a plotly figure."""
+"""Figures: each takes a result object and returns a plotly figure; `circuits` has live views."""
 
+from lnfree_interp.plots import circuits
+from lnfree_interp.plots.attention import pattern, scores
 from lnfree_interp.plots.attribution import attribution
 from lnfree_interp.plots.direct_effects import direct_effects
-from lnfree_interp.plots.training import training_curve
+from lnfree_interp.plots.evaluation import loss_by_position, residual_norms
+from lnfree_interp.plots.flow import flow, paths
+from lnfree_interp.plots.lens import lens
+from lnfree_interp.plots.static import save
+from lnfree_interp.plots.training import sigma_drift, training_curve
 
-__all__ = ["attribution", "direct_effects", "training_curve"]
+__all__ = [
+    "attribution",
+    "circuits",
+    "direct_effects",
+    "flow",
+    "lens",
+    "loss_by_position",
+    "paths",
+    "pattern",
+    "residual_norms",
+    "save",
+    "scores",
+    "sigma_drift",
+    "training_curve",
+]

@@ -5,46 +5,76 @@ import html
 import plotly.graph_objects as go
 import torch
 
+from lnfree_interp.analysis.affine import AffineMap
+from lnfree_interp.analysis.averages import MeanContributions
 from lnfree_interp.analysis.contributions import Contributions
 from lnfree_interp.errors import DataError
-from lnfree_interp.plots.style import LOWERS, RAISES, WHOLE, show_prompt, styled
+from lnfree_interp.plots.style import (
+    LOWERS,
+    RAISES,
+    WHOLE,
+    diverging,
+    rows_height,
+    show_prompt,
+    show_tokens,
+    styled,
+)
+
+_HEADS = 20
+"""Rows of heads by source token."""
 
 
-def attribution(result: Contributions, top: int = 15) -> go.Figure:
+def attribution(result: Contributions | MeanContributions | AffineMap, top: int = 15) -> go.Figure:
     """The figure that suits the result's level.
 
-    By block: a waterfall in the order of computation, from nothing to the logit. By head: a
-    heatmap layer x head. By neuron: a waterfall of the largest, with all others as one bar.
+    By layer or block: a waterfall in the order of computation, from nothing to the logit. By head:
+    a heatmap layer x head. By source: a heatmap of the largest heads x the tokens that they read.
+    By neuron, or paths: a waterfall of the largest, with all others as one bar. By token
+    (`affine_map`): a bar per token, biases apart.
 
     Args:
-        result: For one prompt; take one of a batch with `result.select(i)`.
-        top: Bars shown by neuron.
+        result: For one prompt; take one of a batch with `result.select(i)`. A mean over many
+            tokens, or an `AffineMap`, as it is.
+        top: Bars shown by neuron or path.
 
     Raises:
         DataError: if the result is a batch.
     """
+    if isinstance(result, AffineMap):
+        return _tokens(result)
+    if isinstance(result, MeanContributions):
+        result = result.as_contributions()
     if result.values.ndim != 1:
         raise DataError("a figure shows one prompt: pass result.select(i)")
-    if result.level == "head":
+    if result.level == "source":
+        return _sources(result)
+    if result.level == "head" and any(component.kind == "head" for component in result.components):
         return _heatmap(result)
-    if result.level == "block":
+    if result.level in ("layer", "block"):
         return _waterfall(result, result.labels, result.values.tolist())
-    order = result.values.abs().argsort(descending=True)
-    shown, rest = order[:top].tolist(), order[top:]
-    labels = [result.labels[i] for i in shown] + [f"{len(rest)} others"]
-    values = [result.values[i].item() for i in shown] + [result.values[rest].double().sum().item()]
+    order = [i for i in result.values.abs().argsort(descending=True).tolist()
+             if result.components[i].kind != "rest"]  # fmt: skip
+    shown, rest = order[:top], order[top:]
+    rest += [i for i, component in enumerate(result.components) if component.kind == "rest"]
+    labels = [result.labels[i] for i in shown]
+    values = [result.values[i].item() for i in shown]
+    if rest:
+        labels.append("all others" if result.level == "path" else f"{len(rest)} others")
+        values.append(result.values[rest].double().sum().item())
     return _waterfall(result, labels, values)
 
 
 def _titles(result: Contributions) -> tuple[str, str]:
     title = f"By {result.level}"
     if result.of:
-        title = f"Logit of {html.escape(result.of[0])}, by {result.level}"
+        what = html.escape(result.of[0])
+        title = f"{what if ' of ' in what else f'Logit of {what}'}, by {result.level}"
     if result.prompts:
         title += f", after “{show_prompt(result.prompts[0])}”"
-    subtitle = f"parts minus logit: {result.error}"
+    subtitle = f"parts minus whole: {result.error}"
     if result.frozen_scale:
-        subtitle += "; final norm live, its scale held"
+        subtitle += "; held: a live norm's scale"
+        subtitle += f", which misses {result.gap.relative:.0%}" if result.gap else ""
     return title, subtitle
 
 
@@ -72,18 +102,12 @@ def _heatmap(result: Contributions) -> go.Figure:
     n_layers = 1 + max(component.layer or 0 for component, _ in heads)
     grid = torch.tensor([value for _, value in heads]).reshape(n_layers, -1)
     others = result.total.item() - grid.double().sum().item()
-    largest = grid.abs().max().item()
     figure = go.Figure(
         go.Heatmap(
-            z=grid.tolist(),
+            **diverging(grid),
             x=[f"H{head}" for head in range(grid.shape[1])],
             y=[f"L{layer}" for layer in range(n_layers)],
-            colorscale="RdBu",
-            zmid=0,
-            zmin=-largest,
-            zmax=largest,
-            colorbar={"title": "logit"},
-            texttemplate="%{z:.2f}" if grid.shape[1] <= 12 else None,
+            texttemplate="%{z:.2f}" if grid.numel() <= 150 else None,
             hovertemplate="%{y}%{x}: %{z:.4f}<extra></extra>",
         )
     )
@@ -91,4 +115,47 @@ def _heatmap(result: Contributions) -> go.Figure:
     figure.update_yaxes(title="layer", autorange="reversed")
     title, subtitle = _titles(result)
     subtitle += f"; heads {grid.sum().item():+.2f}, everything else {others:+.2f}"
-    return styled(figure, title, subtitle, height=220 + 40 * n_layers)
+    return styled(figure, title, subtitle, height=rows_height(n_layers))
+
+
+def _sources(result: Contributions) -> go.Figure:
+    heads = [i for i, component in enumerate(result.components) if component.kind == "head"]
+    n_sources = 1 + max(result.components[i].pos or 0 for i in heads)
+    grid = result.values[heads].reshape(-1, n_sources)
+    names = [result.components[i].label.partition("@")[0] for i in heads[::n_sources]]
+    rows = sorted(grid.abs().sum(1).topk(min(_HEADS, len(grid))).indices.tolist())
+    shown = grid[rows].double()
+    tokens = result.prompts[0] if result.prompts else [""] * n_sources
+    figure = go.Figure(
+        go.Heatmap(
+            **diverging(shown),
+            x=show_tokens(tokens),
+            y=[names[row] for row in rows],
+            hovertemplate="%{y} reads %{x}: %{z:.4f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="token that the head reads", tickangle=-45)
+    figure.update_yaxes(title="head", autorange="reversed")
+    title, subtitle = _titles(result)
+    left = result.total.item() - shown.sum().item()
+    subtitle += f"; shown {shown.sum().item():+.2f}, everything else {left:+.2f}"
+    return styled(figure, title, subtitle, height=rows_height(len(rows), 260))
+
+
+def _tokens(result: AffineMap) -> go.Figure:
+    whole = result.contributions
+    values = [*result.by_token.tolist(), result.biases.item()]
+    tokens = whole.prompts[0] if whole.prompts else [""] * len(result.by_token)
+    figure = go.Figure(
+        go.Bar(
+            x=[*show_tokens(tokens), "biases"],
+            y=values,
+            marker={"color": [RAISES if value > 0 else LOWERS for value in values]},
+            text=[f"{value:+.2f}" for value in values] if len(values) <= 40 else None,
+            hovertemplate="%{x}: %{y:.4f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="input token", tickangle=-45)
+    figure.update_yaxes(title="share of the logit", zeroline=True, zerolinecolor="#999999")
+    title, subtitle = _titles(whole)
+    return styled(figure, title, f"{subtitle}; patterns and gates held, no norm is")

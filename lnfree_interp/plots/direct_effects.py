@@ -1,5 +1,6 @@
 """Direct logit attribution against measured direct effects."""
 
+import html
 from collections.abc import Mapping
 
 import plotly.graph_objects as go
@@ -22,7 +23,7 @@ def direct_effects(results: Mapping[str, DirectEffects], points: int = 1500) -> 
         shared_yaxes=True,
         horizontal_spacing=0.03,
         subplot_titles=[
-            f"{MODEL_NAMES.get(name, name)}: NMAE {100 * result.nmae:.3g} %"
+            f"{html.escape(MODEL_NAMES.get(name, name))}<br>NMAE {100 * result.nmae:.3g} %"
             for name, result in results.items()
         ],
     )

@@ -13,7 +13,10 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-p { max-width: 46rem; }
+h3 { font-size: 1rem; margin: 2rem 0 0; overflow-wrap: anywhere; }
+p { max-width: 46rem; overflow-wrap: anywhere; }
+p.note { color: #555; font-size: .85rem; margin: .2rem 0; }
+figure { margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
@@ -31,6 +34,15 @@ class Section:
     content: Sequence[Table | go.Figure] = ()
 
 
+def _figure(figure: go.Figure) -> str:
+    """A figure under its title, which wraps on a narrow screen as plotly's own does not."""
+    title, shown = figure.layout.title, go.Figure(figure)
+    shown.update_layout(title=None, margin_t=50 if shown.layout.annotations else 20)
+    plot = shown.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
+    note = f'<p class="note">{title.subtitle.text}</p>' if title.subtitle.text else ""
+    return f"<figure><h3>{title.text}</h3>{note}{plot}</figure>"
+
+
 def page(title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:
     """The page as HTML; it opens without a network, plotly's script included once."""
     parts = [
@@ -45,12 +57,6 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str = "") -
         if section.text:
             parts.append(f"<p>{html.escape(section.text)}</p>")
         for item in section.content:
-            parts.append(
-                item.to_html()
-                if isinstance(item, Table)
-                else item.to_html(
-                    full_html=False, include_plotlyjs=False, config={"responsive": True}
-                )
-            )
+            parts.append(item.to_html() if isinstance(item, Table) else _figure(item))
     parts.append(f"<footer>{html.escape(footer)}</footer></body></html>")
     return "\n".join(parts)

@@ -1,6 +1,8 @@
 """What every figure shares."""
 
 import html
+from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -9,19 +11,55 @@ RAISES, LOWERS, WHOLE = "#2166ac", "#b2182b", "#4d4d4d"
 
 MODEL_COLOURS = {"original": "#7f7f7f", "vanilla": "#e08214", "lnfree": "#2166ac"}
 MODEL_NAMES = {"original": "original", "vanilla": "vanilla fine-tuned", "lnfree": "LN-free"}
+OTHER_COLOURS = ("#2166ac", "#e08214", "#1b7837", "#762a83", "#b2182b", "#35978f")
 
 
-def show_prompt(tokens: tuple[str, ...], longest: int = 60) -> str:
+def show_token(token: str, longest: int = 14) -> str:
+    """A token's text in a figure, where spaces and line ends would not be seen: escaped."""
+    text = token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+    return html.escape(text if len(text) <= longest else f"{text[: longest - 1]}…") or "∅"
+
+
+def show_tokens(tokens: Sequence[str], start: int = 0) -> list[str]:
+    """Axis labels for tokens, told apart by their positions."""
+    return [f"{pos} {show_token(token)}" for pos, token in enumerate(tokens, start)]
+
+
+def show_prompt(tokens: Sequence[str], longest: int = 60) -> str:
     """The end of a prompt, one line."""
     text = "".join(tokens).replace("\n", "↵")
     return html.escape(text if len(text) <= longest else "…" + text[-longest:])
+
+
+def model_colours(names: Sequence[str]) -> dict[str, str]:
+    """One each; the same in every figure for the models of the demo."""
+    free = iter(colour for colour in OTHER_COLOURS * 9 if colour not in MODEL_COLOURS.values())
+    return {name: MODEL_COLOURS.get(name) or next(free) for name in names}
+
+
+def diverging(values: Any, unit: str = "logit") -> dict[str, Any]:
+    """Settings of a heatmap whose colours are centred on zero."""
+    largest = float(values.abs().max()) or 1.0
+    return {
+        "z": values.tolist(),
+        "colorscale": "RdBu",
+        "zmid": 0,
+        "zmin": -largest,
+        "zmax": largest,
+        "colorbar": {"title": unit},
+    }
+
+
+def rows_height(n_rows: int, least: int = 220) -> int:
+    """Of a heatmap with so many rows: large cells for few, small ones for many."""
+    return least + n_rows * max(14, 40 - n_rows)
 
 
 def styled(figure: go.Figure, title: str, subtitle: str = "", height: int = 420) -> go.Figure:
     """Title, margins and fonts."""
     return figure.update_layout(
         template="plotly_white",
-        title={"text": title, "subtitle": {"text": subtitle}, "x": 0, "xanchor": "left"},
+        title={"text": title, "subtitle": {"text": subtitle}, "x": 0.01, "xanchor": "left"},
         margin={"l": 60, "r": 20, "t": 90, "b": 60},
         height=height,
         font={"size": 13},

@@ -1,11 +1,12 @@
 """The training curve of a removal run, with its events."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import MODEL_COLOURS, MODEL_NAMES, styled
-from lnfree_interp.removal.run import Run
+from lnfree_interp.removal.run import Run, StepRecord
 
 _KIND_COLOURS = {
     "ln2": "#1b7837",
@@ -19,7 +20,15 @@ _KIND_COLOURS = {
 }
 
 
-def training_curve(runs: Mapping[str, Run], window: int = 10) -> go.Figure:
+History = Run | Sequence[StepRecord]
+"""A run, or what its folder says happened (`read_history`)."""
+
+
+def _steps(run: History) -> Sequence[StepRecord]:
+    return run.history if isinstance(run, Run) else run
+
+
+def training_curve(runs: Mapping[str, History], window: int = 10) -> go.Figure:
     """Training loss of several runs on the same data, and when each norm site was frozen.
 
     Args:
@@ -29,7 +38,7 @@ def training_curve(runs: Mapping[str, Run], window: int = 10) -> go.Figure:
     figure = go.Figure()
     events: dict[str, list[tuple[int, str, float]]] = {}
     for name, run in runs.items():
-        losses = [record.loss for record in run.history]
+        losses = [record.loss for record in _steps(run)]
         smooth = [
             sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1)
             for i in range(len(losses))
@@ -45,7 +54,7 @@ def training_curve(runs: Mapping[str, Run], window: int = 10) -> go.Figure:
             hoverinfo="skip",
         )
         figure.add_scatter(x=steps, y=smooth, name=label, line={"color": colour, "width": 2})
-        for record in run.history:
+        for record in _steps(run):
             for site, sigma in record.frozen.items():
                 kind = site.rpartition(".")[2]
                 events.setdefault(kind, []).append((record.step, site, sigma))
@@ -70,4 +79,45 @@ def training_curve(runs: Mapping[str, Run], window: int = 10) -> go.Figure:
     figure.update_yaxes(title="training loss (nats per token)", selector={"anchor": "x"})
     return styled(
         figure, "Removing the norms", f"thin: every step; thick: mean of {window} steps", height=460
+    )
+
+
+def sigma_drift(run: History) -> go.Figure:
+    """How far each frozen site's input has moved from the constant that it is divided by.
+
+    Args:
+        run: A removal, with `log_every` above 0.
+
+    Raises:
+        DataError: if nothing was logged.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in _steps(run):
+        for site, ratio in record.probes.get("drift", {}).items():
+            curves.setdefault(site, []).append((record.step, ratio))
+    if not curves:
+        raise DataError("the run looked at no drift: nothing was frozen, or log_every was 0")
+    figure, seen = go.Figure(), set()
+    for site, points in curves.items():
+        kind = site.rpartition(".")[2]
+        figure.add_scatter(
+            x=[step for step, _ in points],
+            y=[ratio for _, ratio in points],
+            mode="lines+markers",
+            marker={"size": 4},
+            line={"color": _KIND_COLOURS.get(kind, "#333333"), "width": 1.5},
+            name=kind,
+            legendgroup=kind,
+            showlegend=kind not in seen,
+            text=[site] * len(points),
+            hovertemplate="step %{x}: %{text} %{y:.3f}<extra></extra>",
+        )
+        seen.add(kind)
+    figure.add_hline(y=1, line={"color": "#999999", "dash": "dot"})
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title="sigma of the input over the constant")
+    return styled(
+        figure,
+        "Drift of frozen sites",
+        "1 is the moment of freezing; each line is a site, from when it was frozen",
     )

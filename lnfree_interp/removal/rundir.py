@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
 from lnfree_interp.files import new_folder, require_writable
+from lnfree_interp.removal.run import StepRecord
 
 _VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -201,6 +202,22 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"{file} cannot be written: {error}") from error
         return [kept[step] for step in sorted(kept)]
+
+    def records(self) -> tuple[StepRecord, ...]:
+        """What happened at each step so far, read and not touched.
+
+        Raises:
+            CheckpointError: if the metrics cannot be read.
+        """
+        found: dict[int, StepRecord] = {}
+        try:
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            for line in lines:
+                record = StepRecord(**json.loads(line))
+                found[record.step] = record  # a step that was repeated counts as it was last
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}/metrics.jsonl cannot be read: {error}") from error
+        return tuple(found[step] for step in sorted(found))
 
     def tidy(self) -> None:
         """Remove what a run that was cut off left half written."""

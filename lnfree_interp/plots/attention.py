@@ -1,0 +1,95 @@
+"""Attention scores by pairs of components, and patterns with and without components."""
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lnfree_interp.analysis.attention import ScoreAttribution
+from lnfree_interp.analysis.counterfactual import CounterfactualPattern
+from lnfree_interp.errors import DataError
+from lnfree_interp.plots.style import diverging, rows_height, show_token, show_tokens, styled
+
+
+def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> go.Figure:
+    """An attention score by what is at the query and at the key.
+
+    Args:
+        result: Of `attribute_scores`.
+        key: Position. Default: the key with the highest score.
+        top: Components shown on either side, those that matter most for this key; the others are
+            one row and one column.
+
+    Raises:
+        DataError: if the position is not among the keys, or top is not positive.
+    """
+    if top < 1:
+        raise DataError(f"the {top} largest are none")
+    column = int(result.total.argmax()) if key is None else result.column(key)
+    position = result.keys[column]
+    values = result.values[:, :, column].double()
+    chosen = []
+    for dim in (1, 0):
+        size = values.abs().sum(dim)
+        chosen.append(sorted(size.topk(min(top, len(size))).indices.tolist()))
+    rows, columns = chosen
+    grid = values.new_zeros(len(rows) + 1, len(columns) + 1)
+    grid[:-1, :-1] = values[rows][:, columns]
+    grid[:-1, -1] = values[rows].sum(1) - grid[:-1, :-1].sum(1)
+    grid[-1, :-1] = values[:, columns].sum(0) - grid[:-1, :-1].sum(0)
+    grid[-1, -1] = values.sum() - grid.sum()
+    figure = go.Figure(
+        go.Heatmap(
+            **diverging(grid, "score"),
+            x=[*(result.key_components[i].label for i in columns), "others"],
+            y=[*(result.query_components[i].label for i in rows), "others"],
+            hovertemplate="query %{y}, key %{x}: %{z:.4f}<extra></extra>",
+        )
+    )
+    at_query, at_key = (show_token(result.tokens[i]) for i in (result.query, position))
+    figure.update_xaxes(title=f"at the key, {position} {at_key}", tickangle=-45)
+    figure.update_yaxes(title=f"at the query, {result.query} {at_query}", autorange="reversed")
+    return styled(
+        figure,
+        f"Why {result.head.label} looks from {at_query} to {at_key}: its score by pairs",
+        f"before the softmax; score {result.total[column].item():.3f}, attention "
+        f"{result.log_pattern[column].exp().item():.3f}; pairs minus score: {result.error}",
+        height=rows_height(len(grid), 260),
+    )
+
+
+def pattern(result: CounterfactualPattern) -> go.Figure:
+    """A head's attention pattern as it is, without some components, and the difference."""
+    labels = show_tokens(result.tokens)
+    without = ", ".join(result.without)
+    figure = make_subplots(
+        cols=3,
+        horizontal_spacing=0.06,
+        subplot_titles=["as it is", f"without {without}", "what that changes"],
+        shared_yaxes=True,
+    )
+    panels = (result.original, result.pattern, result.pattern - result.original)
+    for column, weights in enumerate(panels, start=1):
+        seen = weights.double()
+        colours = (
+            diverging(seen, "change") | {"colorbar": {"title": "change", "x": 1.02}}
+            if column == 3
+            else {"z": seen.tolist(), "colorscale": "Blues", "zmin": 0, "zmax": 1}
+            | {"showscale": False}
+        )  # fmt: skip
+        figure.add_heatmap(
+            **colours,
+            x=labels,
+            y=labels,
+            hovertemplate="from %{y} to %{x}: %{z:.4f}<extra></extra>",
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(title="key", tickangle=-60, row=1, col=column)
+    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(title="query", row=1, col=1)
+    figure = styled(
+        figure,
+        f"Attention pattern of {result.head.label} without {without}",
+        f"closed form against a patched run: {result.certificate.error}",
+        height=rows_height(len(labels), 320),
+    )
+    return figure.update_layout(margin_t=120)

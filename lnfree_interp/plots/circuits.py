@@ -1,0 +1,79 @@
+"""Interactive views of circuitsvis: tokens and attention heads.
+
+Each carries its own copy of circuitsvis' script, 1.3 MB, and needs JavaScript: use few in a
+notebook, and `plots.attribution` or `plots.pattern` where a picture has to last. Nothing is
+fetched: circuitsvis by itself asks the network first, and loads from there if it answers.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import circuitsvis
+import torch
+from circuitsvis.utils.render import RenderedHTML
+from jaxtyping import Float
+from torch import Tensor
+
+from lnfree_interp.analysis.affine import AffineMap
+from lnfree_interp.analysis.counterfactual import CounterfactualPattern
+from lnfree_interp.plots.style import LOWERS, RAISES
+
+_LESS = "\ue000"
+"""Stands for "<" until the page is made: no token may close the script that it is written in."""
+
+
+@dataclass(frozen=True)
+class View:
+    """HTML that a notebook shows."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def tokens(result: AffineMap) -> View:
+    """The prompt's tokens, coloured by their share of the logit.
+
+    Args:
+        result: Of `affine_map`.
+    """
+    values = result.by_token.double()
+    largest = float(values.abs().max()) or 1.0
+    return _view(
+        circuitsvis.tokens.colored_tokens(
+            tokens=_guarded(result.contributions.prompts[0]),
+            values=values,
+            min_value=-largest,
+            max_value=largest,
+            negative_color=LOWERS,
+            positive_color=RAISES,
+        )
+    )
+
+
+def heads(result: CounterfactualPattern) -> View:
+    """A head's pattern as it is and without the components, to hover over.
+
+    Args:
+        result: Of `counterfactual_pattern`.
+    """
+    without = ", ".join(result.without)
+    patterns: Float[Tensor, "which query key"] = torch.stack([result.original, result.pattern])
+    return _view(
+        circuitsvis.attention.attention_heads(
+            attention=patterns,
+            tokens=_guarded(result.tokens),
+            attention_head_names=[result.head.label, f"{result.head.label} without {without}"],
+        )
+    )
+
+
+def _guarded(tokens: Sequence[str]) -> list[str]:
+    return [token.replace("<", _LESS) for token in tokens]
+
+
+def _view(rendered: RenderedHTML) -> View:
+    page = rendered.local_src
+    return View(page.replace(json.dumps(_LESS)[1:-1], "\\u003c").replace(_LESS, "\\u003c"))

@@ -1,0 +1,192 @@
+"""The flow of a logit: nodes over positions and layers, and paths as a Sankey diagram."""
+
+from collections import defaultdict
+from itertools import pairwise
+
+import plotly.graph_objects as go
+
+from lnfree_interp.analysis.contributions import Contributions
+from lnfree_interp.analysis.flow import FlowGraph, FlowNode
+from lnfree_interp.errors import DataError
+from lnfree_interp.plots.style import (
+    LOWERS,
+    RAISES,
+    WHOLE,
+    show_prompt,
+    show_tokens,
+    styled,
+)
+
+_NAMES = 16
+"""Nodes with their name beside them; the others show it when pointed at."""
+_EDGES = 150
+"""Lines drawn; the thinnest are left out."""
+
+
+def flow(result: FlowGraph) -> go.Figure:
+    """A flow graph over positions (left to right) and layers (upwards).
+
+    Lines are as wide as what flows along them; blue raises the logit, red lowers it.
+
+    Args:
+        result: Of `flow_graph`.
+    """
+    n_layers = 1 + max((node.layer for node in result.nodes if node.layer is not None), default=0)
+    places = _places(result.nodes, n_layers, len(result.tokens))
+    edges = sorted(result.edges, key=lambda edge: -abs(edge.flow))[:_EDGES]
+    largest = max((abs(edge.flow) for edge in edges), default=1.0)
+    figure = go.Figure()
+    for edge in reversed(edges):  # the widest on top
+        (x0, y0), (x1, y1) = places[edge.source], places[edge.target]
+        figure.add_scatter(
+            x=[x0, (x0 + x1) / 2, x1],
+            y=[y0, (y0 + y1) / 2, y1],
+            mode="lines",
+            line={
+                "width": 0.3 + 6 * abs(edge.flow) / largest,
+                "color": RAISES if edge.flow > 0 else LOWERS,
+            },
+            opacity=0.45,
+            text=f"{edge.source} to {edge.target}: {edge.flow:+.3f}",
+            hoverinfo="text",
+            showlegend=False,
+        )
+    inner = [node for node in result.nodes if node.layer is not None or node.kind == "logit"]
+    named = {node.name for node in sorted(inner, key=lambda node: -abs(node.flow))[:_NAMES]}
+    scale = max(abs(node.flow) for node in result.nodes) or 1.0
+    figure.add_scatter(
+        x=[places[node.name][0] for node in result.nodes],
+        y=[places[node.name][1] for node in result.nodes],
+        mode="markers+text",
+        marker={
+            "size": [6 + 16 * (abs(node.flow) / scale) ** 0.5 for node in result.nodes],
+            "color": [_colour(node) for node in result.nodes],
+            "line": {"width": 1, "color": "white"},
+        },
+        text=[_name(node) if node.name in named else "" for node in result.nodes],
+        textposition="top center",
+        textfont={"size": 10},
+        hovertext=[
+            f"{node.name}: {node.flow:+.3f}<br>from biases {node.from_biases:+.3f}, from nodes not "
+            f"shown {node.from_rest:+.3f}, to them {node.to_rest:+.3f}"
+            for node in result.nodes
+        ],
+        hoverinfo="text",
+        showlegend=False,
+    )
+    figure.update_xaxes(
+        tickvals=list(range(len(result.tokens))), ticktext=show_tokens(result.tokens),
+        tickangle=-45, title="position", range=[-0.7, len(result.tokens) - 0.3], zeroline=False,
+    )  # fmt: skip
+    figure.update_yaxes(
+        tickvals=[-0.5, *(layer + 0.5 for layer in range(n_layers)), n_layers + 0.4],
+        ticktext=["embeddings", *(f"layer {layer}" for layer in range(n_layers)), "logit"],
+        zeroline=False, range=[-1, n_layers + 1],
+    )  # fmt: skip
+    left_out = len(result.edges) - len(edges)
+    note = f"; {left_out} thinner lines not drawn" if left_out else ""
+    return styled(
+        figure,
+        f"How {show_prompt([result.of])} flows, after “{show_prompt(result.tokens)}”",
+        f"{result.total:+.2f} in all, {result.lost:+.2f} through nodes not shown; patterns and "
+        f"gates held; conserved to {result.certificate.error}{note}",
+        height=320 + 110 * n_layers,
+    )
+
+
+def _places(
+    nodes: tuple[FlowNode, ...], n_layers: int, n_pos: int
+) -> dict[str, tuple[float, float]]:
+    """Across: positions, nodes of a layer side by side. Up: heads below the MLP of their layer."""
+    rows: dict[tuple[int, int, str], list[FlowNode]] = defaultdict(list)
+    places = {}
+    for node in nodes:
+        if node.pos is None:
+            places[node.name] = (n_pos - 1.0, n_layers + 0.4)
+        else:
+            layer = -1 if node.layer is None else node.layer
+            rows[layer, node.pos, "head" if node.kind == "head" else "other"].append(node)
+    for (layer, pos, kind), row in rows.items():
+        for i, node in enumerate(row):
+            across = pos + (i - (len(row) - 1) / 2) * min(0.4, 0.95 / len(row))
+            up = -0.5 if layer < 0 else layer + (0.3 if kind == "head" else 0.75)
+            places[node.name] = (across, up + (0.14 * (i % 2) if layer >= 0 else 0))
+    return places
+
+
+def _colour(node: FlowNode) -> str:
+    if node.kind == "logit":
+        return WHOLE
+    return RAISES if node.flow > 0 else LOWERS
+
+
+def _name(node: FlowNode) -> str:
+    if node.kind == "logit":
+        return "logit"
+    if node.kind in ("embed", "pos_embed"):
+        return ""
+    return {"mlp_out": f"MLP {node.layer}"}.get(node.kind, node.name.partition("@")[0])
+
+
+def paths(result: Contributions) -> go.Figure:
+    """Paths as a Sankey diagram: sources on the left, the heads that they pass, the logit.
+
+    Args:
+        result: Of `expand_paths`.
+
+    Raises:
+        DataError: if the result has no paths.
+    """
+    if result.level != "path":
+        raise DataError(f"a result by {result.level} has no paths: call expand_paths")
+    names: dict[str, int] = {}
+    links: dict[tuple[str, str, bool], float] = defaultdict(float)
+    depth: dict[str, float] = {}
+    for component, value in result:
+        stops = [part.label for part in component.through]
+        start = component.label.partition(" > ")[0]
+        for i, one in enumerate([start, *stops]):
+            name = one if i == 0 else f"{one} "  # a head that carries is not a head that starts
+            layer = component.layer if i == 0 else component.through[i - 1].layer
+            depth[name] = 0 if layer is None else layer + (1 if i else 0.5)
+        route = [start, *(f"{one} " for one in stops), "logit"]
+        for one, other in pairwise(route):
+            links[one, other, value.item() > 0] += abs(value.item())
+    for name in [*depth, "logit"]:
+        names.setdefault(name, len(names))
+    deepest = max(depth.values(), default=0) + 1
+    figure = go.Figure(
+        go.Sankey(
+            arrangement="snap",
+            node={
+                "label": [name.strip() for name in names],
+                "color": WHOLE,
+                "pad": 12,
+                "thickness": 14,
+                "x": [0.001 + 0.99 * depth.get(name, deepest) / deepest for name in names],
+                "y": [(i % 7 + 1) / 9 for i in range(len(names))],
+            },
+            link={
+                "source": [names[one] for one, _, _ in links],
+                "target": [names[other] for _, other, _ in links],
+                "value": list(links.values()),
+                "color": [
+                    f"rgba({'33,102,172' if raises else '178,24,43'},0.45)"
+                    for _, _, raises in links
+                ],
+                "customdata": [value if key[2] else -value for key, value in links.items()],
+                "hovertemplate": "%{source.label} to %{target.label}: %{customdata:+.3f}"
+                "<extra></extra>",
+            },
+        )
+    )
+    what = f"Paths to {show_prompt(result.of[:1])}" if result.of else "Paths"
+    if result.prompts:
+        what += f", after “{show_prompt(result.prompts[0])}”"
+    return styled(
+        figure,
+        what,
+        f"widths are absolute values, blue raises, red lowers; {len(result)} paths, "
+        f"{result.total.item():+.2f} in all; paths minus logit: {result.error}",
+        height=520,
+    )

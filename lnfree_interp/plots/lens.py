@@ -1,0 +1,50 @@
+"""The logit lens."""
+
+import plotly.graph_objects as go
+
+from lnfree_interp.analysis.lens import Lens
+from lnfree_interp.errors import DataError
+from lnfree_interp.plots.style import diverging, rows_height, show_token, show_tokens, styled
+
+
+def lens(result: Lens, prompt: int = 0, start: int = 0, stop: int | None = None) -> go.Figure:
+    """The true next token's logit as it builds up, and what would be predicted on the way.
+
+    Args:
+        result: Of `logit_lens`.
+        prompt: Which row of the batch.
+        start: First position shown.
+        stop: One behind the last. Default: at most 24 positions.
+
+    Raises:
+        DataError: if there is no such prompt or position.
+    """
+    n_prompts, n_targets = result.values.shape[1:]
+    stop = min(n_targets, start + 24) if stop is None else stop
+    if not 0 <= prompt < n_prompts or not 0 <= start < stop <= n_targets:
+        raise DataError(f"{n_prompts} prompts of {n_targets} targets: not {prompt}, {start}:{stop}")
+    values = result.values[:, prompt, start:stop].double()
+    top = result.top[:, prompt, start:stop].tolist()
+    words = [[show_token(result.names[token], 6) for token in row] for row in top]
+    tokens = result.tokens[prompt]
+    figure = go.Figure(
+        go.Heatmap(
+            **diverging(values),
+            x=show_tokens(tokens[start:stop], start),
+            y=["embeddings", *(f"after block {i}" for i in range(len(values) - 1))],
+            text=words,
+            texttemplate="%{text}",
+            textfont={"size": 10},
+            customdata=[[show_token(t) for t in tokens[start + 1 : stop + 1]]] * len(values),
+            hovertemplate="%{y}, at %{x}: logit of %{customdata} is %{z:.3f}; "
+            "most likely %{text}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="position", tickangle=-45)
+    figure.update_yaxes(autorange="reversed")
+    return styled(
+        figure,
+        "Logit lens: the true next token's logit by layer",
+        f"in the cells: the token that would be predicted there; {result.certificate}",
+        height=rows_height(len(values), 260),
+    )

@@ -1,0 +1,46 @@
+"""Pictures for places without JavaScript, such as a notebook on GitHub."""
+
+import os
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from lnfree_interp.errors import OutputError, UnsupportedModelError
+
+_FORMATS = (".png", ".svg", ".pdf", ".html")
+
+
+def save(
+    figure: go.Figure, path: str | os.PathLike[str], width: int = 900, scale: float = 2.0
+) -> Path:
+    """Write a figure to a file, by its suffix: .png, .svg, .pdf, or .html that needs no network.
+
+    Args:
+        figure: Any of `lnfree_interp.plots`.
+        path: Where to. What stands there is replaced.
+        width: In pixels, before `scale`; the height is the figure's own.
+        scale: Pixels of the file per pixel, for .png.
+
+    Raises:
+        OutputError: for another suffix, or a folder that does not exist.
+        UnsupportedModelError: if pictures cannot be drawn here: that takes kaleido and a Chrome or
+            Chromium (`apt install chromium`, or `plotly_get_chrome`).
+    """
+    target = Path(path)
+    if target.suffix not in _FORMATS:
+        raise OutputError(f"{path}: write one of {', '.join(_FORMATS)}")
+    if not target.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {target.parent}")
+    if target.suffix == ".html":
+        figure.write_html(target, include_plotlyjs=True)
+        return target
+    try:
+        figure.write_image(target, width=width, scale=scale)
+    except (ValueError, RuntimeError, OSError) as error:
+        if "kaleido" in str(error).lower() or "chrome" in str(error).lower():
+            raise UnsupportedModelError(
+                "pictures need kaleido and Chrome: pip install 'lnfree_interp[pictures]', and "
+                "apt install chromium or plotly_get_chrome; .html needs neither"
+            ) from error
+        raise
+    return target
