@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help demo test lint bench bridge clean
+.PHONY: help demo test lint docs notebooks check-notebooks bench bridge clean
 
 help:
 	@echo "make demo   install, then remove every LayerNorm from the bundled GPT-2 (lnfree-demo/)"
 	@echo "make test   install, then run the tests"
 	@echo "make lint   install, then ruff"
+	@echo "make docs   install, then build this documentation, strictly (build/site)"
+	@echo "make notebooks  install, run the demo if it was not, then every notebook, keeping outputs"
 	@echo "make bench  install, then what removal costs by recipe, docs/benchmarks.md (about an hour)"
 	@echo "make bridge install transformer-lens 4 beside it, and open exported models there"
 	@echo "make clean  remove .venv and what the demo wrote"
@@ -30,6 +32,19 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# What the notebooks look at.
+lnfree-demo/report.html: | $(INSTALLED)
+	$(BIN)/lnfree demo
+
+notebooks: lnfree-demo/report.html
+	$(BIN)/python tests/run_notebooks.py
+
+check-notebooks: lnfree-demo/report.html
+	$(BIN)/python tests/run_notebooks.py --check
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/removal_quality.py --jobs 2
 
@@ -46,4 +61,4 @@ bridge: $(INSTALLED) .venv-bridge/installed
 	.venv-bridge/bin/python tests/bridge_smoke.py read .venv-bridge/models
 
 clean:
-	rm -rf .venv .venv-bridge lnfree-demo
+	rm -rf .venv .venv-bridge lnfree-demo build

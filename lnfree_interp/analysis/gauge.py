@@ -127,9 +127,9 @@ def gauge_check(
         DataError: if the metric gives no numbers, or another shape from one basis to the next.
         UnsupportedModelError: as `random_gauge`.
 
-    Example:
+    Examples:
         >>> def norm(model):  # doctest: +SKIP
-        ...     return model.run_with_cache(tokens)[1]["resid_post", 3].norm(dim=-1)
+        ...     return model.run_with_cache(tokens)[1]["ln_final.hook_scale"].mean()
         >>> print(lf.gauge_check(norm, free))  # doctest: +SKIP
     """
     if bases < 1:

@@ -83,7 +83,7 @@ def attribute_logits(
             the numbers of prompts and answers differ.
         UnsupportedModelError: for a model whose stream has other parts.
 
-    Example:
+    Examples:
         >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")  # doctest: +SKIP
         >>> dla.verify()  # doctest: +SKIP
     """

@@ -95,7 +95,7 @@ def convert(
         LnfreeError: whatever `load`, `to_rms`, `to_crms` and `export` raise; NormSiteError if the
             options contradict each other or the model.
 
-    Example:
+    Examples:
         >>> print(lf.convert("gpt2", "gpt2-rms", to_norm="rms", dry_run=True))  # doctest: +SKIP
     """
     require_writable(out)

@@ -137,7 +137,7 @@ def export(
         OutputError: if the folder holds something.
         UnsupportedModelError, NormSiteError, InexactError: as `to_transformers`.
 
-    Example:
+    Examples:
         >>> lf.export(run.model, "my-lnfree-gpt2", recipe=run.recipe)  # doctest: +SKIP
         >>> GPT2LMHeadModel.from_pretrained("my-lnfree-gpt2")  # doctest: +SKIP
     """

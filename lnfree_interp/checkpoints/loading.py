@@ -78,7 +78,7 @@ def load(
         NormSiteError: if a finished form is asked of a model whose norms are live.
         InexactError: if the logits differ from `transformers` by more than rounding explains.
 
-    Example:
+    Examples:
         >>> import lnfree_interp as lf
         >>> model = lf.load(lf.bundled_checkpoint())
         >>> len(lf.list_norm_sites(model))

@@ -53,7 +53,7 @@ def certify(
         InexactError: if a norm is live and `frozen_scale` is False.
         DataError, UnsupportedModelError: as the analyses.
 
-    Example:
+    Examples:
         >>> lf.certificate_table(lf.certify(free))  # doctest: +SKIP
     """
     prompt = random_tokens(model, 1, 16)[0] if prompt is None else prompt

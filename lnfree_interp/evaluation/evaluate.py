@@ -222,7 +222,7 @@ def evaluate(
         DataError: if a model cannot read the text, or models cannot be compared.
         UnsupportedModelError: for a model whose heads cannot be told apart, or missing packages.
 
-    Example:
+    Examples:
         >>> models = {"gpt2": original, "LN-free": free}  # doctest: +SKIP
         >>> lf.evaluate(models, text, original="gpt2").to_frame()  # doctest: +SKIP
     """

@@ -196,7 +196,7 @@ def frozen_form(
         NormSiteError: if a norm is still live, or sigma names a norm that the model does not have.
         InexactError: as `fold`.
 
-    Example:
+    Examples:
         >>> tools = lf.frozen_form(free)  # doctest: +SKIP
         >>> _, cache = tools.run_with_cache("for i in")  # doctest: +SKIP
         >>> cache.logit_attrs(cache.decompose_resid(), " range").sum(0)  # doctest: +SKIP

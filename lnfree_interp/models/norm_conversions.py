@@ -101,7 +101,7 @@ def to_rms(model: HookedTransformer) -> NormConversion:
             LayerNorm.
         InexactError: if the logits differ by more than rounding explains.
 
-    Example:
+    Examples:
         >>> conversion = lf.to_rms(lf.load(lf.bundled_checkpoint()))  # doctest: +SKIP
         >>> conversion.model.cfg.normalization_type  # doctest: +SKIP
         'RMSPre'

@@ -7,7 +7,7 @@ from lnfree_interp.plots.direct_effects import direct_effects
 from lnfree_interp.plots.evaluation import loss_by_position, residual_norms
 from lnfree_interp.plots.flow import flow, paths
 from lnfree_interp.plots.lens import lens
-from lnfree_interp.plots.static import save
+from lnfree_interp.plots.static import save, show_in_notebooks
 from lnfree_interp.plots.training import sigma_drift, training_curve
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "residual_norms",
     "save",
     "scores",
+    "show_in_notebooks",
     "sigma_drift",
     "training_curve",
 ]

@@ -53,4 +53,4 @@ def direct_effects(results: Mapping[str, DirectEffects], points: int = 1500) -> 
         "one point: one head at one token, on the true next token",
         height=460,
     )
-    return figure.update_layout(margin_t=130)
+    return figure.update_layout(margin_t=150)

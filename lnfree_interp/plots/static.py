@@ -1,13 +1,32 @@
 """Pictures for places without JavaScript, such as a notebook on GitHub."""
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from lnfree_interp.errors import OutputError, UnsupportedModelError
 
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _FORMATS = (".png", ".svg", ".pdf", ".html")
+
+
+def show_in_notebooks(width: int = 950) -> None:
+    """Let a notebook keep a picture beside each interactive figure, where one can be drawn.
+
+    GitHub and other viewers strip scripts: they show the picture. Without Chrome figures stay
+    interactive only.
+
+    Args:
+        width: Of the pictures, in pixels.
+    """
+    found = os.environ.get("BROWSER_PATH") or any(map(shutil.which, _BROWSERS))
+    pictures = bool(found) and importlib.util.find_spec("kaleido") is not None
+    pio.renderers["png"].width = width
+    pio.renderers.default = "plotly_mimetype+png" if pictures else "plotly_mimetype"
 
 
 def save(

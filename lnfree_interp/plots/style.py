@@ -25,7 +25,7 @@ def show_tokens(tokens: Sequence[str], start: int = 0) -> list[str]:
     return [f"{pos} {show_token(token)}" for pos, token in enumerate(tokens, start)]
 
 
-def show_prompt(tokens: Sequence[str], longest: int = 60) -> str:
+def show_prompt(tokens: Sequence[str], longest: int = 45) -> str:
     """The end of a prompt, one line."""
     text = "".join(tokens).replace("\n", "↵")
     return html.escape(text if len(text) <= longest else "…" + text[-longest:])

@@ -77,7 +77,7 @@ def remove_norms(
         OutputError: if `out` holds something, or cannot be written.
         CheckpointError: if a run that should go on has no whole checkpoint.
 
-    Example:
+    Examples:
         >>> recipe = lf.recipes.distilled(model)  # doctest: +SKIP
         >>> run = lf.remove_norms(model, recipe, data, out="run")  # doctest: +SKIP
         >>> free = lf.fold(run.model)  # doctest: +SKIP

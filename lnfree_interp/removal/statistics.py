@@ -184,7 +184,7 @@ def measure_sigma(
     Raises:
         NormSiteError: if the model lacks a site.
 
-    Example:
+    Examples:
         >>> sites = lf.with_norm_sites(model)  # doctest: +SKIP
         >>> measure_sigma(sites, lf.list_norm_sites(sites), tokens)  # doctest: +SKIP
     """

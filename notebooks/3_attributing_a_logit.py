@@ -1,0 +1,77 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Attributing a logit, end to end
+#
+# One logit difference, taken apart by block, head, source token, neuron and input token. Each is
+# one call, each is exact, and each result says what it is a sum of.
+
+# %%
+import lnfree_interp as lf
+
+lf.plots.show_in_notebooks()
+
+free = lf.load("../lnfree-demo/model")
+prompt = "class Stack:\n    def push(self, item):\n        self.items.append("
+question = (free, prompt, "item", "self")
+
+# %% [markdown]
+# By head. One of them stands out.
+
+# %%
+by_head = lf.attribute_logits(*question, by="head").verify()
+lf.plots.attribution(by_head)
+
+# %% [markdown]
+# By head and the token that it reads: it copies from the argument's name.
+
+# %%
+by_source = lf.attribute_logits(*question, by="source").verify()
+print(by_source.top(5))
+lf.plots.attribution(by_source)
+
+# %% [markdown]
+# By neuron: thousands of parts, few of which matter.
+
+# %%
+by_neuron = lf.attribute_logits(*question, by="neuron").verify()
+print(by_neuron)
+lf.plots.attribution(by_neuron)
+
+# %% [markdown]
+# By input token, through the whole network, with attention patterns and neuron gates held (and no
+# norm, since there is none). Biases are nobody's: they stand apart.
+
+# %%
+tokens = lf.affine_map(*question).verify()
+print(tokens)
+lf.plots.attribution(tokens)
+
+# %% [markdown]
+# ## Over many prompts
+#
+# Prompts need not be equally long, and each has its own answer.
+
+# %%
+names = ["item", "name", "value", "key", "node", "line"]
+prompts = [f"class Stack:\n    def push(self, {n}):\n        self.items.append(" for n in names]
+many = lf.attribute_logits(free, prompts, names, "self", by="head").verify()
+for i, name in enumerate(names):
+    print(f"{name:6} {many.total[i]:+.2f} in all, {many['L3H4'][i]:+.2f} from L3H4")
+
+# %% [markdown]
+# And the true next token at every position of a text, which is 63 directions per row:
+
+# %%
+text = lf.evaluation_text("stdlib", free.tokenizer, 64, 32)
+mean = lf.mean_next_token_attribution(free, text).verify()
+print(mean)
+mean.top(8)

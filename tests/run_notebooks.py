@@ -1,0 +1,54 @@
+"""Run every notebook from a clean kernel.
+
+    python tests/run_notebooks.py            # and keep the outputs
+    python tests/run_notebooks.py --check    # only run them
+
+Each `notebooks/*.py` is the source (jupytext, percent format); the `.ipynb` beside it is made from
+it, with outputs. A cell that fails, or a notebook that takes more than three minutes, is an error.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+SECONDS = 180
+
+
+def run(source: Path, keep: bool) -> float:
+    """Seconds that it took."""
+    notebook = jupytext.read(source)
+    began = time.monotonic()
+    NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+    ).execute()
+    seconds = time.monotonic() - began
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i}"
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":  # progress bars and warnings name the machine
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+    notebook.metadata.pop("language_info", None)
+    if keep:
+        nbformat.write(notebook, source.with_suffix(".ipynb"))
+    return seconds
+
+
+def main() -> None:
+    """Run them all."""
+    keep, slow = "--check" not in sys.argv[1:], []
+    for source in sorted(FOLDER.glob("*.py")):
+        seconds = run(source, keep)
+        sys.stdout.write(f"{source.name}: {seconds:.0f} s\n")
+        sys.stdout.flush()
+        slow += [source.name] if seconds > SECONDS else []
+    if slow:
+        sys.exit(f"more than {SECONDS} s: {', '.join(slow)}")
+
+
+if __name__ == "__main__":
+    main()
