@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lnfree_interp import errors, plots
     from lnfree_interp.analysis.affine import AffineMap, affine_map
-    from lnfree_interp.analysis.attention import ScoreAttribution, attribute_scores
+    from lnfree_interp.analysis.attention import attribute_scores
     from lnfree_interp.analysis.averages import MeanContributions, mean_next_token_attribution
     from lnfree_interp.analysis.certificates import Certificate, certificate_table
     from lnfree_interp.analysis.contributions import Component, Contributions
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lnfree_interp.analysis.neurons import Flips, attribute_neuron, flip_distances
     from lnfree_interp.analysis.paths import expand_paths
     from lnfree_interp.analysis.residual import decompose_residual
+    from lnfree_interp.analysis.scores import ScoreAttribution
     from lnfree_interp.analysis.weights import (
         TokenTable,
         bigram_table,
@@ -85,7 +86,7 @@ _HOME = {
     "AffineMap": "lnfree_interp.analysis.affine",
     "affine_map": "lnfree_interp.analysis.affine",
     "CounterfactualPattern": "lnfree_interp.analysis.counterfactual",
-    "ScoreAttribution": "lnfree_interp.analysis.attention",
+    "ScoreAttribution": "lnfree_interp.analysis.scores",
     "attribute_scores": "lnfree_interp.analysis.attention",
     "counterfactual_pattern": "lnfree_interp.analysis.counterfactual",
     "Certificate": "lnfree_interp.analysis.certificates",

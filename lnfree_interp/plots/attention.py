@@ -3,8 +3,8 @@
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lnfree_interp.analysis.attention import ScoreAttribution
 from lnfree_interp.analysis.counterfactual import CounterfactualPattern
+from lnfree_interp.analysis.scores import ScoreAttribution
 from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import diverging, rows_height, show_token, show_tokens, styled
 
