@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help demo test lint docs notebooks check-notebooks bench bridge clean
+.PHONY: help demo test lint docs notebooks check-notebooks types bench bridge clean
 
 help:
 	@echo "make demo   install, then remove every LayerNorm from the bundled GPT-2 (lnfree-demo/)"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint   install, then ruff"
 	@echo "make docs   install, then build this documentation, strictly (build/site)"
 	@echo "make notebooks  install, run the demo if it was not, then every notebook, keeping outputs"
+	@echo "make types  install, then pyright over the public interface"
 	@echo "make bench  install, then what removal costs by recipe, docs/benchmarks.md (about an hour)"
 	@echo "make bridge install transformer-lens 4 beside it, and open exported models there"
 	@echo "make clean  remove .venv and what the demo wrote"
@@ -44,6 +45,11 @@ notebooks: lnfree-demo/report.html
 
 check-notebooks: lnfree-demo/report.html
 	$(BIN)/python tests/run_notebooks.py --check
+
+# pyright fetches itself from npm, so that this is no part of CI.
+types: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pyright
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python tests/public_interface.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/removal_quality.py --jobs 2

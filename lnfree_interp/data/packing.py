@@ -1,16 +1,20 @@
 """Documents to fixed blocks of tokens."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import DataError
+
+Documents = Iterable[Mapping[str, Any]] | Dataset | IterableDataset
+"""One document a row."""
 
 DOCUMENTS_PER_CALL = 64
 """Documents that are tokenized together: a call tokenizes its documents in parallel."""
@@ -66,7 +70,7 @@ def encode_documents(
 
 
 def token_stream(
-    documents: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, column: str = "text"
+    documents: Documents, tokenizer: PreTrainedTokenizerBase | None, column: str = "text"
 ) -> Int[Tensor, " stream"]:
     """Every document's tokens, each document closed by one end-of-text token.
 
@@ -79,7 +83,7 @@ def token_stream(
         DataError: as `encode_documents`, and if a row lacks the column or there is no text at all.
     """
     parts: list[Tensor] = []
-    rows = iter(documents)
+    rows = cast(Iterator[Mapping[str, Any]], iter(documents))
     while batch := list(islice(rows, DOCUMENTS_PER_CALL)):
         parts.append(encode_documents(column_values(batch, column), tokenizer))
     if not parts:
@@ -88,8 +92,8 @@ def token_stream(
 
 
 def pack(
-    documents: Iterable[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase | None,
     block: int,
     column: str = "text",
 ) -> Int[Tensor, "blocks block"]:
