@@ -342,8 +342,8 @@ def report(
     from lnfree_interp.files import require_new_file
 
     require_new_file(out)
-    if (prompt is None) != (answer is None):
-        raise DataError("--prompt and --answer belong together")
+    if (prompt is None) != (answer is None) or (foil is not None and prompt is None):
+        raise DataError("--prompt, --answer and --foil belong together")
     _say("importing torch, transformers and transformer_lens ...")
     _quiet_libraries()
     from lnfree_interp.report import Question, write_report

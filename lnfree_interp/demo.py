@@ -190,7 +190,8 @@ def run_demo(
         demo = Demo(
             run, control, lnfree, losses, effects, attributions, errors, time.monotonic() - began
         )
-        (folder / "metrics.json").write_text(json.dumps(metrics(demo), indent=1) + "\n")
+        plain = metrics(demo) | {"source": None if checkpoint is None else str(checkpoint)}
+        (folder / "metrics.json").write_text(json.dumps(plain, indent=1) + "\n")
         (folder / "report.html").write_text(report(demo), encoding="utf-8")
     return demo
 

@@ -1,9 +1,12 @@
 """`lnfree report`: what a run or a model is, as one page that needs no network."""
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -16,15 +19,18 @@ from lnfree_interp.analysis.certificates import certificate_table
 from lnfree_interp.analysis.contributions import Contributions
 from lnfree_interp.analysis.flow import flow_graph
 from lnfree_interp.analysis.lens import logit_lens
+from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.analysis.questions import read_one_prompt
+from lnfree_interp.analysis.reads import held
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.loading import load
 from lnfree_interp.data.named import evaluation_text
 from lnfree_interp.demo import readable_prompts
-from lnfree_interp.errors import CheckpointError, DataError
+from lnfree_interp.errors import CheckpointError, DataError, UnsupportedModelError
 from lnfree_interp.evaluation.certify import certify
 from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
+from lnfree_interp.evaluation.job import require_same_tokenizer
 from lnfree_interp.files import require_new_file
 from lnfree_interp.models.sites import live_sites
 from lnfree_interp.plots.page import Section, page
@@ -51,7 +57,7 @@ class _Subject:
     model: str
     original: str | None
     history: tuple[StepRecord, ...] = ()
-    recipe: str = ""
+    revision: str | None = None
 
 
 def write_report(
@@ -87,30 +93,37 @@ def write_report(
     for name, where in ((ORIGINAL, subject.original), (MODEL, subject.model)):
         if where is not None:
             say(f"loading {where}")
-            models[name] = load(where)
-    model = models[MODEL]
-    shown = model if subject.original is not None or not live_sites(model) else None
-    names = {MODEL: MODEL if shown is not None else "model"}
-    models = {names.get(name, name): one for name, one in models.items()}
+            models[name] = load(where, revision=subject.revision if name == ORIGINAL else None)
+    model = models.pop(MODEL)
+    require_same_tokenizer({**models, MODEL: model})
+    named = MODEL if not live_sites(model) else "vanilla" if subject.history else "model"
+    models[named] = model
+    asked = list(questions) or _default_questions(model)
+    for question in asked:  # before the long part
+        with suppress(UnsupportedModelError):
+            read_logit(model, question.prompt, question.answer, question.foil, None)
     block = min(256, *(one.cfg.n_ctx for one in models.values()))
     tokens = evaluation_text(text, model.tokenizer, block, blocks)
     say(f"evaluating on {tokens.numel():,} tokens of {text}")
     original = ORIGINAL if ORIGINAL in models else None
     evaluation = evaluate(models, tokens, original=original, text=text, progress=progress)
-    asked = list(questions) or [Question(*found) for found in readable_prompts(model)[-2:]]
-    sections = [*_training(subject), *_quality(evaluation)]
+    sections = [*_training(subject, named), *_quality(evaluation)]
     for question in asked:
         say(f"explaining what follows {question.prompt!r:.60}")
-        sections.append(_explained(model, question))
-    if not live_sites(model):
+        try:
+            sections.append(_explained(model, question))
+        except UnsupportedModelError as error:
+            sections.append(Section(f"After “{question.prompt[-60:]}”", f"Not explained: {error}."))
+    if not held(model, True):
         say("checking every identity")
         sections.append(_certified(model))
     norms = "no norms" if not live_sites(model) else f"{len(live_sites(model))} live norms"
     cfg = model.cfg
     content = page(
         f"Report: {Path(os.fspath(source)).name or source}",
-        f"A model of {cfg.n_layers} layers x {cfg.d_model}, {cfg.n_heads} heads, {norms}. Every "
-        "sum on this page was checked against the number that the model itself computed.",
+        f"A model of {cfg.n_layers} layers x {cfg.d_model}, {cfg.n_heads} heads, {norms}. "
+        "Sums on this page were checked against the numbers that the model itself computed"
+        + (", with what is not linear held." if held(model, True) else "."),
         sections,
         footer=f"lnfree_interp; torch {torch.__version__}; {text}, {tokens.numel():,} tokens",
     )
@@ -123,25 +136,42 @@ def _subject(source: str, against: str | None) -> _Subject:
     if (folder / "run.json").is_file():
         run, config = RunFolder.open(folder)
         if not (folder / "model").is_dir():
-            raise CheckpointError(f"{source} is not finished: it has no model yet")
-        about = config.get("about") or {}
-        original = against or about.get("model") or str(bundled_checkpoint())
-        name = str(config.get("recipe", {}).get("name", ""))
-        return _Subject(str(folder / "model"), original, run.records(), name)
+            raise CheckpointError(
+                f"{source} is not finished: it has no model yet (a run made in Python gets one by "
+                "export(run.model, ...))"
+            )
+        original = _started_from(config.get("about"), against)
+        revision = (config.get("about") or {}).get("revision") if against is None else None
+        return _Subject(str(folder / "model"), original, run.records(), revision)
     if (folder / "metrics.json").is_file() and (folder / "model").is_dir():
-        return _Subject(str(folder / "model"), against or str(bundled_checkpoint()))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        about = {"model": metrics["source"]} if "source" in metrics else None
+        return _Subject(str(folder / "model"), _started_from(about, against))
     return _Subject(source, against)
 
 
-def _training(subject: _Subject) -> list[Section]:
+def _started_from(about: Mapping[str, Any] | None, against: str | None) -> str | None:
+    """The original, as far as the folder says: None there means the bundled checkpoint."""
+    if against is not None or about is None or "model" not in about:
+        return against
+    return str(bundled_checkpoint()) if about["model"] is None else str(about["model"])
+
+
+def _default_questions(model: HookedTransformer) -> list[Question]:
+    if model.tokenizer is None:
+        return []
+    return [Question(*found) for found in readable_prompts(model)[-2:]]
+
+
+def _training(subject: _Subject, name: str) -> list[Section]:
     if not subject.history:
         return []
-    figures: list[go.Figure] = [plots.training_curve({MODEL: subject.history})]
+    figures: list[go.Figure] = [plots.training_curve({name: subject.history})]
     if any(record.probes.get("drift") for record in subject.history):
         figures.append(plots.sigma_drift(subject.history))
     frozen = sum(len(record.frozen) for record in subject.history)
     text = f"{len(subject.history)} steps, in which {frozen} norm sites were frozen."
-    return [Section("Removing the norms", text, figures)]
+    return [Section("Removing the norms" if frozen else "Training", text, figures)]
 
 
 def _quality(evaluation: Evaluation) -> list[Section]:
@@ -169,23 +199,23 @@ def _quality(evaluation: Evaluation) -> list[Section]:
 
 def _explained(model: HookedTransformer, question: Question) -> Section:
     """One logit by block, head, source token and input token, and how it flows."""
-    held = {"frozen_scale": bool(live_sites(model))}
+    hold = {"frozen_scale": bool(held(model, True))}
     ask = (model, question.prompt, question.answer, question.foil)
-    by_source = attribute_logits(*ask, by="source", **held).verify()
+    by_source = attribute_logits(*ask, by="source", **hold).verify()
     figures = [
-        plots.attribution(attribute_logits(*ask, by="block", **held).verify()),
-        plots.attribution(attribute_logits(*ask, by="head", **held).verify()),
+        plots.attribution(attribute_logits(*ask, by="block", **hold).verify()),
+        plots.attribution(attribute_logits(*ask, by="head", **hold).verify()),
         plots.attribution(by_source),
-        plots.attribution(affine_map(*ask, **held)),
-        plots.flow(flow_graph(*ask, top_k=30, **held).verify()),
+        plots.attribution(affine_map(*ask, **hold).verify()),
+        plots.flow(flow_graph(*ask, top_k=30, **hold).verify()),
     ]
     tokens = read_one_prompt(model, question.prompt)
     layer, head = _largest_head(by_source)
-    if layer > 0:
-        scores = attribute_scores(model, question.prompt, layer, head, **held)
+    if layer > 0 and not model.cfg.use_qk_norm:
+        scores = attribute_scores(model, question.prompt, layer, head, **hold)
         figures.append(plots.scores(scores.verify()))
     if tokens.shape[1] > 1:
-        figures.append(plots.lens(logit_lens(model, tokens, **held)))
+        figures.append(plots.lens(logit_lens(model, tokens, **hold)))
     return Section(f"Why {by_source.of[0]} after “{question.prompt[-60:]}”?", "", figures)
 
 

@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import freeze_all
+from architectures import make_model
+from conftest import freeze_all, make_gpt2, make_tokenizer
 from datasets import Dataset
-from transformer_lens import patching
+from transformer_lens import HookedTransformer, patching
 from transformer_lens.utilities import get_act_name
 
 import lnfree_interp as lf
 from lnfree_interp.data import named
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.evaluation.confidence_neurons import confidence_scores
+from lnfree_interp.evaluation.evaluate import _shown
+from lnfree_interp.evaluation.job import require_same_tokenizer
 from lnfree_interp.evaluation.patching import corrupted_pairs, patch_residual
 from lnfree_interp.evaluation.summaries import (
     calibration_error,
@@ -205,7 +208,7 @@ def test_wrong_evaluations_are_refused(live, folded, tokens):
         (lambda: lf.evaluate({"a": live}, tokens, original="b"), "no model is called 'b'"),
         (lambda: lf.evaluate(live, tokens + 300), "tokenized for another model"),
         (lambda: lf.evaluate(live, tokens, batch=0), "at least one row"),
-        (lambda: lf.evaluate(live, tokens, neurons=999), "128 neurons"),
+        (lambda: lf.evaluate(live, tokens, neurons=999), "128 neurons, not 999"),
     ):
         with pytest.raises(DataError, match=message):
             question()
@@ -310,6 +313,83 @@ def test_named_texts(tokenizer, monkeypatch):
     assert torch.equal(owt, lf.pack(expected, tokenizer, 8))
     with pytest.raises(DataError, match="blocks of 8 tokens, not 99"):
         lf.evaluation_text("openwebtext-val", tokenizer, 8, 99)
+
+
+def test_no_text_is_read_twice(tokenizer, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("for i in range(10):\n    print(i)\n" * 8)
+    whole = lf.pack([{"text": file.read_text()}], tokenizer, 8)
+    found = lf.evaluation_text(file, tokenizer, 8)
+    assert torch.equal(found, whole)
+    assert torch.equal(lf.evaluation_text(file, tokenizer, 8, 3), whole[:3])
+    with pytest.raises(DataError, match=f"has {len(whole)} blocks of 8 tokens, not 64"):
+        lf.evaluation_text(file, tokenizer, 8, 64)
+    with pytest.raises(DataError, match="do not fill one block"):
+        lf.evaluation_text(file, tokenizer, 4096)
+
+
+def test_what_is_no_number_is_counted_not_hidden(live, folded, tokens):
+    broken = lf.fold(freeze_all(live))
+    with torch.no_grad():
+        broken.b_U[7] = float("nan")
+    evaluation = lf.evaluate(
+        {"live": live, "broken": broken}, tokens, original="live", pairs=0, neurons=0, effects=False
+    )
+    frame = evaluation.to_frame()
+    assert frame.loc["tokens without a finite loss"].tolist() == [0, 1]
+    assert frame.loc["tokens worse by more than 3.5", "broken"] == 1
+    assert math.isnan(frame.loc["cross-entropy, mean", "broken"])
+    assert "nan" in evaluation.table().to_text()
+    plain = json.loads(evaluation.to_json())
+    assert plain["models"]["broken"]["figures"]["cross-entropy, mean"] is None
+
+
+def test_bfloat16_products_leave_logits_alone(folded, tokens):
+    model = lf.load(make_gpt2(), check=False)
+    with torch.no_grad():
+        model.unembed.b_U += 100
+    exact = measure_text({"m": model}, tokens)["m"].loss
+    rounded = measure_text({"m": model}, tokens, precision="bfloat16")["m"].loss
+    assert 0 < (exact - rounded).abs().mean() < 0.02
+
+
+def test_models_that_cannot_be_compared_are_not(live, tokenizer):
+    other = lf.load(make_gpt2(), tokenizer=make_tokenizer(290), check=False)
+    with pytest.raises(DataError, match="different tokenizers"):
+        require_same_tokenizer({"a": live, "b": other})
+    require_same_tokenizer({"a": live, "b": live})
+
+
+def test_what_a_model_has_not_is_left_out(tokens):
+    cfg = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_head": 8, "n_ctx": 24, "d_vocab": 300}
+    model = HookedTransformer(cfg | {"attn_only": True, "normalization_type": None, "seed": 0})
+    frame = lf.evaluate({"a": model, "b": model}, tokens, original="a", pairs=2).to_frame()
+    assert not any("neurons" in label for label in frame.index)
+    gemma = lf.load(make_model("gemma2-no-caps"), check=False)
+    text = torch.randint(gemma.cfg.d_vocab, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = lf.evaluate(gemma, text, pairs=2)
+    assert found.models["model"].direct_effects is None
+    assert "attribution error per head (NMAE)" not in found.to_frame().index
+    two = lf.evaluate(model, tokens[:, :2], neurons=0, effects=False)
+    assert two.models["model"].patching is None
+
+
+def test_packed_text_may_have_empty_documents(folded):
+    stream = torch.tensor([5, 6, 0, 0, 0, 7, 8, 9, 3, 4, 5, 6])
+    lf.evaluate(folded, stream.view(3, 4), pairs=0, neurons=0)
+
+
+def test_a_dead_neuron_is_no_confidence_neuron(folded, tokens):
+    with torch.no_grad():
+        folded.blocks[-1].mlp.W_out[5] = 0
+    assert 5 not in lf.find_confidence_neurons(folded, 20)
+
+
+def test_digits():
+    assert _shown("hellaswag, acc_norm", 0.28567) == "0.2857"
+    assert _shown("largest residual norm, others", 45.67) == "45.7"
+    assert _shown("sink rate, by query", 0.018) == "1.8 %"
+    assert _shown("moderate_task, acc", 0.5) == "0.5000"
 
 
 def test_the_filter():

@@ -192,7 +192,7 @@ def test_counterfactual_patterns_are_those_of_a_patched_run(folded, side, withou
 
 def test_padding_by_end_of_text_is_found(folded):
     """GPT-2's tokenizer has no padding token, so TransformerLens pads with end-of-text."""
-    texts = ["for i in range", "def add(self, other): return"]
+    texts = ["for i", "def add(self, other): return xyz xyz xyz"]
     padded = folded.to_tokens(texts)
     assert padded[0, -1] == folded.tokenizer.eos_token_id
     with pytest.raises(DataError, match="pass attention_mask"):

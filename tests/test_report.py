@@ -11,7 +11,7 @@ import pytest
 from conftest import freeze_all
 
 import lnfree_interp as lf
-from lnfree_interp.errors import CheckpointError, OutputError
+from lnfree_interp.errors import CheckpointError, DataError, OutputError
 from lnfree_interp.report import Question, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -77,6 +77,28 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     assert "already exists" in again.stderr
 
 
+def test_the_original_is_what_the_folder_says(gpt2_folder, tmp_path):
+    from lnfree_interp.report import _subject
+
+    folder = tmp_path / "folder"
+    (folder / "model").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"version": 1}))
+    (folder / "metrics.jsonl").touch()
+    assert _subject(str(folder), None).original is None  # made in Python: nothing is guessed
+    assert _subject(str(folder), "other").original == "other"
+    for about, original in (
+        ({"model": None}, str(lf.bundled_checkpoint())),
+        ({"model": "gpt2", "revision": "abc"}, "gpt2"),
+    ):
+        (folder / "run.json").write_text(json.dumps({"version": 1, "about": about}))
+        found = _subject(str(folder), None)
+        assert found.original == original
+        assert found.revision == about.get("revision")
+    (folder / "run.json").unlink()
+    (folder / "metrics.json").write_text(json.dumps({"source": "gpt2"}))
+    assert _subject(str(folder), None).original == "gpt2"
+
+
 def test_a_live_model_alone(gpt2_folder, tmp_path):
     page = write_report(
         gpt2_folder, tmp_path / "live.html", blocks=2, progress=False,
@@ -89,6 +111,9 @@ def test_a_live_model_alone(gpt2_folder, tmp_path):
 
 
 def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
+    asked = [Question("for i in", "zzz qqq")]
+    with pytest.raises(DataError, match="is one token"):
+        write_report(gpt2_folder, tmp_path / "report.html", questions=asked, blocks=1)
     with pytest.raises(OutputError, match="not a writable folder"):
         write_report(gpt2_folder, tmp_path / "nowhere" / "report.html")
     unfinished = tmp_path / "unfinished"

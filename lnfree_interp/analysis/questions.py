@@ -140,7 +140,8 @@ def _refuse_padding(model: HookedTransformer, rows: Sequence[Tensor], least: int
         return
     doubles = pad in (tokenizer.eos_token_id, tokenizer.bos_token_id)
     at_end = [bool(len(row) >= least and (row[len(row) - least :] == pad).all()) for row in rows]
-    starts = [bool(len(row) > 1 and (row[:2] == pad).all()) for row in rows]
+    first = max(2, least)
+    starts = [bool(len(row) >= first and (row[:first] == pad).all()) for row in rows]
     if doubles:
         padded = (any(at_end) and not all(at_end)) or (any(starts) and not all(starts))
     else:
@@ -153,9 +154,14 @@ def _refuse_padding(model: HookedTransformer, rows: Sequence[Tensor], least: int
 
 
 def read_blocks(
-    model: HookedTransformer, tokens: Int[Tensor, "blocks pos"]
+    model: HookedTransformer, tokens: Int[Tensor, "blocks pos"], packed: bool = False
 ) -> Int[Tensor, "blocks pos"]:
     """Rows of text for analyses of every next token, on the model's device.
+
+    Args:
+        model: Its vocabulary and context.
+        tokens: Token ids.
+        packed: The rows are cut from one stream, so that none can be padded.
 
     Raises:
         DataError: if these are no token ids, have no next token, or are padded.
@@ -169,8 +175,9 @@ def read_blocks(
         raise DataError("a row of one token has no next token")
     if ids[:, 1:].max() >= model.cfg.d_vocab_out:
         raise DataError(f"the model has logits for {model.cfg.d_vocab_out} tokens only")
-    # One end-of-text at the end of a block is text; a run of them is padding.
-    _refuse_padding(model, list(ids), least=2)
+    # A few end-of-texts at either end are text (empty documents); a long run is padding.
+    if not packed:
+        _refuse_padding(model, list(ids), least=8)
     return ids.to(model.W_E.device)
 
 

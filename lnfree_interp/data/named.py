@@ -10,14 +10,27 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lnfree_interp.data.packing import pack
-from lnfree_interp.data.sources import STDLIB, open_blocks, open_text
+from lnfree_interp.data.packing import (
+    DOCUMENTS_PER_CALL,
+    Documents,
+    check_block,
+    column_values,
+    encode_documents,
+    pack,
+)
+from lnfree_interp.data.sources import STDLIB, open_text, text_column
 from lnfree_interp.errors import DataError
 
 PILE_ROWS = 10_000
 """Rows of The Pile that 2507.02559 evaluates on, 1024 tokens each."""
-_FOR_GPT2 = 50257
-"""Vocabulary of the tokenizer that the published rows were made with."""
+
+
+def _is_gpt2s(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """By its size and two words; others are as large."""
+    known = {" the": [262], "Hello world": [15496, 995]}
+    return len(tokenizer) == 50257 and all(
+        tokenizer.encode(text, add_special_tokens=False) == ids for text, ids in known.items()
+    )
 
 
 def _openwebtext(tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
@@ -31,7 +44,7 @@ def _openwebtext(tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tenso
 
 def _rows_of(source: str) -> Callable[[PreTrainedTokenizerBase | None, int], Tensor]:
     def read(tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
-        if tokenizer is not None and len(tokenizer) < _FOR_GPT2:
+        if tokenizer is not None and not _is_gpt2s(tokenizer):
             raise DataError(f"{source} is tokenized for GPT-2, and this is another tokenizer")
         rows = list(islice(open_text(source), PILE_ROWS))
         column = next(name for name in ("input_ids", "tokens") if name in rows[0])
@@ -71,7 +84,7 @@ def evaluation_text(
         tokenizer: The model's.
         block: Tokens per block.
         blocks: How many; spread over a named text or the standard library, the first of any
-            other. Default: all, or 256 of any other.
+            other. Default: all, or the first 256 of any other.
         split: See `open_text`. Default: `"heldout"` of the standard library, `"train"` of others.
         name: See `open_text`.
         column: See `open_text`.
@@ -87,16 +100,39 @@ def evaluation_text(
     elif source == STDLIB:
         tokens = pack(open_text(STDLIB, split=split or "heldout"), _need(tokenizer), block)
     else:
-        stream = open_blocks(
-            source, tokenizer, block,
-            split=split or "train", name=name, column=column, revision=revision,
-        )  # fmt: skip
-        return stream.take(blocks or 256)
+        documents = open_text(
+            source, split=split or "train", name=name, column=column, revision=revision
+        )
+        chosen, _ = text_column(documents, column)
+        tokens = _first(documents, tokenizer, block, blocks or 256, chosen)
+        if blocks is not None and len(tokens) < blocks:
+            raise DataError(f"{source} has {len(tokens)} blocks of {block} tokens, not {blocks}")
+        return tokens
     if blocks is None:
         return tokens
     if blocks > len(tokens):
         raise DataError(f"{source} has {len(tokens)} blocks of {block} tokens, not {blocks}")
     return tokens[:: len(tokens) // blocks][:blocks]
+
+
+def _first(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase | None,
+    block: int,
+    blocks: int,
+    column: str,
+) -> Int[Tensor, "some block"]:
+    """The first blocks of a text, fewer if it ends; nothing is read twice."""
+    check_block(block)
+    rows, parts, missing = iter(documents), [], blocks * block
+    while missing > 0 and (batch := list(islice(rows, DOCUMENTS_PER_CALL))):
+        parts.append(encode_documents(column_values(batch, column), tokenizer))
+        missing -= len(parts[-1])
+    stream = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    n_blocks = min(blocks, len(stream) // block)
+    if n_blocks == 0:
+        raise DataError(f"{len(stream)} tokens of text do not fill one block of {block}")
+    return stream[: n_blocks * block].view(n_blocks, block)
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

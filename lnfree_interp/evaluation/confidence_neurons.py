@@ -17,9 +17,12 @@ from lnfree_interp.analysis.logit_reading import POSITIONS
 from lnfree_interp.analysis.neurons import mlp_place
 from lnfree_interp.analysis.questions import read_blocks, split
 from lnfree_interp.analysis.reads import Read, read
-from lnfree_interp.analysis.writes import Place
+from lnfree_interp.analysis.writes import Place, require_decomposable
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.running import run_and_keep
+
+_NEURONS = 1024
+"""Neurons whose cosines with the whole vocabulary are held at once."""
 
 
 @torch.no_grad()
@@ -31,15 +34,18 @@ def confidence_scores(model: HookedTransformer) -> Float[Tensor, " neuron"]:
 
     Raises:
         DataError: for a model without MLPs.
+        UnsupportedModelError: for one with a norm behind them.
     """
     last = model.cfg.n_layers - 1
+    require_decomposable(model)
     mlp_place(model, last)
     scale = {"ln_final.hook_scale": torch.ones(1)}  # of no consequence for cosines
     final: Read = read(model, scale, "ln_final")
     W_U = torch.nn.functional.normalize(final.weights_back(model.W_U).float(), dim=0)
     W_out = model.blocks[last].mlp.W_out.float()
-    cosines = torch.nn.functional.normalize(W_out, dim=1) @ W_U
-    return W_out.norm(dim=1) / cosines.var(dim=1)
+    outputs = torch.nn.functional.normalize(W_out, dim=1)
+    spread = torch.cat([(some @ W_U).var(dim=1) for some in outputs.split(_NEURONS)])
+    return (W_out.norm(dim=1) / spread).nan_to_num(0.0)  # a dead neuron is none
 
 
 def find_confidence_neurons(model: HookedTransformer, k: int = 3) -> list[int]:
@@ -100,7 +106,8 @@ def ablate_neurons(
     Raises:
         DataError: if there is no such neuron, or the model cannot read the tokens.
     """
-    tokens, last = read_blocks(model, tokens), model.cfg.n_layers - 1
+    require_decomposable(model)
+    tokens, last = read_blocks(model, tokens, packed=True), model.cfg.n_layers - 1
     mlp_place(model, last)
     W_out = model.blocks[last].mlp.W_out
     wrong = [neuron for neuron in neurons if not 0 <= neuron < len(W_out)]
@@ -130,10 +137,11 @@ def _predict(
 ) -> tuple[Float[Tensor, "block target"], Float[Tensor, "block target"]]:
     """Loss and entropy of every next token."""
     losses, entropies = [], []
-    for some, targets in zip(
-        stream[:, :-1].split(POSITIONS, 1), tokens[:, 1:].split(POSITIONS, 1), strict=True
-    ):
-        log_p = model(some, start_at_layer=model.cfg.n_layers).float().log_softmax(-1)
-        losses.append(-log_p.gather(-1, targets[..., None])[..., 0])
-        entropies.append(-(log_p.exp() * log_p).sum(-1))
-    return torch.cat(losses, 1).cpu(), torch.cat(entropies, 1).cpu()
+    kept, wanted = stream[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    for some, targets in zip(kept.split(POSITIONS), wanted.split(POSITIONS), strict=True):
+        logits = model(some[None], start_at_layer=model.cfg.n_layers)[0]
+        log_p = logits.float().log_softmax(-1)
+        losses.append(-log_p.gather(-1, targets[:, None])[:, 0].cpu())
+        entropies.append(torch.special.entr(log_p.exp()).sum(-1).cpu())
+    shape = (len(stream), -1)
+    return torch.cat(losses).reshape(shape), torch.cat(entropies).reshape(shape)

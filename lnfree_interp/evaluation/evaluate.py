@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.errors import DataError
+from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.evaluation.confidence_neurons import (
     NeuronAblation,
     ablate_neurons,
@@ -29,7 +29,7 @@ from lnfree_interp.evaluation.summaries import (
     residual_norms,
     sinks,
 )
-from lnfree_interp.evaluation.tasks import BOS_POLICY, run_tasks
+from lnfree_interp.evaluation.tasks import BOS_POLICY, require_tasks, run_tasks
 from lnfree_interp.evaluation.text_pass import Precision, fitting_batch, measure_text
 from lnfree_interp.tables import Table
 
@@ -75,38 +75,45 @@ class Evaluation:
         Cross-entropies, entropies and divergences are in nats per token.
         """
         columns = {name: self._figures(name) for name in self.models}
-        frame = pd.DataFrame(columns)
-        return frame.dropna(how="all")
+        asked = [
+            label for label in dict.fromkeys(key for column in columns.values() for key in column)
+            if any(column.get(label) is not None for column in columns.values())
+        ]  # fmt: skip
+        return pd.DataFrame(
+            {name: [column.get(label) for label in asked] for name, column in columns.items()},
+            index=asked, dtype=float,
+        )  # fmt: skip
 
     def table(self) -> Table:
         """The same as text, for terminal and report."""
-        frame = self.to_frame()
+        columns = [self._figures(name) for name in self.models]
         rows = [
-            [str(label), *(_shown(str(label), value) for value in row)]
-            for label, row in zip(frame.index, frame.to_numpy(), strict=True)
+            [label, *(_shown(label, column.get(label)) for column in columns)]
+            for label in map(str, self.to_frame().index)
         ]
-        return Table([f"{self.text}, {self.tokens:,} tokens", *frame.columns], rows)
+        return Table([f"{self.text}, {self.tokens:,} tokens", *self.models], rows)
 
-    def _figures(self, name: str) -> dict[str, float]:
+    def _figures(self, name: str) -> dict[str, float | None]:
+        """None: was not asked for, or cannot be had on this model."""
         model, first = self.models[name], None
         loss, norms = model.cross_entropy, model.residual_norms
         if self.original is not None and name != self.original:
             first = self.models[self.original].cross_entropy
-        figures = {
+        not_finite = max(x.cross_entropy.share_not_finite for x in self.models.values())
+        figures: dict[str, float | None] = {
             "cross-entropy, mean": loss.mean,
             "median": loss.median,
             "mean without the extreme 1 %": loss.trimmed_mean,
             "99.9th percentile": loss.p99_9,
             "largest": loss.maximum,
-            "minus original": math.nan if first is None else loss.mean - first.mean,
+            "tokens without a finite loss": loss.share_not_finite if not_finite else None,
+            "minus original": None if first is None else loss.mean - first.mean,
             f"tokens worse by more than {self.threshold:g}": (
-                math.nan if first is None else loss.share_above(first, self.threshold)
+                None if first is None else loss.share_above(first, self.threshold)
             ),
             "entropy": model.distribution.entropy,
             "calibration error": model.distribution.calibration_error,
-            "Jensen-Shannon divergence": _number(
-                model.distribution.divergence if first is not None else None
-            ),
+            "Jensen-Shannon divergence": (None if first is None else model.distribution.divergence),
             "largest residual norm, position 0": norms.first_max.max().item(),
             "largest residual norm, others": norms.others_max.max().item(),
             "median residual norm, others, last": norms.others_median[-1].item(),
@@ -139,7 +146,7 @@ class Evaluation:
         for name, model in self.models.items():
             norms = model.residual_norms
             found: dict[str, Any] = {
-                "figures": {k: v for k, v in self._figures(name).items() if not math.isnan(v)},
+                "figures": {k: v for k, v in self._figures(name).items() if v is not None},
                 "cross_entropy_by_position": model.cross_entropy.by_position.tolist(),
                 "residual_norms": {
                     key: getattr(norms, key).tolist()
@@ -159,25 +166,33 @@ class Evaluation:
                     "median_entropy_change": ablation.median_entropy_change.tolist(),
                 }
             plain["models"][name] = found
-        return json.dumps(plain, indent=1)
+        return json.dumps(_finite(plain), indent=1, allow_nan=False)
 
     def __repr__(self) -> str:
         means = ", ".join(f"{name} {x.cross_entropy.mean:.4f}" for name, x in self.models.items())
         return f"Evaluation({self.text}, {self.tokens:,} tokens; cross-entropy {means})"
 
 
-def _shown(label: str, value: float) -> str:
-    if math.isnan(value):
+_SHARES = ("tokens worse", "tokens without", "sink rate", "attribution error", "entropy without")
+
+
+def _shown(label: str, value: float | None) -> str:
+    if value is None:
         return "-"
-    if "worse" in label or "rate" in label or "NMAE" in label or label.endswith("change"):
+    if label.startswith(_SHARES):
         return f"{100 * value:.3g} %"
     if label == "minus original":
         return f"{value:+.4f}"
-    return f"{value:.1f}" if "norm" in label else f"{value:.4f}"
+    return f"{value:.1f}" if "residual norm" in label else f"{value:.4f}"
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _finite(plain: Any) -> Any:
+    """For JSON, which has no nan and no infinity."""
+    if isinstance(plain, dict):
+        return {key: _finite(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_finite(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def evaluate(
@@ -205,9 +220,10 @@ def evaluate(
         tokens: [blocks, pos], such as `pack(...)` or `open_blocks(...).take(n)`.
         original: The name of the one that the others are compared with.
         threshold: In nats: how much worse a token must get to be counted.
-        effects: Measure every head's direct effect against its attribution, on 16 blocks.
+        effects: Measure every head's direct effect against its attribution, on 16 blocks. This and
+            the next are left out for a model with norms after its sublayers.
         neurons: How many confidence neurons to find and ablate, on the same blocks; those of the
-            original, if there is one. 0: none.
+            original, where it is as deep and wide. 0: none.
         pairs: Prompts for attribution patching against activation patching. 0: none.
         tasks: Of the lm-evaluation-harness, such as `"hellaswag"`.
         include: Folder with task files of one's own.
@@ -228,13 +244,21 @@ def evaluate(
     """
     if isinstance(models, HookedTransformer):
         models = {"model": models}
+    if tasks:
+        require_tasks(tasks, include)
+    if neurons:  # before the long part
+        for model in models.values():
+            if not model.cfg.attn_only and neurons > model.blocks[-1].mlp.W_out.shape[0]:
+                raise DataError(
+                    f"the last MLP has {model.blocks[-1].mlp.W_out.shape[0]} neurons, not {neurons}"
+                )
     measured = measure_text(
         models, tokens, original, batch=batch, precision=precision, progress=progress
     )
     sample = tokens[:: max(1, len(tokens) // SAMPLE)][:SAMPLE]
-    found, chosen = {}, None
-    if neurons and original is not None:
-        chosen = find_confidence_neurons(models[original], neurons)
+    found, chosen, width = {}, None, None
+    if neurons and original is not None and not models[original].cfg.attn_only:
+        chosen, width = find_confidence_neurons(models[original], neurons), _width(models[original])
     for name, model in models.items():
         inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
         measures = measured[name]
@@ -243,12 +267,23 @@ def evaluate(
             distribution(measures),
             residual_norms(measures),
             sinks(measures),
-            direct_effects(model, sample, inner) if effects else None,
-            _neurons(model, sample, chosen, neurons, inner),
+            _effects(model, sample, inner) if effects else None,
+            _neurons(model, sample, chosen if _width(model) == width else None, neurons, inner),
             _patching(model, sample, pairs, seed),
             run_tasks(model, tasks, include=include, limit=limit) if tasks else {},
         )
     return Evaluation(found, original, threshold, text, tokens[:, 1:].numel())
+
+
+def _width(model: HookedTransformer) -> tuple[int, int | None]:
+    return model.cfg.n_layers, model.cfg.d_mlp
+
+
+def _effects(model: HookedTransformer, sample: Tensor, batch: int) -> DirectEffects | None:
+    try:
+        return direct_effects(model, sample, batch)
+    except UnsupportedModelError:  # its stream cannot be taken apart: no such figure
+        return None
 
 
 def _neurons(
@@ -256,14 +291,15 @@ def _neurons(
 ) -> NeuronAblation | None:
     if n < 1 or model.cfg.attn_only:
         return None
-    chosen = find_confidence_neurons(model, n) if chosen is None else chosen
-    return ablate_neurons(model, sample, chosen, batch)
+    try:
+        chosen = find_confidence_neurons(model, n) if chosen is None else chosen
+        return ablate_neurons(model, sample, chosen, batch)
+    except UnsupportedModelError:
+        return None
 
 
 def _patching(model: HookedTransformer, sample: Tensor, n: int, seed: int) -> Patching | None:
-    if n < 1:
-        return None
     length = min(32, sample.shape[1] - 1)
-    if length < 2:
-        raise DataError("blocks of two tokens hold no prompt to patch: pairs=0")
+    if n < 1 or length < 2:
+        return None
     return patch_residual(model, *corrupted_pairs(sample, n, length, seed))

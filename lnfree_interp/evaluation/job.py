@@ -1,8 +1,10 @@
 """`lnfree evaluate`: from the names of models and a text to an evaluation."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
+
+from transformer_lens import HookedTransformer
 
 from lnfree_interp.checkpoints.loading import load
 from lnfree_interp.data.named import evaluation_text
@@ -55,6 +57,7 @@ def evaluate_checkpoints(
     for source in dict.fromkeys(wanted):
         say(f"loading {source}")
         models[source] = load(source)
+    require_same_tokenizer(models)
     names = dict(zip(models, _short([*models]), strict=True))
     contexts = [model.cfg.n_ctx for model in models.values()]
     block = block or min(1024, *contexts)
@@ -76,6 +79,25 @@ def evaluate_checkpoints(
         progress=progress,
         **settings,
     )
+
+
+def require_same_tokenizer(models: Mapping[str, HookedTransformer]) -> None:
+    """Refuse models that read the same ids as different text.
+
+    Raises:
+        DataError: naming two of them.
+    """
+    seen: tuple[str, dict[str, int]] | None = None
+    for name, model in models.items():
+        if model.tokenizer is None:
+            continue
+        vocabulary = model.tokenizer.get_vocab()
+        if seen is not None and vocabulary != seen[1]:
+            raise DataError(
+                f"{seen[0]} and {name} have different tokenizers: their losses per token cannot be "
+                "compared; evaluate them one by one"
+            )
+        seen = (name, vocabulary)
 
 
 def _short(sources: list[str]) -> list[str]:

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.questions import read_blocks, split
 from lnfree_interp.errors import DataError
-from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import run
 
@@ -79,7 +79,13 @@ class CrossEntropy:
         if other.per_token.shape != self.per_token.shape:
             shapes = [list(x.per_token.shape) for x in (self, other)]
             raise DataError(f"losses of two texts, {shapes[0]} and {shapes[1]}")
-        return (self.per_token - other.per_token > threshold).double().mean().item()
+        worse = self.per_token - other.per_token > threshold
+        return (worse | ~self.per_token.isfinite()).double().mean().item()
+
+    @property
+    def share_not_finite(self) -> float:
+        """Share of the tokens whose loss is no finite number."""
+        return (~self.per_token.isfinite()).double().mean().item()
 
     @cached_property
     def _quantiles(self) -> tuple[float, float, float]:
@@ -108,10 +114,9 @@ def evaluate_loss(
     Raises:
         DataError: if the model cannot read the tokens.
     """
-    require_tokens(model, tokens)
-    device = model.W_E.device
+    tokens = read_blocks(model, tokens, packed=True)
     losses = [
-        next_token_loss(run(model, chunk.to(device)), chunk.to(device), reduction="none").cpu()
-        for chunk in tokens.split(batch)
+        next_token_loss(run(model, chunk), chunk, reduction="none").cpu()
+        for chunk in split(tokens, batch)
     ]
     return CrossEntropy(torch.cat(losses).double().reshape(len(tokens), -1))

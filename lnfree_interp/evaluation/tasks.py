@@ -20,7 +20,9 @@ from lnfree_interp.models.running import run
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+_MISSING = "tasks need the lm-evaluation-harness: pip install 'lnfree_interp[tasks]'"
 BOS_POLICY = "no beginning-of-sequence token, except before an empty context"
 """What the scores assume, as the harness does for GPT-2."""
 
@@ -84,9 +86,7 @@ def as_harness_model(
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise UnsupportedModelError(
-            "tasks need the lm-evaluation-harness: pip install 'lnfree_interp[tasks]'"
-        ) from error
+        raise UnsupportedModelError(_MISSING) from error
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise DataError("a task is text, and the model has no tokenizer")
@@ -99,6 +99,26 @@ def as_harness_model(
         max_length=model.cfg.n_ctx,
         batch_size=batch,
     )
+
+
+def require_tasks(
+    tasks: str | Sequence[str], include: Path | None = None
+) -> tuple[list[str], "TaskManager"]:
+    """Refuse, before the work, tasks that cannot be run.
+
+    Raises:
+        UnsupportedModelError: if the harness is not installed.
+        DataError: if it knows no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UnsupportedModelError(_MISSING) from error
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    manager = TaskManager(include_path=None if include is None else str(include))
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise DataError(f"the harness knows no task {unknown[0]!r}; its files: include={include}")
+    return names, manager
 
 
 def run_tasks(
@@ -124,14 +144,10 @@ def run_tasks(
         UnsupportedModelError: if the harness is not installed, or a task generates text.
         DataError: if there is no such task, or its data cannot be had.
     """
+    names, manager = require_tasks(tasks, include)
     adapter = as_harness_model(model, tokenizer, batch)
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    manager = TaskManager(include_path=None if include is None else str(include))
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise DataError(f"the harness knows no task {unknown[0]!r}; its files: include={include}")
     try:
         found = lm_eval.simple_evaluate(
             model=adapter, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0,

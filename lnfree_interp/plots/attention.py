@@ -56,9 +56,25 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
     )
 
 
-def pattern(result: CounterfactualPattern) -> go.Figure:
-    """A head's attention pattern as it is, without some components, and the difference."""
-    labels = show_tokens(result.tokens)
+def pattern(result: CounterfactualPattern, start: int = 0, stop: int | None = None) -> go.Figure:
+    """A head's attention pattern as it is, without some components, and the difference.
+
+    Args:
+        result: Of `counterfactual_pattern`.
+        start: First position shown.
+        stop: One behind the last. Default: at most 64 positions, the last ones.
+
+    Raises:
+        DataError: if there are no such positions.
+    """
+    n_pos = len(result.tokens)
+    if stop is None:
+        start, stop = (max(start, n_pos - 64), n_pos) if start == 0 else (start, start + 64)
+        stop = min(stop, n_pos)
+    if not 0 <= start < stop <= n_pos:
+        raise DataError(f"{n_pos} positions: not {start}:{stop}")
+    at = slice(start, stop)
+    labels = show_tokens(result.tokens[at], start)
     without = ", ".join(result.without)
     figure = make_subplots(
         cols=3,
@@ -68,7 +84,7 @@ def pattern(result: CounterfactualPattern) -> go.Figure:
     )
     panels = (result.original, result.pattern, result.pattern - result.original)
     for column, weights in enumerate(panels, start=1):
-        seen = weights.double()
+        seen = weights[at, at].double()
         colours = (
             diverging(seen, "change") | {"colorbar": {"title": "change", "x": 1.02}}
             if column == 3

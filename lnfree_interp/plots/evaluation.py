@@ -1,5 +1,7 @@
 """What an evaluation found, as curves over layers and positions."""
 
+import html
+
 import plotly.graph_objects as go
 
 from lnfree_interp.evaluation.evaluate import Evaluation
@@ -14,7 +16,7 @@ def residual_norms(result: Evaluation) -> go.Figure:
     """
     figure, colours = go.Figure(), model_colours(list(result.models))
     for name, model in result.models.items():
-        norms, label = model.residual_norms, MODEL_NAMES.get(name, name)
+        norms, label = model.residual_norms, html.escape(MODEL_NAMES.get(name, name))
         curves = (
             ("position 0, median", norms.first_median, "dot", False),
             ("others, median", norms.others_median, "solid", True),
@@ -34,8 +36,8 @@ def residual_norms(result: Evaluation) -> go.Figure:
     return styled(
         figure,
         "How large the residual stream gets",
-        f"{result.text}, {result.tokens:,} tokens; norms depend on the basis of the stream: "
-        "compare a model with its own fine-tuning only",
+        f"{html.escape(result.text)}, {result.tokens:,} tokens; norms depend on the basis of the "
+        "stream: compare a model with its own fine-tuning only",
         height=500,
     )
 
@@ -53,7 +55,7 @@ def loss_by_position(result: Evaluation) -> go.Figure:
         figure.add_scatter(
             x=list(range(1, len(losses) + 1)),
             y=smooth,
-            name=MODEL_NAMES.get(name, name),
+            name=html.escape(MODEL_NAMES.get(name, name)),
             line={"color": colours[name]},
         )
     figure.update_xaxes(title="position of the predicted token")
@@ -62,7 +64,7 @@ def loss_by_position(result: Evaluation) -> go.Figure:
     return styled(
         figure,
         "Cross-entropy by position",
-        f"{result.text}, {result.tokens:,} tokens; running mean of 16 positions",
+        f"{html.escape(result.text)}, {result.tokens:,} tokens; running mean of 16 positions",
     )
 
 

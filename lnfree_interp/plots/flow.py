@@ -19,6 +19,8 @@ from lnfree_interp.plots.style import (
 
 _NAMES = 16
 """Nodes with their name beside them; the others show it when pointed at."""
+_LABELS = 40
+"""Positions that are written out, those of the largest nodes."""
 _EDGES = 150
 """Lines drawn; the thinnest are left out."""
 
@@ -74,8 +76,16 @@ def flow(result: FlowGraph) -> go.Figure:
         hoverinfo="text",
         showlegend=False,
     )
+    labels, width = (
+        show_tokens(result.tokens),
+        {n.pos: 0.0 for n in result.nodes if n.pos is not None},
+    )
+    for node in result.nodes:
+        if node.pos is not None:
+            width[node.pos] = max(width[node.pos], abs(node.flow))
+    marked = sorted(sorted(width, key=lambda pos: -width[pos])[:_LABELS])
     figure.update_xaxes(
-        tickvals=list(range(len(result.tokens))), ticktext=show_tokens(result.tokens),
+        tickvals=marked, ticktext=[labels[pos] for pos in marked],
         tickangle=-45, title="position", range=[-0.7, len(result.tokens) - 0.3], zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(

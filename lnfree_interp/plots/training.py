@@ -1,5 +1,6 @@
 """The training curve of a removal run, with its events."""
 
+import html
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -44,7 +45,7 @@ def training_curve(runs: Mapping[str, History], window: int = 10) -> go.Figure:
             for i in range(len(losses))
         ]
         steps, colour = list(range(len(losses))), MODEL_COLOURS.get(name, "#333333")
-        label = MODEL_NAMES.get(name, name)
+        label = html.escape(MODEL_NAMES.get(name, name))
         figure.add_scatter(
             x=steps,
             y=losses,
