@@ -26,7 +26,7 @@ def demo(
 
     Loads a checkpoint, removes its norms by a short fine-tuning on the source of Python's standard
     library (and runs the control that keeps them), folds, evaluates, attributes logits, and writes
-    OUT with model/, metrics.json and report.html. About six minutes on two CPU cores.
+    OUT with model/, metrics.json and report.html. About five minutes on two CPU cores.
 
     Args:
         checkpoint: Hub id or local Hugging Face folder. Default: the small GPT-2 that ships with

@@ -71,7 +71,8 @@ def measure_text(
         batch: Blocks per forward pass. Default: what fits into the memory that is free; results do
             not depend on it beyond rounding.
         precision: Of matrix products inside the blocks; `"bfloat16"` is faster on most hardware and
-            moves the mean by about a thousandth of a nat. Logits are float32 either way.
+            moves single tokens by tenths of a nat, their mean hardly. Logits are float32 either
+            way.
         progress: Whether to show a progress bar.
 
     Raises:

@@ -76,10 +76,8 @@ def flow(result: FlowGraph) -> go.Figure:
         hoverinfo="text",
         showlegend=False,
     )
-    labels, width = (
-        show_tokens(result.tokens),
-        {n.pos: 0.0 for n in result.nodes if n.pos is not None},
-    )
+    labels = show_tokens(result.tokens)
+    width = dict.fromkeys(range(len(labels)), 0.0)
     for node in result.nodes:
         if node.pos is not None:
             width[node.pos] = max(width[node.pos], abs(node.flow))
