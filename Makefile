@@ -11,7 +11,7 @@ help:
 	@echo "make lint   install, then ruff"
 	@echo "make docs   install, then build this documentation, strictly (build/site)"
 	@echo "make notebooks  install, run the demo if it was not, then every notebook, keeping outputs"
-	@echo "make types  install, then pyright over the public interface"
+	@echo "make types  install, then pyright over the package and how users call it"
 	@echo "make bench  install, then what removal costs by recipe, docs/benchmarks.md (about an hour)"
 	@echo "make bridge install transformer-lens 4 beside it, and open exported models there"
 	@echo "make clean  remove .venv and what the demo wrote"
@@ -46,10 +46,8 @@ notebooks: lnfree-demo/report.html
 check-notebooks: lnfree-demo/report.html
 	$(BIN)/python tests/run_notebooks.py --check
 
-# pyright fetches itself from npm, so that this is no part of CI.
 types: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pyright
-	$(BIN)/python -m pyright --pythonpath $(BIN)/python tests/public_interface.py
+	$(BIN)/pyright
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/removal_quality.py --jobs 2

@@ -171,7 +171,7 @@ _MODULES = {
     "recipes": "lnfree_interp.removal.recipes",
 }
 
-__all__ = sorted([*_HOME, *_MODULES])
+__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

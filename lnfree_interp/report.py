@@ -15,7 +15,6 @@ from transformer_lens import HookedTransformer
 from lnfree_interp import plots
 from lnfree_interp.analysis.affine import affine_map
 from lnfree_interp.analysis.attention import attribute_scores
-from lnfree_interp.analysis.certificates import certificate_table
 from lnfree_interp.analysis.contributions import Contributions
 from lnfree_interp.analysis.flow import flow_graph
 from lnfree_interp.analysis.lens import logit_lens
@@ -199,23 +198,23 @@ def _quality(evaluation: Evaluation) -> list[Section]:
 
 def _explained(model: HookedTransformer, question: Question) -> Section:
     """One logit by block, head, source token and input token, and how it flows."""
-    hold = {"frozen_scale": bool(held(model, True))}
+    hold = bool(held(model, True))
     ask = (model, question.prompt, question.answer, question.foil)
-    by_source = attribute_logits(*ask, by="source", **hold).verify()
+    by_source = attribute_logits(*ask, by="source", frozen_scale=hold).verify()
     figures = [
-        plots.attribution(attribute_logits(*ask, by="block", **hold).verify()),
-        plots.attribution(attribute_logits(*ask, by="head", **hold).verify()),
+        plots.attribution(attribute_logits(*ask, by="block", frozen_scale=hold).verify()),
+        plots.attribution(attribute_logits(*ask, by="head", frozen_scale=hold).verify()),
         plots.attribution(by_source),
-        plots.attribution(affine_map(*ask, **hold).verify()),
-        plots.flow(flow_graph(*ask, top_k=30, **hold).verify()),
+        plots.attribution(affine_map(*ask, frozen_scale=hold).verify()),
+        plots.flow(flow_graph(*ask, top_k=30, frozen_scale=hold).verify()),
     ]
     tokens = read_one_prompt(model, question.prompt)
     layer, head = _largest_head(by_source)
     if layer > 0 and not model.cfg.use_qk_norm:
-        scores = attribute_scores(model, question.prompt, layer, head, **hold)
+        scores = attribute_scores(model, question.prompt, layer, head, frozen_scale=hold)
         figures.append(plots.scores(scores.verify()))
     if tokens.shape[1] > 1:
-        figures.append(plots.lens(logit_lens(model, tokens, **hold)))
+        figures.append(plots.lens(logit_lens(model, tokens, frozen_scale=hold)))
     return Section(f"Why {by_source.of[0]} after “{question.prompt[-60:]}”?", "", figures)
 
 
@@ -231,10 +230,14 @@ def _largest_head(by_source: Contributions) -> tuple[int, int]:
 
 
 def _certified(model: HookedTransformer) -> Section:
-    table = certificate_table(certify(model))
     rows = [
-        [row.identity, f"{row.relative:.1e}", f"{row.tolerance:.0e}", "yes" if row.holds else "NO"]
-        for row in table.itertuples()
+        [
+            certificate.identity,
+            f"{certificate.error.relative:.1e}",
+            f"{certificate.error.tolerance:.0e}",
+            "yes" if certificate.holds else "NO",
+        ]
+        for certificate in certify(model)
     ]
     return Section(
         "How exact is all this?",

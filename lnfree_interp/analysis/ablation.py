@@ -3,6 +3,8 @@
 Independent of how `writes` takes the stream apart, and so a check on it.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,7 +28,8 @@ def by_ablation(
     kind, layer, index = component.kind, component.layer, component.index
     if layer is None:
         return _activation(model, tokens, f"hook_{kind}", 1)
-    prefix, stop, block = f"blocks.{layer}", layer + 1, model.blocks[layer]
+    prefix, stop = f"blocks.{layer}", layer + 1
+    block: Any = model.blocks[layer]
     if kind in ("b_O", "b_out"):
         b = block.attn.b_O if kind == "b_O" else block.mlp.b_out
         return b.expand(1, tokens.shape[1], -1)

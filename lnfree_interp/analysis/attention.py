@@ -173,12 +173,14 @@ def run_attention(
         layer: Of the block.
         replaced: Queries or keys to use instead.
     """
-    found, replaced = {}, replaced or {}
+    found: dict[str, Tensor] = {}
+    replaced = replaced or {}
     names = [f"blocks.{layer}.attn.hook_{x}" for x in ("q", "k", "attn_scores", "pattern")]
 
     def look(x: Tensor, hook: HookPoint) -> Tensor:
-        found[hook.name] = replaced.get(hook.name, x)
-        return found[hook.name]
+        name = hook.name or ""
+        found[name] = replaced.get(name, x)
+        return found[name]
 
     model.run_with_hooks(
         stream, start_at_layer=layer, stop_at_layer=layer + 1,
@@ -234,7 +236,7 @@ def projected(
     norm = read(model, cache, f"blocks.{layer}.ln1.qk").at(positions)
     parts: Iterator[Write] = writes(model, cache, by, Place(layer), positions)
     values, components = transform(parts, norm.weights_back(W))
-    scale = norm.scale if isinstance(norm.scale, float) else norm.scale[0]
+    scale = norm.scale[0] if isinstance(norm.scale, Tensor) else norm.scale
     values = values[:, 0] / scale
     constants = [(Component("b_Q" if which == "Q" else "b_K"), b)]
     if norm.bias is not None:

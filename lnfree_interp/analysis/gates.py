@@ -8,6 +8,7 @@ the gate. Nothing has to be held for a norm: there is none, or it is constant.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import einsum
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.contributions import ComponentKind
 from lnfree_interp.analysis.parts import onto_z
 from lnfree_interp.analysis.reads import Activations, Read, read, read_names
 from lnfree_interp.analysis.writes import Place, write_names
@@ -90,7 +92,7 @@ class Held:
     layers: tuple[HeldLayer, ...]
     streams: tuple[Stream, ...]
     mids: tuple[Stream, ...]
-    embeds: Mapping[str, Stream]
+    embeds: Mapping[ComponentKind, Stream]
     parallel: bool
 
     def back(
@@ -142,14 +144,15 @@ def hold(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Held:
     mids = () if cfg.parallel_attn_mlp or cfg.attn_only else tuple(
         cache[f"blocks.{i}.hook_resid_mid"] for i in range(n_layers)
     )  # fmt: skip
-    embeds = {"embed": cache["hook_embed"]}
+    embeds: dict[ComponentKind, Tensor] = {"embed": cache["hook_embed"]}
     if "hook_pos_embed" in cache:
         embeds["pos_embed"] = cache["hook_pos_embed"]
     return Held(tuple(layers), streams, mids, embeds, cfg.parallel_attn_mlp)
 
 
 def _hold_mlp(model: HookedTransformer, cache: Activations, layer: int) -> HeldMLP:
-    mlp, prefix = model.blocks[layer].mlp, f"blocks.{layer}"
+    mlp: Any = model.blocks[layer].mlp
+    prefix = f"blocks.{layer}"
     before = read(model, cache, f"{prefix}.ln2")
     pre, post = (cache[f"{prefix}.mlp.hook_{x}"] for x in ("pre", "post"))
     shift = 0 if before.bias is None else before.bias @ mlp.W_in

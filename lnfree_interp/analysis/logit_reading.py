@@ -106,16 +106,15 @@ def run_to_logits(
     kept, picked, uncapped, scales = resid[:, positions], [], [], []
     for start in range(0, kept.shape[1], POSITIONS):
         chunk = slice(start, start + POSITIONS)
-        logits, ends = model.run_with_cache(
-            kept[:, chunk],
-            start_at_layer=n_layers,
-            names_filter=lambda name: name in (_SCALE, _UNCAPPED),
+        logits, ends = run_and_keep(
+            model, kept[:, chunk], (_SCALE, _UNCAPPED), start_at_layer=n_layers
         )
         one = kept.shape[1] == 1
-        wanted = [x if one or x is None else x[:, chunk] for x in (targets, against)]
-        picked.append(_pick(logits, *wanted))
+        wanted = targets if one else targets[:, chunk]
+        foils = against if one or against is None else against[:, chunk]
+        picked.append(_pick(logits, wanted, foils))
         if _UNCAPPED in names:
-            uncapped.append(_pick(ends[_UNCAPPED], *wanted))
+            uncapped.append(_pick(ends[_UNCAPPED], wanted, foils))
         if _SCALE in names:
             scales.append(ends[_SCALE])
     if scales:
@@ -196,7 +195,7 @@ def logit_directions(
     slopes = torch.ones_like(logits)
     if _UNCAPPED in cache:
         slopes = torch.where(cache[_UNCAPPED] == 0, 1.0, logits / cache[_UNCAPPED])
-    direction, bias = 0, 0
+    direction, bias = model.W_U.new_zeros(()), model.b_U.new_zeros(())
     for sign, tokens, slope in zip((1, -1), (targets, against), slopes, strict=False):
         slope = sign * slope
         direction = direction + model.W_U.T[tokens] * slope[..., None]

@@ -6,7 +6,7 @@ gate is a quotient, and up to there a ReLU MLP is affine.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -92,7 +92,7 @@ def attribute_neuron(
         raise DataError(f"of={of!r} is not one of {', '.join(get_args(Of))}")
     require_level(by)
     place, tokens, pos = _question(model, prompt, layer, pos, prepend_bos)
-    mlp = model.blocks[layer].mlp
+    mlp: Any = model.blocks[layer].mlp
     n_neurons = mlp.W_in.shape[1]
     if not 0 <= neuron < n_neurons:
         raise DataError(f"layer {layer} has neurons 0 to {n_neurons - 1}, not {neuron}")
@@ -229,7 +229,8 @@ def flip_distances(
     require_level(by)
     site = f"blocks.{layer}.ln2"
     held(model, False, [site])
-    block, gated = model.blocks[layer], model.cfg.gated_mlp
+    gated = model.cfg.gated_mlp
+    block: Any = model.blocks[layer]
     names = [*write_names(model, by, place), place.hook]
     _, cache = run_and_keep(model, tokens, names, layer + 1)
     x = cache[place.hook][0, pos]

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ def read_answers(
     answer = _plain(answer)
     if isinstance(answer, str | int):
         return torch.tensor([[_token(model, answer, what)]] * n_prompts), False
-    given = [_plain(one) for one in answer]
+    given: list[Any] = [_plain(one) for one in cast(Iterable[Any], answer)]
     if single:
         given = [given]
     if len(given) != n_prompts:
@@ -292,7 +292,7 @@ def strings(model: HookedTransformer, ids: Sequence[int]) -> list[str]:
     """Token ids as text; as numbers for a model without a tokenizer."""
     if model.tokenizer is None:
         return [f"<{token}>" for token in ids]
-    return [model.tokenizer.decode([token]) for token in ids]
+    return [str(model.tokenizer.decode([token])) for token in ids]
 
 
 def question_names(

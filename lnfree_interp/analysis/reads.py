@@ -35,16 +35,16 @@ class Read:
 
     def at(self, positions: slice | list[int]) -> "Read":
         """The same at some of the positions."""
-        if isinstance(self.scale, float):
-            return self
-        return replace(self, scale=self.scale[:, positions])
+        if isinstance(self.scale, Tensor):
+            return replace(self, scale=self.scale[:, positions])
+        return self
 
     def back(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """A direction behind the map, carried to the stream."""
         direction = self.back_unscaled(direction)
-        if isinstance(self.scale, float) and self.scale == 1.0:
-            return direction
-        return direction / self.scale
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:
+            return direction / self.scale
+        return direction
 
     def back_unscaled(
         self, direction: Float[Tensor, "*batch d_model"]
@@ -59,9 +59,9 @@ class Read:
     ) -> tuple[Float[Tensor, " pos"], Float[Tensor, " d_model"]]:
         """As `back` for one direction that is read at every position with a weight."""
         direction = self.back_unscaled(direction)
-        if isinstance(self.scale, float):
-            return weights, direction / self.scale
-        return weights / self.scale[0, :, 0], direction
+        if isinstance(self.scale, Tensor):
+            return weights / self.scale[0, :, 0], direction
+        return weights, direction / self.scale
 
     def weights_back(
         self, W: Float[Tensor, "*head d_model out"]

@@ -8,7 +8,7 @@ Everything is kept factored: nothing of size d_vocab x d_vocab is formed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -47,7 +47,7 @@ def _writer_weights(
         raise DataError(f"{one.label}: weights are the same at every position and on every path")
     if one.layer is not None and not 0 <= one.layer < layers:
         raise DataError(f"{one.label}: the model has layers 0 to {layers - 1}")
-    block = None if one.layer is None else model.blocks[one.layer]
+    block: Any = None if one.layer is None else model.blocks[one.layer]
     if one.kind == "embed":
         return model.W_E
     if one.kind == "pos_embed" and model.cfg.positional_embedding_type == "standard":
@@ -109,7 +109,7 @@ def reader_weights(
         W = getattr(model.blocks[one.layer].attn, f"W_{which}")[one.index]
         return _through(_norm(model, site), W)
     if one.kind in ("neuron", "mlp_out") and one.layer is not None:
-        mlp = model.blocks[one.layer].mlp
+        mlp: Any = model.blocks[one.layer].mlp
         W = mlp.W_gate if model.cfg.gated_mlp else mlp.W_in
         W = W if one.index is None else W[:, one.index][:, None]
         return _through(_norm(model, f"blocks.{one.layer}.ln2"), W)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from einops import einsum
 from torch import Tensor
@@ -153,7 +153,8 @@ def writes(
         yield Dense((Component("pos_embed"),), at(cache["hook_pos_embed"]))
 
     for layer in range(place.layer + place.mid):
-        block, prefix = model.blocks[layer], f"blocks.{layer}"
+        block: Any = model.blocks[layer]
+        prefix = f"blocks.{layer}"
         attn, has_mlp = block.attn, not model.cfg.attn_only and layer < place.layer
         if level == "layer":
             out = at(cache[f"{prefix}.hook_attn_out"])

@@ -127,7 +127,7 @@ def main(out: tyro.conf.Positional[Path], settings: Pretraining = Pretraining())
     tokenizer = train_tokenizer(train, settings)
     stream = token_stream(train, tokenizer)
     blocks = pack(heldout, tokenizer, settings.n_ctx)
-    model = new_model(settings, tokenizer.eos_token_id)
+    model = new_model(settings, tokenizer.vocab[END_OF_TEXT])
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(

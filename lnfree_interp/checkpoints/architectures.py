@@ -158,8 +158,8 @@ def config_fields(config: PretrainedConfig, architecture: Architecture) -> dict[
     """
     named = {ours: getattr(config, theirs) for ours, theirs in architecture.config.fields.items()}
     for name in ("d_model", "n_heads", "n_layers", "n_ctx", "d_vocab", "d_mlp"):
-        size = named.get(name, 1)
-        if not isinstance(size, int) or not 1 <= size < _LARGEST.get(name, 2**62):
+        size, limit = named.get(name, 1), _LARGEST.get(name, 1 << 62)
+        if not isinstance(size, int) or not 1 <= size < limit:
             raise CheckpointError(
                 f"config.json: {architecture.config.fields[name]}={size!r}, which must be a whole "
                 f"number of at least 1 (and not absurd)"

@@ -174,6 +174,7 @@ def _gpt_neox(hf: Any) -> dict[str, Any]:
 
 
 def _gpt_neox_back(cfg: HookedTransformerConfig) -> dict[str, Any]:
+    assert cfg.rotary_dim is not None  # of every rotary model
     rope = _rope_parameters(cfg) | {"partial_rotary_factor": cfg.rotary_dim / cfg.d_head}
     return {"rope_parameters": rope}
 

@@ -144,6 +144,7 @@ def export(
     measured = dict(errors or {})
     if target not in get_args(Target):
         raise UnsupportedModelError(f"target {target!r} is none of {get_args(Target)}")
+    exported = None
     if target == "transformers":
         exported, measured["export against HookedTransformer"] = _in_transformers(model)
     elif has_norm_sites(model):
@@ -152,7 +153,7 @@ def export(
         )
     constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model.cfg.n_layers)
     with new_folder(out) as folder:
-        if target == "transformers":
+        if exported is not None:
             exported.save_pretrained(folder)
             if model.tokenizer is not None:
                 original_tokenizer(model.tokenizer).save_pretrained(folder)

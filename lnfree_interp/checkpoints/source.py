@@ -10,15 +10,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GPT2Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -132,7 +133,7 @@ def open_checkpoint(
         else:
             opened = _from_pickles(path, config, dtype)
             opened.tokenizer = tokenizer
-    opened.hf_model.to(device).eval()
+    nn.Module.to(opened.hf_model, device).eval()
     _release_file(opened.hf_model)
     return opened
 
@@ -188,7 +189,7 @@ def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
         published.require_roomy(dtype, source)
         published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
         config.layer_norm_epsilon = published.DISGUISE_EPSILON
-        names = published.hf_norms(config).items()
+        names = published.hf_norms(cast(GPT2Config, config)).items()
         sigma = {ours: constants[theirs] for ours, theirs in names if theirs in constants}
     if adapted:
         kind += " with LoRA adapters merged"
@@ -235,8 +236,9 @@ def _in_transformers(
     source: Path, config: PretrainedConfig, dtype: torch.dtype, **where: Any
 ) -> PreTrainedModel:
     """`from_pretrained` with every weight accounted for."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        model, report = model_class.from_pretrained(
             config=config,
             dtype=dtype,
             use_safetensors=True,

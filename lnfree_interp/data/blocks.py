@@ -96,7 +96,7 @@ class ShuffledBlocks:
 
     def fingerprint(self) -> str:
         """As `TokenBlocks.fingerprint`, of every token."""
-        digest = hashlib.sha256(self._blocks.flatten().numpy())
+        digest = hashlib.sha256(self._blocks.flatten().numpy().data)
         digest.update(f"{list(self._blocks.shape)} {self._seed}".encode())
         return digest.hexdigest()
 

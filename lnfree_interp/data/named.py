@@ -1,8 +1,9 @@
 """The texts that LN-free models have been measured on, and the filter behind one of them."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -124,7 +125,8 @@ def _first(
 ) -> Int[Tensor, "some block"]:
     """The first blocks of a text, fewer if it ends; nothing is read twice."""
     check_block(block)
-    rows, parts, missing = iter(documents), [], blocks * block
+    rows = cast(Iterator[Mapping[str, Any]], iter(documents))
+    parts, missing = [], blocks * block
     while missing > 0 and (batch := list(islice(rows, DOCUMENTS_PER_CALL))):
         parts.append(encode_documents(column_values(batch, column), tokenizer))
         missing -= len(parts[-1])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from datasets import (
     Dataset,
@@ -175,7 +175,7 @@ def _open(
     if text == STDLIB:
         if split not in get_args(Split):
             raise DataError(f"{STDLIB} has the splits {list(get_args(Split))}, not {split!r}")
-        return stdlib_corpus(split)
+        return stdlib_corpus(cast(Split, split))
     path = Path(text).expanduser()
     if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
         return _saved(path, split)
@@ -224,7 +224,7 @@ def _local(source: str, files: Iterable[Path], split: str) -> Dataset:
     kinds = sorted({str(_kind(file)) for file in files})
     if len(kinds) > 1:
         raise DataError(f"{source}: files of different kinds ({', '.join(kinds)}); name one: *.txt")
-    options = {"sample_by": "document"} if kinds == ["text"] else {}
+    options: dict[str, Any] = {"sample_by": "document"} if kinds == ["text"] else {}
     try:
         return load_dataset(
             kinds[0],

@@ -1,7 +1,7 @@
 """Every identity of the analyses, checked on one model."""
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int
@@ -66,33 +66,43 @@ def certify(
 def _certificates(
     model: HookedTransformer, tokens: Int[Tensor, " pos"], frozen_scale: bool
 ) -> Iterator[Certificate]:
-    cfg, held = model.cfg, {"frozen_scale": frozen_scale}
+    cfg = model.cfg
     last, answer, foil = cfg.n_layers - 1, int(tokens[-1]), int((tokens[-1] + 1) % cfg.d_vocab)
     has_mlp = not cfg.attn_only
     for by in get_args(Level):
-        yield attribute_logits(model, tokens, answer, foil, by=by, **held).certificate
-    yield attribute_logits(model, tokens, answer, by="head", biases=True, **held).certificate
+        yield attribute_logits(
+            model, tokens, answer, foil, by=by, frozen_scale=frozen_scale
+        ).certificate
+    yield attribute_logits(
+        model, tokens, answer, by="head", biases=True, frozen_scale=frozen_scale
+    ).certificate
     for by in get_args(Level):
         yield decompose_residual(model, tokens, f"blocks.{last}.hook_resid_pre", by=by).certificate
-    scores = attribute_scores(model, tokens, last, 0, **held)
+    scores = attribute_scores(model, tokens, last, 0, frozen_scale=frozen_scale)
     yield scores.certificate
     if len(scores.keys) > 1:
         yield scores.log_odds(scores.keys[-1], scores.keys[-2]).certificate
     without = ["embed"] if last == 0 else ["embed", "L0H0"]
-    yield counterfactual_pattern(model, tokens, last, 0, without, **held).certificate
+    yield counterfactual_pattern(
+        model, tokens, last, 0, without, frozen_scale=frozen_scale
+    ).certificate
     if has_mlp:
         for of in ("pre", "post"):
-            yield attribute_neuron(model, tokens, last, 0, of=of, **held).certificate
+            yield attribute_neuron(
+                model, tokens, last, 0, of=of, frozen_scale=frozen_scale
+            ).certificate
         if not frozen_scale:
             flips = flip_distances(model, tokens, last, "embed")
             yield flips.certificate
             if flips.affine is not None:
                 yield flips.affine
-    yield affine_map(model, tokens, answer, foil, **held).contributions.certificate
+    yield affine_map(
+        model, tokens, answer, foil, frozen_scale=frozen_scale
+    ).contributions.certificate
     yield _measured_certificate(model, tokens, answer, foil)
-    yield expand_paths(model, tokens, answer, foil, **held).certificate
-    yield flow_graph(model, tokens, answer, foil, **held).certificate
-    yield logit_lens(model, tokens[None], **held).certificate
+    yield expand_paths(model, tokens, answer, foil, frozen_scale=frozen_scale).certificate
+    yield flow_graph(model, tokens, answer, foil, frozen_scale=frozen_scale).certificate
+    yield logit_lens(model, tokens[None], frozen_scale=frozen_scale).certificate
     second = ["0_mlp_out"] if has_mlp else ["embed"]
     yield direct_effect_additivity(model, tokens[None], ["L0H0"], second).certificate
     if not frozen_scale:
@@ -123,7 +133,8 @@ def _table_certificate(
     table = ov_table(model, 0, 0)
     moved = table.left[tokens] @ table.right[:, answer]
     if model.cfg.positional_embedding_type == "standard":
-        positions = virtual_weights(model, "pos_embed", "L0H0", "V").AB[: len(tokens)]
+        weights: Any = virtual_weights(model, "pos_embed", "L0H0", "V")
+        positions = weights.AB[: len(tokens)]
         moved = moved + positions @ table.right[:, answer]
     site_bias = _norm_bias(model)
     if site_bias is not None:

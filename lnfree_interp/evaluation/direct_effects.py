@@ -125,17 +125,18 @@ def direct_effect_additivity(
         rows = find_components([*groups[0], *groups[1]], attributed.components)
         claimed = attributed.values[rows].sum(0)
         effects = _group_effects(model, chunk, by, groups, attributed.total)
-        a, b, both = effects.double()
-        gap, attribution_gap = a + b - both, claimed.double() - both
-        sums += torch.stack([x.abs().sum().cpu() for x in (a, b, both, gap, attribution_gap)])
-        count += both.numel()
+        a, b, ab = effects.double()
+        sizes = (a, b, ab, a + b - ab, claimed.double() - ab)
+        sums += torch.stack([x.abs().sum().cpu() for x in sizes])
+        count += ab.numel()
         scale = max(attributed.values.abs().max().item(), attributed.total.abs().max().item())
         for found in (a + b, claimed):
-            error = replace(measure_error(found, both, scale), dtype=attributed.total.dtype)
+            error = replace(measure_error(found, ab, scale), dtype=attributed.total.dtype)
             worst = error if worst is None or not error.relative <= worst.relative else worst
     assert worst is not None
     certificate = Certificate("effect(A) + effect(B) = effect(A and B) = attribution", worst)
-    return Additivity(*(sums / count).tolist(), count, certificate)
+    first_alone, second_alone, both, gap, attribution_gap = (sums / count).tolist()
+    return Additivity(first_alone, second_alone, both, gap, attribution_gap, count, certificate)
 
 
 def _group_effects(

@@ -90,9 +90,9 @@ def as_harness_model(
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise DataError("a task is text, and the model has no tokenizer")
-    causal: Any = _Causal(model)
-    return HFLM(
-        pretrained=causal,
+    wrapper: Any = HFLM  # its signature is hidden from type checkers
+    return wrapper(
+        pretrained=_Causal(model),
         tokenizer=tokenizer,
         backend="causal",
         add_bos_token=False,
@@ -146,10 +146,11 @@ def run_tasks(
     """
     names, manager = require_tasks(tasks, include)
     adapter = as_harness_model(model, tokenizer, batch)
-    import lm_eval
+    from lm_eval.evaluator import simple_evaluate
 
+    run: Any = simple_evaluate  # as above
     try:
-        found = lm_eval.simple_evaluate(
+        found = run(
             model=adapter, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0,
             log_samples=False,
         )  # fmt: skip

@@ -208,4 +208,4 @@ def _joined(parts: list[dict[str, Any]]) -> TokenMeasures:
         key: torch.cat([part[key] for part in parts], dim=1 if key == "norms" else 0)
         for key in parts[0]
     }
-    return TokenMeasures(**{"divergence": None} | joined)
+    return TokenMeasures(divergence=joined.pop("divergence", None), **joined)

@@ -8,6 +8,7 @@ computation back for its module, so that it sees and can change what Transformer
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -32,6 +33,9 @@ from lnfree_interp.models.norms import Norm, SplitNorm
 class _Fused(AbstractAttention):
     """Attention that materialises scores only when somebody looks at them."""
 
+    q_norm: Any
+    k_norm: Any
+
     @classmethod
     def from_stock(cls, stock: AbstractAttention) -> "_Fused":
         """Take over the parameters and buffers of a stock attention, without a copy."""
@@ -41,7 +45,8 @@ class _Fused(AbstractAttention):
         for name, buffer in stock.named_buffers(recurse=False):
             setattr(fused, name, buffer)
         if stock.cfg.use_qk_norm:
-            fused.q_norm, fused.k_norm = Norm(stock.q_norm), Norm(stock.k_norm)
+            norms: Any = stock
+            fused.q_norm, fused.k_norm = Norm(norms.q_norm), Norm(norms.k_norm)
         return fused
 
     def _fusible(self, query_input: Tensor, *arguments: object) -> bool:
@@ -55,20 +60,20 @@ class _Fused(AbstractAttention):
             and not self.hook_pattern.has_hooks()
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query_input: Float[Tensor, "batch pos *head d_model"],
         key_input: Float[Tensor, "batch pos *kv_head d_model"],
         value_input: Float[Tensor, "batch pos *kv_head d_model"],
-        past_kv_cache_entry: object = None,
-        additive_attention_mask: object = None,
-        attention_mask: object = None,
-        position_bias: object = None,
+        past_kv_cache_entry: Any = None,
+        additive_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """As `Attention.forward`; `attn_out` before it is added to the stream."""
-        unusual = (past_kv_cache_entry, additive_attention_mask, attention_mask, position_bias)
+        unusual: Any = (past_kv_cache_entry, additive_attention_mask, attention_mask, position_bias)
         if not self._fusible(query_input, *unusual):
-            return super().forward(query_input, key_input, value_input, *unusual)  # type: ignore[arg-type]
+            return super().forward(query_input, key_input, value_input, *unusual)
         q, k, v = self._project(query_input, key_input, value_input)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if self.cfg.use_qk_norm:
@@ -91,6 +96,7 @@ class _Fused(AbstractAttention):
         """[pos, pos], True where a query sees a key: the last `window_size` positions."""
         position = torch.arange(n_pos, device=self.W_O.device)
         behind = position[:, None] - position
+        assert self.cfg.window_size is not None
         return (behind >= 0) & (behind < self.cfg.window_size)
 
     def _project(
@@ -116,7 +122,7 @@ class _Fused(AbstractAttention):
         inputs = (query_input, key_input, value_input)
         return [project(x, [W[i]], [b[i]])[0] for i, x in enumerate(inputs)]
 
-    def _apply_qk_norm(self, x: Tensor, norm_module: Norm) -> Tensor:  # type: ignore[override]
+    def _apply_qk_norm(self, x: Tensor, norm_module: Any) -> Tensor:
         """With batch and position apart, as every other site."""
         return norm_module(x)
 
@@ -132,6 +138,8 @@ class FusedGroupedQueryAttention(_Fused, GroupedQueryAttention):
 class SiteBlock(TransformerBlock):
     """A pre-norm block, sequential or parallel, whose norms are sites."""
 
+    ln1: Any
+
     @classmethod
     def from_stock(cls, stock: TransformerBlock, index: int) -> "SiteBlock":
         """Take over the parameters of a stock block, without a copy."""
@@ -139,23 +147,24 @@ class SiteBlock(TransformerBlock):
         block = cls(cfg, index)
         fused = FusedAttention if cfg.n_key_value_heads is None else FusedGroupedQueryAttention
         block.attn = fused.from_stock(stock.attn)
-        block.ln1 = SplitNorm(stock.ln1)
+        norms: Any = stock
+        block.ln1 = SplitNorm(norms.ln1)
         if not cfg.attn_only:
-            block.ln2 = Norm(stock.ln2)
+            block.ln2 = Norm(norms.ln2)
             block.mlp = stock.mlp
             if cfg.act_fn == "gelu_new":  # the same function in one kernel
                 block.mlp.act_fn = gelu_pytorch_tanh
         if cfg.use_normalization_before_and_after:
-            block.ln1_post = Norm(stock.ln1_post)
-            block.ln2_post = Norm(stock.ln2_post)
+            block.ln1_post = Norm(norms.ln1_post)
+            block.ln2_post = Norm(norms.ln2_post)
         return block
 
     def forward(
         self,
         resid_pre: Float[Tensor, "batch pos d_model"],
-        shortformer_pos_embed: None = None,
-        past_kv_cache_entry: object = None,
-        attention_mask: object = None,
+        shortformer_pos_embed: Tensor | None = None,
+        past_kv_cache_entry: Any = None,
+        attention_mask: Tensor | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """As `TransformerBlock.forward`: `resid_pre` to `resid_post`."""
         cfg = self.cfg
@@ -185,8 +194,9 @@ class SiteBlock(TransformerBlock):
             return x_qk, x_qk, x_v
         per_head = partial(repeat_along_head_dimension, resid_pre)
         if cfg.use_split_qkv_input:
-            grouped = cfg.n_key_value_heads is not None and not cfg.ungroup_grouped_query_attention
-            kv_heads = cfg.n_key_value_heads if grouped else cfg.n_heads
+            kv_heads = cfg.n_key_value_heads or cfg.n_heads
+            if cfg.ungroup_grouped_query_attention:
+                kv_heads = cfg.n_heads
             query = self.hook_q_input(per_head(n_heads=cfg.n_heads))
             key = self.hook_k_input(per_head(n_heads=kv_heads))
             value = self.hook_v_input(per_head(n_heads=kv_heads))

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def hooked_transformer(
         # HookedTransformer is what this package is for; its deprecation is known.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
         model = HookedTransformer(cfg, tokenizer=_undisturbed(tokenizer))
-    if tokenizer is not None:
+    if tokenizer is not None and model.tokenizer is not None:
         model.tokenizer.init_kwargs = dict(tokenizer.init_kwargs)
         setattr(model.tokenizer, _AS_IT_WAS, original_tokenizer(tokenizer))
     if complete:
@@ -79,7 +80,8 @@ def copy_weights(
     """
     places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, W in weights.items() if isinstance(weights, Mapping) else weights:
+        pairs: Any = weights.items() if isinstance(weights, Mapping) else weights
+        for name, W in pairs:
             if name.endswith(_BUFFERS):
                 continue
             place = places.pop(name, None)

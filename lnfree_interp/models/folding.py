@@ -118,7 +118,7 @@ def _fold_reader(
     columns = max(1, _CHUNK // (W.numel() // W.shape[-1]))
     for start in range(0, W.shape[-1], columns):
         part = W[..., start : start + columns].double()
-        if b64 is not None:
+        if bias is not None and b64 is not None:
             b64[..., start : start + columns] = bias @ part
         part = part * (gain * scale)[:, None]
         if centred:

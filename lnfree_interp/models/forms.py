@@ -7,6 +7,7 @@ the tools of TransformerLens that look for `hook_scale` run. Readers are centred
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from lnfree_interp.models.folding import (
     fold_weights,
     sigma_of,
 )
-from lnfree_interp.models.norms import FrozenNorm
+from lnfree_interp.models.norms import FrozenNorm, Norm
 from lnfree_interp.models.sites import get_norm, has_norm_sites, list_norm_sites, live_sites
 from lnfree_interp.numerics import ROUNDING
 
@@ -102,9 +103,10 @@ def is_frozen_form(model: HookedTransformer) -> bool:
 def reads_mean(model: HookedTransformer) -> str | None:
     """The name of a weight that reads the mean of the residual stream, or None."""
     tolerance = ROUNDING[model.cfg.dtype]
+    blocks = cast(Iterable[Any], model.blocks)
     readers = {"W_Q": model.W_Q, "W_K": model.W_K, "W_V": model.W_V, "W_in": model.W_in}
     if model.cfg.gated_mlp:
-        readers["W_gate"] = torch.stack([block.mlp.W_gate for block in model.blocks])
+        readers["W_gate"] = torch.stack([block.mlp.W_gate for block in blocks])
     for name, W in (readers | {"W_U": model.W_U}).items():
         if W.mean(-2).abs().max() > tolerance * W.abs().max():
             return name
@@ -135,7 +137,7 @@ def constant_norms(model: HookedTransformer) -> tuple[dict[str, ConstantNorm], b
                     sigma = norm.sigma.item()
                     gain = torch.full_like(model.W_E[0], 1 / sigma, dtype=torch.float64)
                     norms[name] = ConstantNorm(gain, None, sigma)
-            return norms, model.ln_final.centred
+            return norms, _centres(model)
         raise NormSiteError(
             "nothing to fold: the model has no frozen norm sites; remove_norms(...).model has"
         )
@@ -148,7 +150,11 @@ def constant_norms(model: HookedTransformer) -> tuple[dict[str, ConstantNorm], b
         gain = norm.w.detach().double() / norm.sigma.double()
         bias = None if norm.b is None else norm.b.detach()
         norms[str(site)] = ConstantNorm(gain, bias, norm.constant)
-    return norms, model.ln_final.centred
+    return norms, _centres(model)
+
+
+def _centres(model: HookedTransformer) -> bool:
+    return cast(Norm | FrozenNorm, model.ln_final).centred
 
 
 def _weights_around_norms(model: HookedTransformer) -> dict[str, Tensor]:

@@ -171,8 +171,10 @@ class _CentredAffine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (dy,) = gradients
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (dy,) = grad_outputs
         centred, gain = ctx.saved_tensors
         rows = dy.flatten(0, -2)
         d_gain = (rows * centred.flatten(0, -2)).sum(0)

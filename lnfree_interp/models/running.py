@@ -5,7 +5,7 @@ beginning-of-sequence token often looks like it. Nothing here is padded, so noth
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,18 +21,20 @@ def run(
 
 def run_and_keep(
     model: HookedTransformer,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
     names: Collection[str],
     stop_at_layer: int | None = None,
+    start_at_layer: int | None = None,
 ) -> tuple[Float[Tensor, "batch pos _"], dict[str, Tensor]]:
-    """The same, and the activations of some hooks."""
+    """The same, and the activations of some hooks; from a stream on if there is a first layer."""
     out, cache = model.run_with_cache(
         tokens,
         padding_side="right",
+        start_at_layer=start_at_layer,
         stop_at_layer=stop_at_layer,
         names_filter=lambda name: name in names,
     )
-    return out, dict(cache.items())
+    return cast(Tensor, out), dict(cache.items())
 
 
 def run_hooked(

@@ -9,7 +9,7 @@ sublayers write (Gemma 2). Whatever touches norms does so through sites.
 import copy
 import re
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -75,15 +75,16 @@ def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
     if cfg.normalization_type is None:
         return ()
     one_ln1 = isinstance(model.ln_final, FrozenNorm)
-    kinds: list[SiteKind] = ["ln1"] if one_ln1 else ["ln1.qk", "ln1.v"]
+    kinds: list[SiteKind] = []
+    kinds.extend(["ln1"] if one_ln1 else ["ln1.qk", "ln1.v"])
     if cfg.use_qk_norm:
-        kinds += ["attn.q_norm", "attn.k_norm"]
+        kinds.extend(["attn.q_norm", "attn.k_norm"])
     if cfg.use_normalization_before_and_after:
-        kinds += ["ln1_post"]
+        kinds.append("ln1_post")
     if not cfg.attn_only:
-        kinds += ["ln2"]
+        kinds.append("ln2")
         if cfg.use_normalization_before_and_after:
-            kinds += ["ln2_post"]
+            kinds.append("ln2_post")
     sites = [NormSite(kind, layer) for layer in range(cfg.n_layers) for kind in kinds]
     return (*sites, NormSite("ln_final"))
 
@@ -146,7 +147,7 @@ def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTr
     model = _copied(model, copy_weights)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = SiteBlock.from_stock(block, index)
-    model.ln_final = Norm(model.ln_final)
+    model.ln_final = Norm(cast(Any, model.ln_final))
     model.embed = LookupEmbed(model.embed)
     if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
         model.unembed = TiedUnembed(model.unembed, model.embed)

@@ -9,8 +9,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import circuitsvis
 import torch
+from circuitsvis.attention import attention_heads
+from circuitsvis.tokens import colored_tokens
 from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
@@ -42,7 +43,7 @@ def tokens(result: AffineMap) -> View:
     values = result.by_token.double()
     largest = float(values.abs().max()) or 1.0
     return _view(
-        circuitsvis.tokens.colored_tokens(
+        colored_tokens(
             tokens=_guarded(result.contributions.prompts[0]),
             values=values,
             min_value=-largest,
@@ -62,7 +63,7 @@ def heads(result: CounterfactualPattern) -> View:
     without = ", ".join(result.without)
     patterns: Float[Tensor, "which query key"] = torch.stack([result.original, result.pattern])
     return _view(
-        circuitsvis.attention.attention_heads(
+        attention_heads(
             attention=patterns,
             tokens=_guarded(result.tokens),
             attention_head_names=[result.head.label, f"{result.head.label} without {without}"],

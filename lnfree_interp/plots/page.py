@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -36,8 +37,9 @@ class Section:
 
 def _figure(figure: go.Figure) -> str:
     """A figure under its title, which wraps on a narrow screen as plotly's own does not."""
-    title, shown = figure.layout.title, go.Figure(figure)
-    shown.update_layout(title=None, margin_t=50 if shown.layout.annotations else 20)
+    layout: Any = figure.layout
+    title, shown = layout.title, go.Figure(figure)
+    shown.update_layout(title=None, margin_t=50 if layout.annotations else 20)
     plot = shown.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
     note = f'<p class="note">{title.subtitle.text}</p>' if title.subtitle.text else ""
     return f"<figure><h3>{title.text}</h3>{note}{plot}</figure>"

@@ -136,10 +136,12 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         # In place: they are as large as the weights, and nobody else has them.
         ours, ctx.gradients = ctx.gradients, None
-        scale = gradients[0] / ctx.n_tokens
+        scale = grad_outputs[0] / ctx.n_tokens
         dh, dW, db = (None if gradient is None else gradient.mul_(scale) for gradient in ours)
         return dh, dW, db, None, None, None, None, None
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -67,8 +67,9 @@ class Processes:
         """The module as it is to be called, and the optimiser as it is to be stepped."""
         if self.accelerator is None:
             return module, optimizer
-        self.wrapped, optimizer = self.accelerator.prepare(module, optimizer)
-        return self.wrapped, optimizer
+        wrapped, optimizer = self.accelerator.prepare(module, optimizer)
+        self.wrapped = wrapped
+        return wrapped, optimizer
 
     def synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Around a micro-batch: gradients are exchanged after the last one only."""
@@ -78,14 +79,16 @@ class Processes:
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> float:
         """Scale the gradient down to a norm of at most `largest`; returns the norm it had."""
-        clip = torch.nn.utils.clip_grad_norm_
+        clip: Any = torch.nn.utils.clip_grad_norm_
         if self.accelerator is not None:
             clip = self.accelerator.clip_grad_norm_
         return whole(clip(list(parameters), largest)).item()
 
     def sum(self, x: Tensor) -> Tensor:
         """Over all processes."""
-        return x if self.accelerator is None else self.accelerator.reduce(x, reduction="sum")
+        if self.accelerator is None:
+            return x
+        return cast(Tensor, self.accelerator.reduce(x, reduction="sum"))
 
     def equal_rows(self, x: Tensor) -> Tensor:
         """This process's rows, as many as every other process has; a few at the end may be left."""

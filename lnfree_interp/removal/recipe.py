@@ -160,8 +160,8 @@ class Recipe:
         _check_choices(self)
         counts = ("steps", "batch", "micro_batch", "evaluate_every", "decay_steps", "patience")
         for name in (*counts, "lr", "clip"):
-            value = getattr(self, name)
-            if value is None and name in ("decay_steps", "patience"):
+            value: Any = getattr(self, name)
+            if name in ("decay_steps", "patience") and value is None:
                 continue
             if name in counts and value != int(value):
                 raise RecipeError(f"{name} must be a whole number, not {value}")

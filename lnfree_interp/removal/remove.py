@@ -89,7 +89,7 @@ def remove_norms(
     require_trackers(trackers)
     _require_sound(model, recipe, data, heldout, [*fwd_hooks, *bwd_hooks])
     source = _source(data, recipe)
-    folder, start = None, source.state_dict()
+    folder, before, start = None, {}, source.state_dict()
     if resume and out is not None:
         folder, before = RunFolder.open(out)
         start = before.get("start", start)

@@ -58,7 +58,8 @@ def fingerprint(model: HookedTransformer) -> str:
     digest = hashlib.sha256()
     for name, W in model.named_parameters():
         digest.update(name.encode())
-        digest.update(W.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        plain = W.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(plain.numpy().data)
     return digest.hexdigest()
 
 

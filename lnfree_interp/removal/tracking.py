@@ -102,7 +102,7 @@ class Watcher:
         if self.recipe.events:
             status["frozen"] = f"{n_frozen}/{len(self.recipe.events)}"
         if record.frozen:
-            status["event"] = next(reversed(record.frozen))
+            status["event"] = list(record.frozen)[-1]
         if record.heldout is not None:
             status["held-out"] = f"{record.heldout:.3f}"
         self.bar.set_postfix(status, refresh=False)

@@ -227,7 +227,7 @@ class Trainer:
     def _heldout_loss(self) -> float:
         assert self.heldout is not None
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        with self.model.hooks(self.transition.hooks()):
+        with self.model.hooks([*self.transition.hooks()]):
             for tokens in self.heldout.split(self.recipe.micro_batch):
                 sums[0] += self.wrapped(tokens, 0.0, 0.0).cross_entropy.double() * len(tokens)
                 sums[1] += len(tokens)
