@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +16,12 @@ from transformer_lens.utilities import get_act_name
 
 import lnfree_interp as lf
 from lnfree_interp.data import named
-from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.data.named import spread
+from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.confidence_neurons import confidence_scores
 from lnfree_interp.evaluation.evaluate import _shown
 from lnfree_interp.evaluation.job import require_same_tokenizer
+from lnfree_interp.evaluation.loss import CrossEntropy
 from lnfree_interp.evaluation.patching import corrupted_pairs, patch_residual
 from lnfree_interp.evaluation.summaries import (
     calibration_error,
@@ -204,7 +205,9 @@ def test_json_and_table_say_the_same(live, folded, tokens):
 
 def test_wrong_evaluations_are_refused(live, folded, tokens):
     for question, message in (
-        (lambda: lf.evaluate({}, tokens), "no model"),
+        (lambda: lf.evaluate({}, tokens), "given by name"),
+        (lambda: lf.evaluate(live, tokens, pairs=-2), "cannot be negative"),
+        (lambda: lf.evaluate(live, tokens, threshold=math.nan), "cannot be negative"),
         (lambda: lf.evaluate({"a": live}, tokens, original="b"), "no model is called 'b'"),
         (lambda: lf.evaluate(live, tokens + 300), "tokenized for another model"),
         (lambda: lf.evaluate(live, tokens, batch=0), "at least one row"),
@@ -212,78 +215,6 @@ def test_wrong_evaluations_are_refused(live, folded, tokens):
     ):
         with pytest.raises(DataError, match=message):
             question()
-
-
-HELLASWAG = [
-    {
-        "ctx_a": "def add(self, other):", "ctx_b": "return", "activity_label": "for i in",
-        "endings": ["self + other", "range(10)", "print(i) [title] self", "other other"],
-        "label": str((3 * (i % 4) + i // 4) % 4),
-    }
-    for i in range(16)
-]  # fmt: skip
-
-
-@pytest.fixture
-def task_folder(tmp_path):
-    """A task on a local file in HellaSwag's format, processed by the harness' own code."""
-    pytest.importorskip("lm_eval")
-    rows = tmp_path / "rows.jsonl"
-    endings = HELLASWAG[0]["endings"]
-    rows.write_text(
-        "\n".join(
-            json.dumps(row | {"endings": endings[i % 4 :] + endings[: i % 4]})
-            for i, row in enumerate(HELLASWAG)
-        )
-    )
-    (tmp_path / "local.yaml").write_text(
-        "task: local_hellaswag\ndataset_path: json\noutput_type: multiple_choice\n"
-        f"dataset_kwargs:\n  data_files:\n    validation: {rows}\n"
-        "validation_split: validation\nprocess_docs: !function utils.process_docs\n"
-        'doc_to_text: "{{query}}"\ndoc_to_target: "{{label}}"\ndoc_to_choice: "choices"\n'
-        "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
-    )
-    import lm_eval.tasks.hellaswag.utils as utils
-
-    (tmp_path / "utils.py").write_text(Path(utils.__file__).read_text())
-    return tmp_path
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_tasks_score_as_the_harness_does(task_folder, gpt2_folder, tokenizer, monkeypatch):
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from transformers import AutoModelForCausalLM
-
-    model = lf.load(gpt2_folder, dtype=torch.float32)
-    manager = TaskManager(include_path=str(task_folder))
-    theirs = HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(gpt2_folder), tokenizer=tokenizer,
-        batch_size=3,
-    )  # fmt: skip
-    options = {"tasks": ["local_hellaswag"], "task_manager": manager, "bootstrap_iters": 0}
-    expected = lm_eval.simple_evaluate(model=theirs, **options)
-    ours = lm_eval.simple_evaluate(model=lf.as_harness_model(model, batch=5), **options)
-    for one, other in zip(
-        *(run["samples"]["local_hellaswag"] for run in (ours, expected)), strict=True
-    ):
-        found, wanted = ([pair[0] for pair in run["filtered_resps"]] for run in (one, other))
-        assert found == pytest.approx(wanted, rel=1e-5)
-    scores = lf.run_tasks(model, "local_hellaswag", include=task_folder)["local_hellaswag"]
-    results = expected["results"]["local_hellaswag"]
-    assert scores == {"acc": results["acc,none"], "acc_norm": results["acc_norm,none"]}
-    assert 0 < scores["acc"] < 1
-    assert model.tokenizer.padding_side == "right"
-    evaluation = lf.evaluate(
-        model, torch.arange(20)[None], tasks="local_hellaswag", include=task_folder, limit=4
-    )
-    assert "local_hellaswag, acc_norm" in evaluation.to_frame().index
-    with pytest.raises(DataError, match="knows no task 'nonsense'"):
-        lf.run_tasks(model, "nonsense")
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(UnsupportedModelError, match=r"lnfree_interp\[tasks\]"):
-        lf.as_harness_model(model)
 
 
 def test_named_texts(tokenizer, monkeypatch):
@@ -370,8 +301,37 @@ def test_what_a_model_has_not_is_left_out(tokens):
     found = lf.evaluate(gemma, text, pairs=2)
     assert found.models["model"].direct_effects is None
     assert "attribution error per head (NMAE)" not in found.to_frame().index
+    against = lf.evaluate({"a": gemma, "b": gemma}, text, original="a", pairs=2)
+    assert against.models["b"].confidence_neurons is None
+    one = lf.evaluate(model, torch.full((3, 10), 5), neurons=0, effects=False)
+    assert one.models["model"].patching is None
     two = lf.evaluate(model, tokens[:, :2], neurons=0, effects=False)
     assert two.models["model"].patching is None
+
+
+def test_blocks_are_spread_over_the_whole_text():
+    tokens = torch.arange(10)[:, None]
+    for n, expected in ((3, [0, 3, 6]), (6, [0, 1, 3, 5, 6, 8]), (10, [*range(10)])):
+        assert spread(tokens, n)[:, 0].tolist() == expected
+    assert len(spread(tokens, 99)) == 10
+
+
+def test_losses_that_are_infinite_sort_last():
+    loss = torch.arange(1000.0, dtype=torch.float64).view(10, 100)
+    loss[3, 4], loss[5, 6] = math.inf, math.nan
+    found = CrossEntropy(loss)
+    assert found.median == pytest.approx(500, abs=2)
+    assert found.p99_9 == math.inf
+    assert math.isfinite(found.trimmed_mean)
+    assert found.share_not_finite == 0.002
+
+
+def test_a_weak_head_has_an_attribution_error_too(gpt2_folder, tokens):
+    """In float32, its effect is far below the rounding of a logit."""
+    free = lf.fold(freeze_all(lf.load(gpt2_folder, dtype=torch.float32)))
+    with torch.no_grad():
+        free.blocks[0].attn.W_O[0] *= 1e-9
+    assert lf.direct_effects(free, tokens).nmae < 1e-5
 
 
 def test_packed_text_may_have_empty_documents(folded):

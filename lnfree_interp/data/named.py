@@ -113,7 +113,13 @@ def evaluation_text(
         return tokens
     if blocks > len(tokens):
         raise DataError(f"{source} has {len(tokens)} blocks of {block} tokens, not {blocks}")
-    return tokens[:: len(tokens) // blocks][:blocks]
+    return spread(tokens, blocks)
+
+
+def spread(tokens: Int[Tensor, "blocks block"], n: int) -> Int[Tensor, "n block"]:
+    """So many blocks, at even distances from the first; all where there are not more."""
+    n = min(n, len(tokens))
+    return tokens[torch.arange(n) * len(tokens) // n]
 
 
 def _first(

@@ -1,24 +1,27 @@
 """Is direct logit attribution what it claims to be? Attribution against measured direct effects.
 
 The direct effect of a head is measured by taking its output out of the final residual stream and
-running the rest of the model (final norm and unembedding) again. On an LN-free model the two are
-equal; with a live norm, taking a part away changes the scale of all others.
+running the rest of the model (final norm and unembedding) again, in float64: it is a difference of
+two logits, and a weak head's would drown in their rounding. On an LN-free model the two are equal;
+with a live norm, taking a part away changes the scale of all others.
 
 Protocol of 2507.02559, section on direct logit attribution, with one difference: the target is the
 true next token at every position; the published code took the logit of the current token.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.contributions import Component, Level, find_components
-from lnfree_interp.analysis.logit_reading import target_logits
 from lnfree_interp.analysis.logits import attribute_next_tokens
 from lnfree_interp.analysis.parts import expand
 from lnfree_interp.analysis.questions import read_blocks, split
@@ -124,8 +127,8 @@ def direct_effect_additivity(
         attributed = attribute_next_tokens(model, chunk, by=by, frozen_scale=True)
         rows = find_components([*groups[0], *groups[1]], attributed.components)
         claimed = attributed.values[rows].sum(0)
-        effects = _group_effects(model, chunk, by, groups, attributed.total)
-        a, b, ab = effects.double()
+        effects = _group_effects(model, chunk, by, groups)
+        a, b, ab = effects
         sizes = (a, b, ab, a + b - ab, claimed.double() - ab)
         sums += torch.stack([x.abs().sum().cpu() for x in sizes])
         count += ab.numel()
@@ -144,17 +147,36 @@ def _group_effects(
     tokens: Int[Tensor, "batch pos"],
     by: Level,
     groups: Sequence[Sequence[str]],
-    total: Float[Tensor, "batch target"],
 ) -> Float[Tensor, "which batch target"]:
     """What the logit loses without the first group, the second, and both."""
     place = Place.last(model)
     names = {*write_names(model, by, place), place.hook}
     _, cache = run_and_keep(model, tokens, names, model.cfg.n_layers)
-    stream, targets = cache[place.hook][:, :-1], tokens[:, 1:]
+    stream, logits = cache[place.hook][:, :-1].double(), _target_logits(model, tokens[:, 1:])
     parts = list(writes(model, cache, by, place, slice(0, -1)))
-    gone = [expand(parts, group)[0].sum(0) for group in groups]
-    removed = (*gone, gone[0] + gone[1])
-    return torch.stack([total - target_logits(model, stream - x, targets)[0] for x in removed])
+    gone = [expand(parts, group)[0].double().sum(0) for group in groups]
+    removed, before = (*gone, gone[0] + gone[1]), logits(stream)
+    return torch.stack([before - logits(stream - x) for x in removed])
+
+
+def _target_logits(
+    model: HookedTransformer, targets: Int[Tensor, "batch target"]
+) -> Callable[[Float[Tensor, "batch target d_model"]], Float[Tensor, "batch target"]]:
+    """What the model's final norm and unembedding make of a stream, for one token per position."""
+    norm: Any = None
+    if model.cfg.normalization_type is not None:
+        norm = copy.deepcopy(model.ln_final).double()
+        if hasattr(norm, "cfg"):  # TransformerLens' own cast their output to its dtype
+            norm.cfg = replace(norm.cfg, dtype=torch.float64)
+        norm.dtype = torch.float64
+    W, b, cap = model.W_U.T[targets], model.b_U[targets], model.cfg.output_logits_soft_cap
+    W, b = W.double(), b.double()
+
+    def logits(stream: Tensor) -> Tensor:
+        found = torch.linalg.vecdot(stream if norm is None else norm(stream), W) + b
+        return cap * torch.tanh(found / cap) if cap > 0 else found
+
+    return logits
 
 
 def _names(group: str | Component | Sequence[str | Component]) -> list[str]:
@@ -164,7 +186,10 @@ def _names(group: str | Component | Sequence[str | Component]) -> list[str]:
 
 @torch.no_grad()
 def direct_effects(
-    model: HookedTransformer, tokens: Int[Tensor, "blocks pos"], batch: int = 4
+    model: HookedTransformer,
+    tokens: Int[Tensor, "blocks pos"],
+    batch: int = 4,
+    progress: bool = False,
 ) -> DirectEffects:
     """Attribution and measured direct effect of every head on the true next token.
 
@@ -173,18 +198,21 @@ def direct_effects(
             direct logit attribution always does there.
         tokens: [blocks, pos]. Every position with a next token counts.
         batch: Blocks per forward pass.
+        progress: Whether to show a progress bar.
 
     Raises:
         DataError, UnsupportedModelError: as `attribute_next_tokens`.
     """
     tokens = read_blocks(model, tokens)
-    chunks = [_of_batch(model, chunk) for chunk in split(tokens, batch)]
+    layers = len(split(tokens, batch)) * model.cfg.n_layers
+    with tqdm(total=layers, desc="direct effects", unit="layer", disable=not progress) as bar:
+        chunks = [_of_batch(model, chunk, bar) for chunk in split(tokens, batch)]
     attribution, measured = (torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True))
     return DirectEffects(attribution, measured)
 
 
 def _of_batch(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"]
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], bar: tqdm
 ) -> tuple[Float[Tensor, "layer head target"], Float[Tensor, "layer head target"]]:
     attribution = attribute_next_tokens(model, tokens, by="head", frozen_scale=True)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
@@ -193,13 +221,13 @@ def _of_batch(
     resid_name = f"blocks.{n_layers - 1}.hook_resid_post"
     wanted = {resid_name, *(f"blocks.{layer}.attn.hook_z" for layer in range(n_layers))}
     _, cache = run_and_keep(model, tokens, wanted, n_layers)
-    resid, targets = cache[resid_name][:, :-1], tokens[:, 1:]
-    with_all = target_logits(model, resid, targets)[0]
+    resid, logits = cache[resid_name][:, :-1].double(), _target_logits(model, tokens[:, 1:])
+    before = logits(resid)
     measured = torch.empty_like(heads)
     for layer, block in enumerate(model.blocks):
-        z = cache[f"blocks.{layer}.attn.hook_z"][:, :-1]
+        z, W_O = cache[f"blocks.{layer}.attn.hook_z"][:, :-1].double(), block.attn.W_O.double()
         for head in range(n_heads):
-            output = z[:, :, head] @ block.attn.W_O[head]
-            without = target_logits(model, resid - output, targets)[0]
-            measured[layer, head] = (with_all - without).flatten()
+            without = logits(resid - z[:, :, head] @ W_O[head])
+            measured[layer, head] = (before - without).flatten()
+        bar.update()
     return heads.cpu(), measured.cpu()

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.evaluation.confidence_neurons import (
     NeuronAblation,
@@ -29,8 +30,13 @@ from lnfree_interp.evaluation.summaries import (
     residual_norms,
     sinks,
 )
-from lnfree_interp.evaluation.tasks import BOS_POLICY, require_tasks, run_tasks
-from lnfree_interp.evaluation.text_pass import Precision, fitting_batch, measure_text
+from lnfree_interp.evaluation.tasks import bos_policy, open_tasks, run_tasks
+from lnfree_interp.evaluation.text_pass import (
+    Precision,
+    fitting_batch,
+    measure_text,
+    read_for_all,
+)
 from lnfree_interp.tables import Table
 
 SAMPLE = 16
@@ -61,6 +67,7 @@ class Evaluation:
         threshold: In nats, for the share of tokens that got worse by more.
         text: What it was, in words.
         tokens: How many were predicted.
+        bos_policy: Of the tasks, in words; None without tasks.
     """
 
     models: Mapping[str, ModelEvaluation]
@@ -68,6 +75,7 @@ class Evaluation:
     threshold: float
     text: str
     tokens: int
+    bos_policy: str | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """One row per figure, one column per model; figures that were not asked for are left out.
@@ -103,7 +111,7 @@ class Evaluation:
         figures: dict[str, float | None] = {
             "cross-entropy, mean": loss.mean,
             "median": loss.median,
-            "mean without the extreme 1 %": loss.trimmed_mean,
+            "mean without 1 % at either end": loss.trimmed_mean,
             "99.9th percentile": loss.p99_9,
             "largest": loss.maximum,
             "tokens without a finite loss": loss.share_not_finite if not_finite else None,
@@ -140,7 +148,7 @@ class Evaluation:
             "tokens": self.tokens,
             "original": self.original,
             "threshold_nats": self.threshold,
-            "bos_policy_of_tasks": BOS_POLICY,
+            "bos_policy_of_tasks": self.bos_policy,
             "models": {},
         }
         for name, model in self.models.items():
@@ -244,62 +252,69 @@ def evaluate(
     """
     if isinstance(models, HookedTransformer):
         models = {"model": models}
+    tokens = read_for_all(models, tokens, original, precision)
+    if min(neurons, pairs) < 0 or not threshold >= 0:
+        raise DataError("neurons, pairs and the threshold in nats cannot be negative")
+    sample = spread(tokens, SAMPLE)
+    # Whatever can be refused is, before the long part.
+    chosen = {name: _chosen(model, neurons) for name, model in models.items()}
+    if original is not None:
+        theirs = models[original]
+        same = [name for name, model in models.items() if _width(model) == _width(theirs)]
+        chosen |= dict.fromkeys(same, chosen[original])
+    corrupted = _corrupted(sample, pairs, seed)
     if tasks:
-        require_tasks(tasks, include)
-    if neurons:  # before the long part
-        for model in models.values():
-            if not model.cfg.attn_only and neurons > model.blocks[-1].mlp.W_out.shape[0]:
-                raise DataError(
-                    f"the last MLP has {model.blocks[-1].mlp.W_out.shape[0]} neurons, not {neurons}"
-                )
+        open_tasks(tasks, include, limit)
+    scores = {
+        name: run_tasks(model, tasks, include=include, limit=limit) if tasks else {}
+        for name, model in models.items()
+    }
     measured = measure_text(
         models, tokens, original, batch=batch, precision=precision, progress=progress
     )
-    sample = tokens[:: max(1, len(tokens) // SAMPLE)][:SAMPLE]
-    found, chosen, width = {}, None, None
-    if neurons and original is not None and not models[original].cfg.attn_only:
-        chosen, width = find_confidence_neurons(models[original], neurons), _width(models[original])
+    found = {}
     for name, model in models.items():
         inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
-        measures = measured[name]
+        measures, picked = measured[name], chosen[name]
         found[name] = ModelEvaluation(
             CrossEntropy(measures.loss),
             distribution(measures),
             residual_norms(measures),
             sinks(measures),
-            _effects(model, sample, inner) if effects else None,
-            _neurons(model, sample, chosen if _width(model) == width else None, neurons, inner),
-            _patching(model, sample, pairs, seed),
-            run_tasks(model, tasks, include=include, limit=limit) if tasks else {},
+            _effects(model, sample, inner, progress) if effects else None,
+            None if picked is None else ablate_neurons(model, sample, picked, inner),
+            None if corrupted is None else patch_residual(model, *corrupted, progress=progress),
+            scores[name],
         )
-    return Evaluation(found, original, threshold, text, tokens[:, 1:].numel())
+    policy = bos_policy(next(iter(models.values()))) if tasks else None
+    return Evaluation(found, original, threshold, text, tokens[:, 1:].numel(), policy)
 
 
 def _width(model: HookedTransformer) -> tuple[int, int | None]:
     return model.cfg.n_layers, model.cfg.d_mlp
 
 
-def _effects(model: HookedTransformer, sample: Tensor, batch: int) -> DirectEffects | None:
+def _effects(
+    model: HookedTransformer, sample: Tensor, batch: int, progress: bool
+) -> DirectEffects | None:
     try:
-        return direct_effects(model, sample, batch)
+        return direct_effects(model, sample, batch, progress)
     except UnsupportedModelError:  # its stream cannot be taken apart: no such figure
         return None
 
 
-def _neurons(
-    model: HookedTransformer, sample: Tensor, chosen: list[int] | None, n: int, batch: int
-) -> NeuronAblation | None:
-    if n < 1 or model.cfg.attn_only:
+def _chosen(model: HookedTransformer, n: int) -> list[int] | None:
+    """The model's own confidence neurons."""
+    if n == 0 or model.cfg.attn_only:
         return None
     try:
-        chosen = find_confidence_neurons(model, n) if chosen is None else chosen
-        return ablate_neurons(model, sample, chosen, batch)
+        return find_confidence_neurons(model, n)
     except UnsupportedModelError:
         return None
 
 
-def _patching(model: HookedTransformer, sample: Tensor, n: int, seed: int) -> Patching | None:
+def _corrupted(sample: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
     length = min(32, sample.shape[1] - 1)
-    if n < 1 or length < 2:
+    if n == 0 or length < 2 or len(sample.unique()) == 1:
         return None
-    return patch_residual(model, *corrupted_pairs(sample, n, length, seed))
+    return corrupted_pairs(sample, n, length, seed)

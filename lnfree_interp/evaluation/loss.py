@@ -29,6 +29,10 @@ class CrossEntropy:
     per_token: Float[Tensor, "block target"]
     """Targets are the positions from 1 to the last."""
 
+    def __post_init__(self) -> None:
+        if self.per_token.numel() == 0:
+            raise DataError("no token was predicted")
+
     @property
     def mean(self) -> float:
         """Over all tokens."""
@@ -57,8 +61,7 @@ class CrossEntropy:
     @cached_property
     def trimmed_mean(self) -> float:
         """Without the best and the worst hundredth of the tokens."""
-        losses = np.sort(self.per_token.numpy(), axis=None)
-        cut = int(TRIMMED * losses.size)
+        losses, cut = self._sorted, int(TRIMMED * self._sorted.size)
         return losses[cut : losses.size - cut].mean().item()
 
     @property
@@ -90,8 +93,14 @@ class CrossEntropy:
     @cached_property
     def _quantiles(self) -> tuple[float, float, float]:
         # NumPy's, because torch.quantile refuses more than 16 million values.
-        found = np.quantile(self.per_token.numpy(), [0.5, 0.99, 0.999]).tolist()
+        between = "linear" if np.isfinite(self._sorted[-1]) else "higher"  # inf - inf is nan
+        found = np.quantile(self._sorted, [0.5, 0.99, 0.999], method=between).tolist()
         return found[0], found[1], found[2]
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        """What is no number counts as worst."""
+        return np.sort(np.nan_to_num(self.per_token.numpy(), nan=np.inf, posinf=np.inf), axis=None)
 
     def __repr__(self) -> str:
         return (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
@@ -68,6 +69,8 @@ def corrupted_pairs(
             f"{n} prompts of {length} tokens and a next one do not fit into blocks of "
             f"{list(tokens.shape)}"
         )
+    if len(tokens.unique()) == 1:
+        raise DataError("the text has one token only: there is nothing to replace it with")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int) -> int:
@@ -85,8 +88,6 @@ def corrupted_pairs(
             clean.append(prompt)
             corrupted.append(changed)
             targets.append(row[start + length])
-        elif len(tokens.unique()) == 1:
-            raise DataError("the text has one token only: there is nothing to replace it with")
     return torch.stack(clean), torch.stack(corrupted), torch.stack(targets)
 
 
@@ -96,6 +97,7 @@ def patch_residual(
     corrupted: Int[Tensor, "prompt pos"],
     targets: Int[Tensor, " prompt"],
     foils: Int[Tensor, " prompt"] | None = None,
+    progress: bool = False,
 ) -> Patching:
     """Patch `resid_pre` at every layer and position, in truth and by its gradient.
 
@@ -105,6 +107,7 @@ def patch_residual(
         corrupted: [prompt, pos], such as those of `corrupted_pairs`.
         targets: The token after each prompt whose logit counts.
         foils: Subtract these tokens' logits.
+        progress: Whether to show a progress bar.
 
     Raises:
         DataError: if shapes differ or the model cannot read the tokens.
@@ -130,7 +133,8 @@ def patch_residual(
     measured = torch.empty(n_layers, n_pos, len(clean), dtype=total.dtype)
     estimated = torch.empty_like(measured)
     base = metric(corrupted_logits)
-    for layer, hook in enumerate(hooks):
+    bar = tqdm(hooks, desc="activation patching", unit="layer", disable=not progress)
+    for layer, hook in enumerate(bar):
         moved = there[hook] - here[hook]
         estimated[layer] = torch.linalg.vecdot(gradients[hook], moved).T.cpu()
         for pos in range(n_pos):

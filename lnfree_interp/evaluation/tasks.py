@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
+from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.running import run
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 _MISSING = "tasks need the lm-evaluation-harness: pip install 'lnfree_interp[tasks]'"
-BOS_POLICY = "no beginning-of-sequence token, except before an empty context"
-"""What the scores assume, as the harness does for GPT-2."""
 
 
 class _Causal(nn.Module):
@@ -55,16 +55,6 @@ class _Causal(nn.Module):
         logits: Float[Tensor, "batch pos d_vocab"] = run(self.hooked, input_ids)
         return SimpleNamespace(logits=logits)
 
-    def generate(self, *arguments: Any, **settings: Any) -> Tensor:
-        """Not here.
-
-        Raises:
-            UnsupportedModelError: always.
-        """
-        raise UnsupportedModelError(
-            "this task generates text: export the model and run the harness on the folder"
-        )
-
 
 def as_harness_model(
     model: HookedTransformer,
@@ -75,8 +65,9 @@ def as_harness_model(
 
     Args:
         model: Any.
-        tokenizer: Default: the model's. No beginning-of-sequence token is added by either: the one
-            that TransformerLens rebuilds would add it to every request and shift the scores.
+        tokenizer: Default: the model's, as it was before TransformerLens rebuilt it, which would
+            add a beginning-of-sequence token to every request and shift the scores; for a model
+            that `load` did not make none is added. See `bos_policy`.
         batch: Requests per forward pass.
 
     Raises:
@@ -87,29 +78,45 @@ def as_harness_model(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UnsupportedModelError(_MISSING) from error
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    if tokenizer is None:
+    if tokenizer is None and model.tokenizer is None:
         raise DataError("a task is text, and the model has no tokenizer")
+    if tokenizer is None:
+        tokenizer = original_tokenizer(model.tokenizer)
+        adds_bos = False if tokenizer is model.tokenizer else None  # None: as the tokenizer does
+    else:
+        adds_bos = None
     wrapper: Any = HFLM  # its signature is hidden from type checkers
     return wrapper(
         pretrained=_Causal(model),
         tokenizer=tokenizer,
         backend="causal",
-        add_bos_token=False,
+        add_bos_token=adds_bos,
         max_length=model.cfg.n_ctx,
         batch_size=batch,
     )
 
 
-def require_tasks(
-    tasks: str | Sequence[str], include: Path | None = None
+def bos_policy(model: HookedTransformer) -> str:
+    """Which requests of a task begin with a beginning-of-sequence token, in words."""
+    adapter = as_harness_model(model)
+    if adapter.tok_encode("a") == adapter.tok_encode("a", add_special_tokens=False):
+        return "no beginning-of-sequence token, except before an empty context"
+    return "a beginning-of-sequence token before every request, as the tokenizer adds it"
+
+
+def open_tasks(
+    tasks: str | Sequence[str], include: Path | None = None, limit: int | None = None
 ) -> tuple[list[str], "TaskManager"]:
-    """Refuse, before the work, tasks that cannot be run.
+    """Open tasks and their data; refuse, before the work, what cannot be run.
 
     Raises:
-        UnsupportedModelError: if the harness is not installed.
-        DataError: if it knows no such task.
+        UnsupportedModelError: if the harness is not installed, or a task generates text.
+        DataError: if there is no such task, or its data cannot be had.
     """
+    if include is not None and not Path(include).is_dir():
+        raise DataError(f"{include} is no folder with task files")
+    if limit is not None and limit < 1:
+        raise DataError(f"{limit} examples are no task")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -117,7 +124,16 @@ def require_tasks(
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise DataError(f"the harness knows no task {unknown[0]!r}; its files: include={include}")
+        own = "" if include is None else f", and neither do the files in {include}"
+        raise DataError(f"the harness knows no task {unknown[0]!r}{own}")
+    try:
+        found = manager.load(names)["tasks"]
+    except Exception as error:  # whatever a task's own code and the hub raise
+        raise DataError(f"{', '.join(names)} cannot be opened: {first_line(error)}") from error
+    if texts := [name for name, task in found.items() if task.OUTPUT_TYPE == "generate_until"]:
+        raise UnsupportedModelError(
+            f"{texts[0]} generates text: export the model and run the harness on the folder"
+        )
     return names, manager
 
 
@@ -136,7 +152,7 @@ def run_tasks(
         model: Any.
         tasks: Names that the harness knows, or those of its files in `include`.
         include: A folder with task files of one's own, for instance on local data.
-        limit: Only so many examples of each task.
+        limit: Only the first so many examples of each task.
         batch: Requests per forward pass.
         tokenizer: As for `as_harness_model`.
 
@@ -144,7 +160,7 @@ def run_tasks(
         UnsupportedModelError: if the harness is not installed, or a task generates text.
         DataError: if there is no such task, or its data cannot be had.
     """
-    names, manager = require_tasks(tasks, include)
+    names, manager = open_tasks(tasks, include, limit)
     adapter = as_harness_model(model, tokenizer, batch)
     from lm_eval.evaluator import simple_evaluate
 
@@ -154,8 +170,8 @@ def run_tasks(
             model=adapter, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0,
             log_samples=False,
         )  # fmt: skip
-    except (OSError, ConnectionError) as error:
-        raise DataError(f"the data of {', '.join(names)} cannot be had: {error}") from error
+    except Exception as error:  # of a task's own code and templates
+        raise DataError(f"{', '.join(names)} cannot be run: {first_line(error)}") from error
     assert found is not None
     return {
         task: {

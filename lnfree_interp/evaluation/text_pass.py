@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -78,15 +78,7 @@ def measure_text(
     Raises:
         DataError: if a model cannot read the tokens, or vocabularies differ.
     """
-    if not models:
-        raise DataError("there is no model to evaluate")
-    if original is not None and original not in models:
-        raise DataError(f"no model is called {original!r}: there are {', '.join(models)}")
-    sizes = {model.cfg.d_vocab_out for model in models.values()}
-    if original is not None and len(sizes) > 1:
-        raise DataError(f"models with vocabularies of {sorted(sizes)} tokens cannot be compared")
-    for model in models.values():
-        read_blocks(model, tokens, packed=True)
+    tokens = read_for_all(models, tokens, original, precision)
     order = ([original] if original else []) + [name for name in models if name != original]
     if batch is None:
         batch = min(fitting_batch(model, tokens.shape[1]) for model in models.values())
@@ -102,6 +94,31 @@ def measure_text(
                 parts[name][-1] |= found
             bar.update(len(chunk))
     return {name: _joined(found) for name, found in parts.items()}
+
+
+def read_for_all(
+    models: Mapping[str, HookedTransformer],
+    tokens: Int[Tensor, "blocks pos"],
+    original: str | None,
+    precision: Precision,
+) -> Int[Tensor, "blocks pos"]:
+    """The tokens as ids, on the CPU, when every model can read them.
+
+    Raises:
+        DataError: as `measure_text`.
+    """
+    if not isinstance(models, Mapping) or not models:
+        raise DataError("models are given by name: {'gpt2': model, ...}")
+    if precision not in get_args(Precision):
+        raise DataError(f"precision is {' or '.join(get_args(Precision))}, not {precision!r}")
+    if original is not None and original not in models:
+        raise DataError(f"no model is called {original!r}: there are {', '.join(models)}")
+    sizes = {model.cfg.d_vocab_out for model in models.values()}
+    if original is not None and len(sizes) > 1:
+        raise DataError(f"models with vocabularies of {sorted(sizes)} tokens cannot be compared")
+    for model in models.values():
+        tokens = read_blocks(model, tokens, packed=True).cpu()
+    return tokens
 
 
 def fitting_batch(model: HookedTransformer, pos: int) -> int:
