@@ -10,7 +10,8 @@ class LnfreeError(Exception):
 
 
 class DataError(LnfreeError):
-    """Text that cannot be read or packed."""
+    """Input that cannot be used: text that cannot be read or packed, prompts and answers that the
+    model cannot read, labels that name no component, figures of what is not there."""
 
 
 class CheckpointError(LnfreeError):

@@ -21,8 +21,10 @@ class AffineMap:
     """A logit as sum over tokens of J_t (embedding + position), plus biases.
 
     Attributes:
-        jacobian: [pos, d_model], J_t: what the logit reads from the stream before block 0.
-        contributions: `embed@t` and `pos_embed@t` for every token, then biases layer by layer.
+        jacobian: [pos, d_model], J_t: what the logit reads from the stream before block 0, in
+            logits per unit of the stream.
+        contributions: `embed@t` and `pos_embed@t` for every token, then biases layer by layer, in
+            logits.
     """
 
     jacobian: Float[Tensor, "pos d_model"]
@@ -30,7 +32,7 @@ class AffineMap:
 
     @property
     def by_token(self) -> Float[Tensor, " pos"]:
-        """What each token adds, its position included, in logits."""
+        """[pos], what each token adds, its position included, in logits."""
         found = [self.contributions.of_kind(kind) for kind in ("embed", "pos_embed")]
         return torch.stack([values for values in found if len(values)]).sum(0)
 
@@ -46,6 +48,9 @@ class AffineMap:
 
     def verify(self, tolerance: float | None = None) -> "AffineMap":
         """Return self if tokens and biases add up to the logit.
+
+        Args:
+            tolerance: As in `Contributions.verify`.
 
         Raises:
             InexactError: if they do not.
@@ -85,9 +90,25 @@ def affine_map(
         frozen_scale: Hold live norms' scales too; `contributions.gap` measures what that misses,
             by taking out the tokens that claim most, patterns and gates still held.
 
+    Returns:
+        What each token adds, [pos], and biases, in logits; with the Jacobian, [pos, d_model].
+
     Raises:
-        InexactError: if a norm is live and `frozen_scale` is False.
-        DataError, UnsupportedModelError: as `attribute_logits`.
+        InexactError: if a norm is live or the logits are capped, and `frozen_scale` is False.
+        DataError: as `attribute_logits`, and for more than one prompt or answer.
+        UnsupportedModelError: as `attribute_logits`.
+
+    Source:
+        Ours: with patterns given the logit is a sum over tokens in an attention-only model (Elhage
+        et al. 2021, https://transformer-circuits.pub/2021/framework); each neuron's secant
+        post / pre carries that through MLPs.
+
+    Examples:
+        >>> tokens_add = lf.affine_map(free, "for i in", " range").verify()
+        >>> tokens_add.by_token.shape, tokens_add.jacobian.shape
+        (torch.Size([4]), torch.Size([4, 192]))
+        >>> tokens_add.contributions.labels[-4:]
+        ['3_b_O', '3_b_in', '3_b_out', 'b_U']
     """
     nonlinear = held(model, frozen_scale)
     reading = read_logit(model, prompt, answer, against, prepend_bos)

@@ -62,24 +62,44 @@ def attribute_scores(
 ) -> ScoreAttribution:
     """One head's attention scores from one query, by pairs of what query and key are made of.
 
+    The head's biases are components too, `b_Q` and `b_K`, and its norm's, `2_ln1.b`, where it has
+    one. The scores are those before the softmax, divided by the head's scale.
+
     Args:
         model: LN-free, folded or with frozen norm sites.
         prompt: One prompt.
         layer: Of the head.
         head: Its index.
-        query: Position.
-        keys: Positions, or one. Default: all that the query sees.
+        query: Position of the token that looks.
+        keys: Positions that it looks at, or one. Default: all that the query sees.
         by: As in `attribute_logits`.
         prepend_bos: As in `attribute_logits`.
         frozen_scale: Hold live norms' scales and a soft cap's slope; `.gap` measures what that
             misses.
 
+    Returns:
+        Values [query_component, key_component, key], in units of the score.
+
     Raises:
         InexactError: if a norm that the head reads through is live, or scores are capped, and
             `frozen_scale` is False.
-        DataError: for a head or position that does not exist, or a result of more than a gigabyte.
-        UnsupportedModelError: for a model whose stream has other parts, or with live norms on
-            queries and keys.
+        DataError: for a head, level or position that does not exist, a key that the query does not
+            see, more than one prompt, or a result of more than 2**28 values.
+        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
+            and keys.
+
+    Source:
+        The QK circuit, with the stream on both of its sides taken apart: Elhage et al. 2021,
+        https://transformer-circuits.pub/2021/framework. The log-odds between two keys are ours:
+        they are additive where the softmax is not.
+
+    Examples:
+        >>> scores = lf.attribute_scores(free, "for i in", layer=2, head=5).verify()
+        >>> scores.values.shape
+        torch.Size([19, 19, 4])
+        >>> scores.by_key().values.shape
+        torch.Size([19, 4])
+        >>> _ = scores.log_odds(key=1, other=0).verify()
     """
     require_head(model, layer, head)
     tokens = read_one_prompt(model, prompt, prepend_bos)

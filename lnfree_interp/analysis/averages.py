@@ -28,11 +28,14 @@ class MeanContributions:
 
     Attributes:
         mean: [component], mean contribution to the logit of the true next token, in logits.
-        mean_abs: [component], mean absolute contribution.
-        std: [component], standard deviation over tokens.
+        mean_abs: [component], mean absolute contribution, in logits.
+        std: [component], standard deviation over tokens, in logits.
+        components: What each row is.
         total: Mean logit of the true next token.
-        count: Tokens.
+        count: Tokens that were predicted, rows x (pos - 1).
+        level: How finely the model was taken apart.
         error: The largest error of any batch.
+        frozen_scale: As in `Contributions`.
     """
 
     mean: Float[Tensor, " component"]
@@ -57,6 +60,9 @@ class MeanContributions:
     def verify(self, tolerance: float | None = None) -> "MeanContributions":
         """Return self if the means add up to the mean logit; each batch has been verified too.
 
+        Args:
+            tolerance: As in `Contributions.verify`.
+
         Raises:
             InexactError: if they do not.
         """
@@ -72,7 +78,11 @@ class MeanContributions:
         return self.as_contributions()[component].item()
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The k components of largest mean: `component`, `value`, `mean_abs`, `std`."""
+        """The k components of largest absolute mean: `component`, `value`, `mean_abs`, `std`.
+
+        Raises:
+            DataError: if k is less than one.
+        """
         found = self.as_contributions().top(k)
         rows = find_components(found["component"].tolist(), self.components)
         return found.assign(mean_abs=self.mean_abs[rows].tolist(), std=self.std[rows].tolist())
@@ -96,18 +106,35 @@ def mean_next_token_attribution(
 ) -> MeanContributions:
     """Attribution of the true next token over as much text as there is, in the memory of a batch.
 
+    Every batch is verified on its way; sums are kept in float64.
+
     Args:
         model: As for `attribute_logits`.
-        blocks: Token ids; or batches of them, from anywhere.
+        blocks: Token ids [blocks, pos]; or batches of them, from anywhere.
         by: As for `attribute_logits`; not `"source"`, whose parts differ from prompt to prompt.
         biases: As for `attribute_logits`.
         frozen_scale: As for `attribute_logits`.
-        batch: Rows at once.
+        batch: Rows at once, where `blocks` is one tensor.
         progress: Whether to show a progress bar.
+
+    Returns:
+        Mean, mean absolute value and standard deviation over tokens, each [component], in logits.
 
     Raises:
         InexactError: as `attribute_logits`, and if the parts of a batch do not add up.
-        DataError: as `attribute_next_tokens`.
+        DataError: as `attribute_next_tokens`; for `by="source"`, an empty batch or no text.
+        UnsupportedModelError: as `attribute_logits`.
+
+    Source:
+        Ours: `attribute_next_tokens`, averaged, so that it runs over more text than fits into
+        memory.
+
+    Examples:
+        >>> mean = lf.mean_next_token_attribution(free, tokens, by="block").verify()
+        >>> mean.count, mean.mean.shape
+        (252, torch.Size([11]))
+        >>> list(mean.top(3).columns)
+        ['component', 'value', 'mean_abs', 'std']
     """
     if by == "source":
         raise DataError("the mean over positions of a source token says nothing: choose by='head'")

@@ -26,7 +26,8 @@ class Certificate:
         """Return self if the identity holds.
 
         Args:
-            tolerance: Largest relative error allowed. Default: by dtype.
+            tolerance: Largest relative error allowed. Default: what rounding in the error's dtype
+                explains, 1e-5 in float32 and 1e-10 in float64.
 
         Raises:
             InexactError: if it does not.
@@ -41,7 +42,24 @@ class Certificate:
 
 
 def certificate_table(certificates: Iterable[Certificate]) -> pd.DataFrame:
-    """One row per certificate: identity, absolute and relative error, dtype, tolerance, verdict."""
+    """Several certificates as a table, to report next to the results that they belong to.
+
+    Args:
+        certificates: The `certificate` of each result.
+
+    Returns:
+        One row per certificate with the columns `identity`, `absolute` (in the unit of what was
+        compared), `relative`, `dtype`, `tolerance` (relative) and `holds`.
+
+    Source:
+        Ours: every decomposition states the identity behind it and by how much it is missed.
+
+    Examples:
+        >>> dla = lf.attribute_logits(free, "for i in", " range")
+        >>> lens = lf.logit_lens(free, tokens)
+        >>> lf.certificate_table([dla.certificate, lens.certificate])["holds"].tolist()
+        [True, True]
+    """
     return pd.DataFrame(
         [
             {

@@ -41,10 +41,20 @@ Level = Literal["layer", "block", "head", "source", "neuron"]
 
 @dataclass(frozen=True)
 class Component:
-    """One part of the residual stream, or of the path from it to the logits."""
+    """One part of the residual stream, or of the path from it to the logits.
+
+    Examples:
+        >>> head = lf.Component.parse("L2H5")
+        >>> head.kind, head.layer, head.index
+        ('head', 2, 5)
+        >>> lf.Component("mlp_out", 2).label
+        '2_mlp_out'
+    """
 
     kind: ComponentKind
+    """What it is: an embedding, a head, a neuron, a whole sublayer or layer, or a bias by name."""
     layer: int | None = None
+    """Block that it belongs to; None for what is in no block, and for `b_Q` and `b_K`."""
     index: int | None = None
     """Head or neuron."""
     pos: int | None = None
@@ -136,7 +146,8 @@ class Contributions:
     """Parts, their labels, and the whole that they must add up to.
 
     Attributes:
-        values: [component, *batch], in logits, or in the unit of what was taken apart.
+        values: [component, *batch], in logits, or in the unit of what was taken apart. `*batch` is
+            what the function that made it says under Returns.
         components: What each row of `values` is.
         total: [*batch], the whole as the model itself computed it, independently of the parts.
         level: How finely the model was taken apart.
@@ -209,7 +220,7 @@ class Contributions:
         return iter(zip(self.components, self.values, strict=True))
 
     def __getitem__(self, component: str | Component) -> Float[Tensor, "*batch"]:
-        """The values of one component, by label.
+        """[*batch], the values of one component, by label.
 
         Raises:
             DataError: if there is none; it names the nearest. Rows by number are in `values`.
@@ -222,8 +233,11 @@ class Contributions:
         """The result for one prompt of a batch, without the batch dimension; of several answers
         to one prompt, for one answer.
 
+        Args:
+            prompt: Its index, from the end if negative.
+
         Raises:
-            DataError: if there is no such prompt.
+            DataError: if there is no such prompt, or no batch.
         """
         if self.values.ndim == 1:
             raise DataError("this is one prompt's result already")
@@ -254,7 +268,7 @@ class Contributions:
         """The k components of largest absolute value: `component`, `value`.
 
         Raises:
-            DataError: for a batch.
+            DataError: for a batch, or if k is less than one.
         """
         if self.values.ndim != 1:
             raise DataError("the largest of one prompt and answer: take it with select(i)")
@@ -266,7 +280,8 @@ class Contributions:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per component: `component`, `kind`, `layer`, `index`, and a `value` column (or
-        `value_0`, `value_1`, ... for a batch), in logits; `pos` where parts have one."""
+        `value_0`, `value_1`, ... for a batch), in the unit of `values`; `pos` where parts have
+        one."""
         frame = pd.DataFrame(
             {
                 "component": self.labels,

@@ -38,7 +38,7 @@ class CounterfactualPattern:
     """A head's attention pattern without some components of what it reads.
 
     Attributes:
-        pattern: [query, key], without them, in closed form.
+        pattern: [query, key], attention weights without them, in closed form.
         scores: [query, key], the same before the softmax; -inf where a query does not look.
         original: [query, key], the model's own.
         certificate: The closed form against a run of the model in which the components were
@@ -66,6 +66,9 @@ class CounterfactualPattern:
     def verify(self, tolerance: float | None = None) -> "CounterfactualPattern":
         """Return self if the closed form equals the patched run.
 
+        Args:
+            tolerance: As in `Contributions.verify`.
+
         Raises:
             InexactError: if it does not.
         """
@@ -88,6 +91,9 @@ def counterfactual_pattern(
 ) -> CounterfactualPattern:
     """The pattern that a head would have if components were missing from what it reads.
 
+    Only what this head reads changes: the components stay in the stream for all others. A soft cap
+    on scores is applied, not held.
+
     Args:
         model: As in `attribute_scores`.
         prompt: One prompt.
@@ -100,10 +106,27 @@ def counterfactual_pattern(
         frozen_scale: Hold live norms' scales. The certificate then shows by how much the answer
             differs from a run in which the norm sees that something is missing.
 
+    Returns:
+        Patterns with and without the components, each [query, key], in attention weights.
+
     Raises:
         DataError: for a component that does not exist at that level before this layer; the nearest
-            are named.
-        InexactError, UnsupportedModelError: as `attribute_scores`.
+            are named. For a head, level or side that does not exist, no component, a bias that is
+            no part of the stream, or more than one prompt.
+        InexactError: if the norm that queries and keys read through is live and `frozen_scale` is
+            False.
+        UnsupportedModelError: as `attribute_scores`.
+
+    Source:
+        Ours: components are subtracted in the QK circuit (Elhage et al. 2021,
+        https://transformer-circuits.pub/2021/framework), and the softmax is taken again.
+
+    Examples:
+        >>> without = lf.counterfactual_pattern(free, "for i in", 2, 5, without="L0H3").verify()
+        >>> without.pattern.shape
+        torch.Size([4, 4])
+        >>> without.head.label, without.without
+        ('L2H5', ('L0H3',))
     """
     require_head(model, layer, head)
     tokens = read_one_prompt(model, prompt, prepend_bos)

@@ -62,13 +62,13 @@ class FlowGraph:
 
     Attributes:
         nodes: Shown nodes, tokens first, the logit last.
-        edges: All edges between them of at least `smallest` logits.
+        edges: All edges between them of more than `smallest` logits.
         certificate: At every node that is shown, what it reads, computed from the stream, against
             what it passes on, computed from what it writes.
         of: What flows, e.g. `' self' - ' cls'`.
         tokens: The prompt, as strings.
-        total: The logit.
-        frozen_scale: True if live norms were held.
+        total: The logit, or the difference of two.
+        frozen_scale: True if live norms or a soft cap were held.
         gap: Then, what the largest tokens' flows miss; see `affine_map`.
     """
 
@@ -83,6 +83,9 @@ class FlowGraph:
 
     def verify(self, tolerance: float | None = None) -> "FlowGraph":
         """Return self if flow is conserved at every node.
+
+        Args:
+            tolerance: As in `Contributions.verify`.
 
         Raises:
             InexactError: if it is not.
@@ -159,6 +162,9 @@ def flow_graph(
 ) -> FlowGraph:
     """How a logit flows from the tokens through heads and neurons.
 
+    Patterns and gates are held. A node's flow is what it adds to the logit on all ways; biases are
+    not nodes, each node states what it gets from them.
+
     Args:
         model: LN-free.
         prompt: One prompt.
@@ -167,13 +173,29 @@ def flow_graph(
         top_k: Nodes to show, those through which most flows, besides the tokens and the logit.
             None: all, which is for small models and short prompts.
         unit: Whole MLPs as nodes, or neurons.
-        smallest: Leave out edges that carry less, in logits; nodes count them as rest.
+        smallest: Leave out edges that carry no more, in logits; nodes count them as rest.
         prepend_bos: As in `attribute_logits`.
         frozen_scale: Hold live norms' scales; `.gap` measures what that misses.
 
+    Returns:
+        Nodes [node] and edges [edge], each with its flow, in logits.
+
     Raises:
-        InexactError: if a norm is live and `frozen_scale` is False.
-        DataError, UnsupportedModelError: as `attribute_logits`.
+        InexactError: if a norm is live or the logits are capped, and `frozen_scale` is False.
+        DataError: as `attribute_logits`; for more than one prompt or answer, an unknown `unit`, or
+            a negative `top_k` or `smallest`.
+        UnsupportedModelError: as `attribute_logits`.
+
+    Source:
+        Graphs of information flow: arXiv 2403.00824, where an edge is the proximity of a part to
+        the whole. Ours: an edge is an exact share of the logit, and flow is conserved.
+
+    Examples:
+        >>> graph = lf.flow_graph(free, "for i in", " range", top_k=10).verify()
+        >>> len(graph.nodes)
+        19
+        >>> graph.nodes[0].name, graph.nodes[-1].name
+        ('embed@0', 'logit')
     """
     if unit not in get_args(Unit) or smallest < 0 or (top_k is not None and top_k < 0):
         raise DataError(f"unit={unit!r}, top_k={top_k}, smallest={smallest}: see flow_graph's help")

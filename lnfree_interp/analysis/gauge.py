@@ -36,7 +36,8 @@ def random_gauge(
     Args:
         model: LN-free and folded.
         kind: Any invertible matrix, or rotations and reflections only.
-        spread: Largest factor by which a direction is stretched or shrunk.
+        spread: Largest factor by which a direction is stretched or shrunk, if `kind` is
+            `"general"`.
         seed: Of the matrix.
 
     Returns:
@@ -44,8 +45,19 @@ def random_gauge(
 
     Raises:
         UnsupportedModelError: if the model has norms: a mean and a standard deviation are read in
-            one basis only.
+            one basis only. Also if it has hooks, or its stream has other parts.
+        DataError: if `spread` is not between 1 and 1000, or `kind` is neither of the two.
         InexactError: if the logits differ by more than rounding explains.
+
+    Source:
+        Rotations: arXiv 2401.15024. Ours: any invertible matrix, which needs a model without
+        norms.
+
+    Examples:
+        >>> turned = lf.random_gauge(free)
+        >>> turned.W_E.allclose(free.W_E)
+        False
+        >>> _ = lf.compare_logits(turned, free).require("the same logits")
     """
     require_decomposable(model)
     if model.cfg.normalization_type is not None:
@@ -88,7 +100,9 @@ class GaugeReport:
     """Largest change of a number between bases, relative to that number (or, for one that is
     next to nothing, to what rounding of the largest leaves)."""
     bases: int
+    """How many other bases were tried."""
     kind: str
+    """`"general"` or `"orthogonal"`, as in `random_gauge`."""
 
     @property
     def invariant(self) -> bool:
@@ -121,16 +135,28 @@ def gauge_check(
         bases: How many random bases to try.
         kind: As in `random_gauge`; a metric that only `"orthogonal"` ones leave alone is a fact
             about the basis that training happened to find.
-        seed: Of the first.
+        seed: Of the first; the others have the seeds that follow.
+
+    Returns:
+        The largest change of a number over the bases, relative to that number, and whether
+        rounding explains it.
 
     Raises:
-        DataError: if the metric gives no numbers, or another shape from one basis to the next.
-        UnsupportedModelError: as `random_gauge`.
+        DataError: if the metric gives no numbers, nan, or another shape from one basis to the next;
+            if `bases` is less than one.
+        UnsupportedModelError, InexactError: as `random_gauge`.
+
+    Source:
+        Ours: what is a fact about the function is the same in every basis of `random_gauge`.
 
     Examples:
-        >>> def norm(model):  # doctest: +SKIP
-        ...     return model.run_with_cache(tokens)[1]["ln_final.hook_scale"].mean()
-        >>> print(lf.gauge_check(norm, free))  # doctest: +SKIP
+        >>> def norm(model):
+        ...     last = model.run_with_cache(tokens)[1]["blocks.3.hook_resid_post"]
+        ...     return last.norm(dim=-1).mean()
+        >>> print(lf.gauge_check(norm, free, bases=1))
+        DEPENDS on the basis of the residual stream: changed by ...
+        >>> lf.gauge_check(norm, free, bases=1, kind="orthogonal").invariant
+        True
     """
     if bases < 1:
         raise DataError("try at least one basis")

@@ -28,9 +28,10 @@ class Lens:
     """The logit of the true next token, as it builds up.
 
     Attributes:
-        values: [layer + 1, batch, pos - 1]; the first row is before block 0, the last the logit.
-        increments: [layer, batch, pos - 1], what each block added.
-        top: [layer + 1, batch, pos - 1], the token that would be predicted there.
+        values: [layer + 1, batch, pos - 1], in logits; the first row is before block 0, the last
+            the logit.
+        increments: [layer, batch, pos - 1], what each block added, in logits.
+        top: [layer + 1, batch, pos - 1], the id of the token that would be predicted there.
         tokens: The prompts, as strings.
         names: Each token of `top`, as a string.
         certificate: Steps of the lens against direct attribution by layer.
@@ -44,7 +45,7 @@ class Lens:
 
     @property
     def increments(self) -> Float[Tensor, "layer batch target"]:
-        """What each block added, in logits."""
+        """[layer, batch, pos - 1], what each block added, in logits."""
         return self.values.diff(dim=0)
 
     def __repr__(self) -> str:
@@ -53,6 +54,9 @@ class Lens:
 
     def verify(self, tolerance: float | None = None) -> "Lens":
         """Return self if the steps are the blocks' attributions.
+
+        Args:
+            tolerance: As in `Contributions.verify`.
 
         Raises:
             InexactError: if they are not.
@@ -67,16 +71,32 @@ def logit_lens(
 ) -> Lens:
     """The stream at every layer through the final norm and the unembedding.
 
+    Read at the logit of the true next token, at every position but the last.
+
     Args:
         model: LN-free; or any, with `frozen_scale`, for the certificate that fails.
         tokens: [batch, pos].
         frozen_scale: Answer for a live final norm too. Each layer is then divided by its own
             scale, as logit lenses are, and the certificate shows that steps are no attribution.
 
+    Returns:
+        Values [layer + 1, batch, pos - 1], in logits; the first row is before block 0.
+
     Raises:
         InexactError: if the final norm is live or the logits are capped, and `frozen_scale` is
             False.
-        DataError: as `attribute_next_tokens`.
+        DataError, UnsupportedModelError: as `attribute_next_tokens`.
+
+    Source:
+        nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru. Ours: that its
+        steps are attributions, which needs a model without a live final norm.
+
+    Examples:
+        >>> lens = lf.logit_lens(free, tokens).verify()
+        >>> lens.values.shape
+        torch.Size([5, 4, 63])
+        >>> lens.increments.shape
+        torch.Size([4, 4, 63])
     """
     held(model, frozen_scale, ["ln_final"])
     tokens = read_blocks(model, tokens)

@@ -59,17 +59,22 @@ def attribute_logits(
     """What each part of the model adds to the next token's logit, or logit difference.
 
     Args:
-        model: LN-free, folded or with frozen norm sites.
+        model: LN-free, folded or with frozen norm sites; of the norms only the final one matters.
         prompt: One prompt, or several that need not be equally long; or token ids.
         answer: The next token: a string that is one token (mind the leading space) or a token id.
             One for all prompts, one each, or several each; several for one prompt.
         against: Subtract this token's logit. As `answer`.
-        by: `"layer"`, `"block"` (attention and MLP apart), `"head"`, `"source"` (heads by the token
-            that they read) or `"neuron"`; see `writes`.
+        by: How finely. `"layer"`; `"block"`, attention and MLP of each layer; `"head"`, attention
+            by head, its output bias b_O apart; `"source"`, each head by the token that it reads,
+            its value bias b_V apart; `"neuron"`, as head, and MLPs by neuron, their bias b_out
+            apart.
         prepend_bos: Start each prompt with the beginning-of-sequence token; not added to ids.
+            Default: as the model does, `cfg.default_prepend_bos`.
         attention_mask: 0 where a row of token ids is padding, on either side.
-        biases: Each head's value bias as a part of its own.
-        frozen_scale: Answer for a model with a live final norm too, holding its scale.
+        biases: Each head's value bias as a part of its own, by head and by neuron. Without, it is
+            in the head's part.
+        frozen_scale: Answer for a model with a live final norm too, holding its scale, or a soft
+            cap's slope; `.gap` measures what that misses.
 
     Returns:
         Values [component] for one prompt, [component, prompt] for several, with a last dimension
@@ -79,13 +84,21 @@ def attribute_logits(
     Raises:
         InexactError: if the final norm is live or the logits are capped, and `frozen_scale` is
             False.
-        DataError: if a prompt is empty or longer than the context, an answer is not one token, or
-            the numbers of prompts and answers differ.
+        DataError: if a prompt is empty or longer than the context, token ids are padded without a
+            mask, an answer is not one token, or is its own `against`, the numbers of prompts and
+            answers differ, or there is no such level.
         UnsupportedModelError: for a model whose stream has other parts.
 
+    Source:
+        Elhage et al. 2021, https://transformer-circuits.pub/2021/framework; exact on LN-free
+        models: arXiv 2409.13710, arXiv 2507.02559. The gap is ours.
+
     Examples:
-        >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")  # doctest: +SKIP
-        >>> dla.verify()  # doctest: +SKIP
+        >>> dla = lf.attribute_logits(free, "for i in", " range", by="head").verify()
+        >>> dla.values.shape, dla.labels[:3]
+        (torch.Size([35]), ['embed', 'pos_embed', 'L0H0'])
+        >>> lf.attribute_logits(free, ["for i in", "for"], " range", " len").values.shape
+        torch.Size([35, 2])
     """
     prompts = read_prompts(model, prompt, prepend_bos, attention_mask)
     n_prompts = len(prompts.rows)
@@ -140,7 +153,7 @@ def attribute_next_tokens(
 
     Args:
         model: As for `attribute_logits`.
-        tokens: [batch, pos].
+        tokens: Token ids [batch, pos], rows of text without padding.
         by: As for `attribute_logits`.
         biases: As for `attribute_logits`.
         frozen_scale: As for `attribute_logits`.
@@ -151,8 +164,19 @@ def attribute_next_tokens(
 
     Raises:
         InexactError, UnsupportedModelError: as `attribute_logits`.
-        DataError: if the rows have no next token, or the model cannot read them; or if `run` lacks
-            an activation.
+        DataError: if the rows have no next token, or the model cannot read them; if `run` lacks
+            an activation, or is of other tokens; or if there is no such level.
+
+    Source:
+        As `attribute_logits`: Elhage et al. 2021,
+        https://transformer-circuits.pub/2021/framework; arXiv 2409.13710.
+
+    Examples:
+        >>> dla = lf.attribute_next_tokens(free, tokens, by="block").verify()
+        >>> dla.values.shape
+        torch.Size([11, 4, 63])
+        >>> dla["3_mlp_out"].mean(0).shape
+        torch.Size([63])
     """
     tokens = read_blocks(model, tokens)
     return _attribute(

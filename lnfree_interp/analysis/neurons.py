@@ -65,12 +65,14 @@ def attribute_neuron(
 ) -> Contributions:
     """A neuron's input, or its activation, as a sum over what the stream is made of.
 
+    The neuron's bias b_in, and that of its norm, `1_ln2.b`, where it has one, are components too.
+
     Args:
         model: LN-free.
         prompt: One prompt.
         layer: Of the neuron.
         neuron: Its index.
-        pos: Position.
+        pos: Position at which the neuron is read.
         of: `"pre"`: what the activation function gets; minus the bias b_in is its threshold.
             `"post"`: the activation, by the secant post / pre, which splits it completely; in a
             gated MLP what passes the gate, the gate held.
@@ -81,12 +83,22 @@ def attribute_neuron(
             misses, the gate held.
 
     Returns:
-        Values [component].
+        Values [component], in units of the neuron's input or of its activation.
 
     Raises:
-        DataError: if there is no such neuron or position, or more than one prompt.
+        DataError: if there is no such neuron, position, level or `of`, or more than one prompt.
         InexactError: if the norm before the MLP is live and `frozen_scale` is False.
         UnsupportedModelError: for a model whose stream has other parts.
+
+    Source:
+        Neurons as keys that the stream is compared with: arXiv 2012.14913. The sum over the parts
+        of the stream, and the secant, are ours.
+
+    Examples:
+        >>> neuron = lf.attribute_neuron(free, "for i in", layer=1, neuron=7).verify()
+        >>> neuron.values.shape, neuron.labels[-1]
+        (torch.Size([18]), '1_b_in')
+        >>> _ = lf.attribute_neuron(free, "for i in", layer=1, neuron=7, of="post").verify()
     """
     if of not in get_args(Of):
         raise DataError(f"of={of!r} is not one of {', '.join(get_args(Of))}")
@@ -157,11 +169,13 @@ class Flips:
 
     Attributes:
         pre: [neuron], the input of the activation function (of the gate in a gated MLP).
-        slope: [neuron], how fast it changes.
-        distance: [neuron], where it is zero; infinite for a neuron that moves away from zero.
+        slope: [neuron], how fast it changes, per unit of distance.
+        distance: [neuron], where it is zero, in multiples of the direction; infinite for a neuron
+            that moves away from zero.
         certificate: Inputs at the nearest flip, computed by the model, against pre + t slope.
-        affine: For ReLU: the MLP's output half way to the nearest flip against the affine map;
-            None otherwise.
+        affine: For a ReLU MLP without gates: its output half way to the nearest flip against the
+            affine map; None otherwise.
+        layer: Of the MLP.
     """
 
     pre: Float[Tensor, " neuron"]
@@ -188,6 +202,9 @@ class Flips:
 
     def verify(self, tolerance: float | None = None) -> "Flips":
         """Return self if both identities hold.
+
+        Args:
+            tolerance: As in `Contributions.verify`.
 
         Raises:
             InexactError: if one does not.
@@ -217,13 +234,30 @@ def flip_distances(
         layer: Of the MLP.
         along: A direction of the stream, [d_model]; or a component, which is taken away: at
             distance 1 it is gone.
-        pos: Position.
+        pos: Position at which the stream is moved.
         by: Level at which the component is looked up.
         prepend_bos: As in `attribute_logits`.
 
+    Returns:
+        Input, slope and distance of each neuron, [neuron]; distances in multiples of `along`.
+
     Raises:
-        DataError: if there is no such layer, position or component.
+        DataError: if there is no such layer, position, level or component, the direction is not
+            [d_model], or there is more than one prompt.
         InexactError: if the norm before the MLP is live.
+        UnsupportedModelError: for a model whose stream has other parts.
+
+    Source:
+        Ours: without a norm a neuron's input is affine in the stream, so where it is zero is a
+        quotient.
+
+    Examples:
+        >>> flips = lf.flip_distances(free, "for i in", layer=1, along="L0H3").verify()
+        >>> flips.distance.shape
+        torch.Size([768])
+        >>> neuron, distance = flips.nearest
+        >>> neuron.kind, neuron.layer, distance > 0
+        ('neuron', 1, True)
     """
     place, tokens, pos = _question(model, prompt, layer, pos, prepend_bos)
     require_level(by)

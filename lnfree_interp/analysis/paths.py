@@ -41,6 +41,8 @@ def expand_paths(
 ) -> Contributions:
     """A logit by paths: a source, and the heads that carried it to the last position.
 
+    Patterns and the outputs of MLPs are given. A path is labelled `embed > L0H1 > L2H5`.
+
     Args:
         model: LN-free. The outputs of MLPs are sources; in an attention-only model every path
             starts at an embedding or a bias.
@@ -56,11 +58,23 @@ def expand_paths(
             tokens that claim most, patterns and the outputs of MLPs still held.
 
     Returns:
-        Values [path], largest first, then `rest`; each is exact, and so is their sum.
+        Values [path], in logits, largest first, then `rest`; each is exact, and so is their sum.
+        Biases are rows too. Where all rows are listed there is no `rest`.
 
     Raises:
-        InexactError: if a norm is live and `frozen_scale` is False.
-        DataError, UnsupportedModelError: as `attribute_logits`.
+        InexactError: if a norm is live or the logits are capped, and `frozen_scale` is False.
+        DataError: as `attribute_logits`; for more than one prompt or answer, `top_k` less than one
+            or negative `expansions`.
+        UnsupportedModelError: as `attribute_logits`.
+
+    Source:
+        Path expansion: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework. Ours:
+        the largest heads are opened first, and what stays closed is summed.
+
+    Examples:
+        >>> paths = lf.expand_paths(free, "for i in", " range", top_k=3).verify()
+        >>> len(paths), paths.labels[-1]
+        (4, 'rest')
     """
     if expansions < 0 or (top_k is not None and top_k < 1):
         raise DataError("list at least one path, and open no less than none")

@@ -47,9 +47,9 @@ def decompose_residual(
         at: A hook name such as `blocks.3.hook_resid_mid`. Default: the stream that the final norm
             reads.
         pos: Positions of the stream: one, or a slice.
-        by: `"layer"`, `"block"`, `"head"`, `"source"` or `"neuron"`; see `writes`.
+        by: As in `attribute_logits`.
         onto: Project onto this direction, [d_model], instead of expanding every part: [component]
-            numbers instead of vectors.
+            numbers instead of vectors. Or one direction for each position, [pos, d_model].
         prepend_bos: As in `attribute_logits`.
         attention_mask: As in `attribute_logits`.
         biases: As in `attribute_logits`.
@@ -57,11 +57,24 @@ def decompose_residual(
     Returns:
         Values [component, pos, d_model] for one prompt, [component, prompt, pos, d_model] for
         several; without `pos` for a single position, without `d_model` with `onto`. In the
-        stream's own units.
+        stream's own units; with `onto`, times the direction's length.
 
     Raises:
-        DataError: if there is no such place or position, or prompts differ in length.
+        DataError: if there is no such place, position or level, prompts differ in length, or the
+            direction is not [..., d_model].
         UnsupportedModelError: for a model whose stream has other parts.
+
+    Source:
+        The residual stream as the sum of what is written to it: Elhage et al. 2021,
+        https://transformer-circuits.pub/2021/framework.
+
+    Examples:
+        >>> at = "blocks.1.hook_resid_mid"
+        >>> parts = lf.decompose_residual(model, "for i in", at, by="block").verify()
+        >>> parts.labels
+        ['embed', 'pos_embed', '0_attn_out', '0_mlp_out', '1_attn_out']
+        >>> parts.values.shape
+        torch.Size([5, 192])
     """
     require_level(by)
     require_decomposable(model)

@@ -27,7 +27,7 @@ class ScoreAttribution:
         values: [query_component, key_component, key], in units of the score (pre-softmax).
         query_components: What each row is, at the query's position.
         key_components: What each column is, at the key's position.
-        total: [key], the scores as the model computed them.
+        total: [key], the scores as the model computed them, before the softmax.
         log_pattern: [key], the logarithm of the attention pattern.
         head: As in `L2H5`.
         query: Its position.
@@ -68,6 +68,9 @@ class ScoreAttribution:
     def verify(self, tolerance: float | None = None) -> "ScoreAttribution":
         """Return self if the pairs add up to the scores.
 
+        Args:
+            tolerance: As in `Contributions.verify`.
+
         Raises:
             InexactError: if they do not.
         """
@@ -75,11 +78,19 @@ class ScoreAttribution:
         return self
 
     def by_query(self) -> Contributions:
-        """What each component at the query contributes to each score, whatever the key is."""
+        """What each component at the query contributes to each score, whatever the key is made of.
+
+        Returns:
+            Values [query_component, key], in units of the score.
+        """
         return self._sum(1, self.query_components)
 
     def by_key(self) -> Contributions:
-        """What each component at the key contributes to its score, whatever the query is."""
+        """What each component at the key contributes to its score, whatever the query is made of.
+
+        Returns:
+            Values [key_component, key], in units of the score.
+        """
         return self._sum(0, self.key_components)
 
     def _sum(self, dim: int, components: tuple[Component, ...]) -> Contributions:
@@ -91,7 +102,7 @@ class ScoreAttribution:
         )  # fmt: skip
 
     def log_odds(self, key: int, other: int) -> Contributions:
-        """The logarithm of how much more the head looks at one key than at another, by pairs' keys.
+        """The logarithm of how much more the head looks at one key than at another.
 
         log pattern[key] - log pattern[other], a sum over what is at the query times the difference
         of what is at the two keys.
@@ -101,7 +112,8 @@ class ScoreAttribution:
             other: Position.
 
         Returns:
-            Values [query_component]; its total comes from the pattern, behind the softmax.
+            Values [query_component], in log-odds; its total comes from the pattern, behind the
+            softmax.
 
         Raises:
             DataError: if a position is not among the keys.
@@ -115,7 +127,7 @@ class ScoreAttribution:
         )  # fmt: skip
 
     def __getitem__(self, pair: tuple[str | Component, str | Component]) -> Float[Tensor, " key"]:
-        """The values of one pair, by the labels at the query and at the key.
+        """[key], the values of one pair, by the labels at the query and at the key.
 
         Raises:
             DataError: if there is none; it names the nearest.
@@ -145,8 +157,12 @@ class ScoreAttribution:
     def top(self, key: int, k: int = 10) -> pd.DataFrame:
         """The pairs that matter most for one key: `query`, `key`, `value`.
 
+        Args:
+            key: Position.
+            k: How many pairs, those of largest absolute value.
+
         Raises:
-            DataError: if the position is not among the keys.
+            DataError: if the position is not among the keys, or k is less than one.
         """
         if k < 1:
             raise DataError(f"the {k} largest are none")

@@ -125,19 +125,37 @@ def virtual_weights(
 ) -> FactoredMatrix:
     """From what a component holds to what a later one reads of it: W_write W_read.
 
-    Head to head, by `which`: [d_head, d_head]. It is the whole effect of the one on the other, for
-    every input: with z of the writer at a position, its share of the reader's query, key or value
-    there is z times this.
+    Head to head, by `which`: [d_head, d_head]. It is the whole direct effect of the one on the
+    other, for every input: with z of the writer at a position, its share of the reader's query, key
+    or value there, before any rotation, is z times this. Biases are not in it.
 
     Args:
         model: LN-free.
         writer: `"L0H3"`, `"L0N12"`, `"0_mlp_out"`, `"embed"`, `"pos_embed"`, `"0_b_O"`.
-        reader: As in `reader_weights`.
-        which: Of a head that reads.
+        reader: A head (`"L2H5"`, with `which`), a neuron (`"L2N310"`; the input of its activation
+            function), a layer's MLP (`"2_mlp_out"`), or `"b_U"` for the unembedding.
+        which: Of a head that reads, `"Q"`, `"K"` or `"V"`.
+
+    Returns:
+        Factored, [width of the writer, width of the reader]; a width is d_head, 1 for a neuron or a
+        bias, the number of neurons of an MLP, of tokens or of positions. What the reader gets per
+        unit of what the writer holds.
 
     Raises:
-        DataError: if the reader does not come after the writer, or either does not exist.
-        InexactError: if a norm in between is live.
+        DataError: if the reader does not come after the writer, either does not exist, or a head
+            reads without `which`.
+        InexactError: if the reader's norm is live, or the logits that it reads are capped.
+        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
+            and keys.
+
+    Source:
+        Virtual weights, between heads: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
+
+    Examples:
+        >>> lf.virtual_weights(free, "L0H3", "L2H5", "K").AB.shape
+        torch.Size([32, 32])
+        >>> lf.virtual_weights(free, "L0N12", "b_U").AB.shape
+        torch.Size([1, 4096])
     """
     one, two = (
         x if isinstance(x, Component) else Component.parse(x) for x in (writer, reader)
@@ -155,9 +173,9 @@ class TokenTable:
     """A table over tokens that is kept as two factors.
 
     Attributes:
-        left: [row, rank].
+        left: [row, rank], whose product with `right` is the table, in the unit of `what`.
         right: [rank, column].
-        what: In words.
+        what: What an entry is, in words.
         model: Whose tokens they are.
         tokens_in_rows: Whether rows are tokens; else they are numbers.
         tokens_in_columns: The same of columns.
@@ -185,15 +203,27 @@ class TokenTable:
         return FactoredMatrix(self.left, self.right)
 
     def row(self, name: Answer) -> Float[Tensor, " column"]:
-        """One row, by token or number."""
+        """[column], one row, by token or number.
+
+        Raises:
+            DataError: if there is no such row.
+        """
         return self.left[self._index(name, self.tokens_in_rows, len(self.left))] @ self.right
 
     def column(self, name: Answer) -> Float[Tensor, " row"]:
-        """One column, by token or number."""
+        """[row], one column, by token or number.
+
+        Raises:
+            DataError: if there is no such column.
+        """
         return self.left @ self.right[:, self._index(name, self.tokens_in_columns, self.shape[1])]
 
     def entry(self, row: Answer, column: Answer) -> float:
-        """One entry."""
+        """One entry, by token or number.
+
+        Raises:
+            DataError: if there is no such row or column.
+        """
         i = self._index(row, self.tokens_in_rows, self.shape[0])
         j = self._index(column, self.tokens_in_columns, self.shape[1])
         return (self.left[i] @ self.right[:, j]).item()
@@ -215,6 +245,9 @@ class TokenTable:
             row: Only this one.
             smallest: The most negative instead.
             chunk: Rows formed at once.
+
+        Raises:
+            DataError: if there is no such row, or `k` or `chunk` is less than one.
         """
         if k < 1 or chunk < 1:
             raise DataError(f"k={k} and chunk={chunk} must be positive")
@@ -250,8 +283,26 @@ class TokenTable:
 def bigram_table(model: HookedTransformer) -> TokenTable:
     """What a token's embedding alone adds to each next token's logit: W_E W_U, in logits.
 
+    The direct path only: positions, biases, heads and MLPs are not in it.
+
+    Args:
+        model: LN-free; of the norms only the final one matters.
+
+    Returns:
+        Table [token, next token], in logits.
+
     Raises:
-        InexactError: if the final norm is live.
+        InexactError: if the final norm is live or the logits are capped.
+        UnsupportedModelError: for a model whose stream has other parts.
+
+    Source:
+        Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
+
+    Examples:
+        >>> lf.bigram_table(free)
+        TokenTable(logit from the embedding, 4096 x 4096, rank 192 at most)
+        >>> lf.bigram_table(free).row(" in").shape
+        torch.Size([4096])
     """
     require_decomposable(model)
     return TokenTable(
@@ -263,9 +314,33 @@ def bigram_table(model: HookedTransformer) -> TokenTable:
 def ov_table(model: HookedTransformer, layer: int, head: int) -> TokenTable:
     """What looking at a token's embedding adds to each logit: W_E W_V W_O W_U, in logits.
 
+    For an attention weight of one. Positions and biases are not in it, nor what else is in the
+    stream.
+
+    Args:
+        model: LN-free.
+        layer: Of the head.
+        head: Its index.
+
+    Returns:
+        Table [token that is looked at, next token], in logits.
+
     Raises:
         DataError: if there is no such head.
-        InexactError: if the norm before the head or the final norm is live.
+        InexactError: if the norm before the head or the final norm is live, or the logits are
+            capped.
+        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
+            and keys.
+
+    Source:
+        The OV circuit: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
+
+    Examples:
+        >>> table = lf.ov_table(free, layer=2, head=5)
+        >>> table
+        TokenTable(logit from a token that L2H5 looks at, 4096 x 4096, rank 32 at most)
+        >>> table.top(3, row=" in").columns.tolist()
+        ['row', 'column', 'value']
     """
     require_head(model, layer, head)
     name = f"L{layer}H{head}"
@@ -280,6 +355,8 @@ def qk_table(
 ) -> TokenTable:
     """How much a token's embedding at the query looks for each at the key: scores, pre-softmax.
 
+    Positions that are added to the stream and biases are not in it, nor what else is in the stream.
+
     Args:
         model: LN-free.
         layer: Of the head.
@@ -287,10 +364,23 @@ def qk_table(
         offset: How many positions the key is behind; needed where positions are rotary, and
             without effect elsewhere.
 
+    Returns:
+        Table [token at the query, token at the key], in units of the score.
+
     Raises:
         DataError: if there is no such head, or an offset is needed.
         InexactError: if the norm before the head is live.
-        UnsupportedModelError: if scores are capped, so that no table gives them.
+        UnsupportedModelError: if scores are capped, so that no table gives them; for a model whose
+            stream has other parts, or with norms on queries and keys.
+
+    Source:
+        The QK circuit: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
+
+    Examples:
+        >>> lf.qk_table(free, layer=2, head=5)
+        TokenTable(score of L2H5, embedding to embedding, 4096 x 4096, rank 32 at most)
+        >>> lf.qk_table(free, layer=2, head=5).column(" in").shape
+        torch.Size([4096])
     """
     require_head(model, layer, head)
     if model.cfg.attn_scores_soft_cap > 0:
@@ -311,9 +401,29 @@ def qk_table(
 def neuron_input_table(model: HookedTransformer, layer: int) -> TokenTable:
     """What each token's embedding adds to the input of each neuron of a layer: W_E W_in.
 
+    In a gated MLP, to the input of its gate: W_E W_gate. Positions and biases are not in it.
+
+    Args:
+        model: LN-free; of the norms only the one before the MLP matters.
+        layer: Of the MLP.
+
+    Returns:
+        Table [token, neuron], in units of the neuron's input.
+
     Raises:
         InexactError: if the norm before the MLP is live.
         DataError: if the layer has no MLP.
+        UnsupportedModelError: for a model whose stream has other parts.
+
+    Source:
+        Neurons as keys: arXiv 2012.14913. Read off the embeddings, as the framework of Elhage et
+        al. 2021 reads off heads, https://transformer-circuits.pub/2021/framework.
+
+    Examples:
+        >>> lf.neuron_input_table(free, layer=1)
+        TokenTable(input of layer 1's neurons, 4096 x 768, rank 192 at most)
+        >>> lf.neuron_input_table(free, layer=1).column(7).shape
+        torch.Size([4096])
     """
     right = reader_weights(model, Component("mlp_out", layer))
     what = f"input of layer {layer}'s neurons"
@@ -324,9 +434,29 @@ def neuron_input_table(model: HookedTransformer, layer: int) -> TokenTable:
 def neuron_output_table(model: HookedTransformer, layer: int) -> TokenTable:
     """What each neuron of a layer adds to each logit per unit of activation: W_out W_U.
 
+    Directly: what later blocks make of it is not in it.
+
+    Args:
+        model: LN-free; of the norms only the final one matters.
+        layer: Of the MLP.
+
+    Returns:
+        Table [neuron, next token], in logits per unit of activation.
+
     Raises:
-        InexactError: if the final norm is live.
+        InexactError: if the final norm is live or the logits are capped.
         DataError: if the layer has no MLP.
+        UnsupportedModelError: for a model whose stream has other parts.
+
+    Source:
+        What neurons write in vocabulary space: arXiv 2203.14680.
+
+    Examples:
+        >>> table = lf.neuron_output_table(free, layer=1)
+        >>> table
+        TokenTable(logit per neuron of layer 1, 768 x 4096, rank 192 at most)
+        >>> table.top(3, row=7)["row"].tolist()
+        [7, 7, 7]
     """
     left = writer_weights(model, Component("mlp_out", layer))
     right = reader_weights(model, "b_U")

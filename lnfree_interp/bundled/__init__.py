@@ -8,5 +8,12 @@ def bundled_checkpoint() -> Path:
 
     A GPT-2 of 4 layers, 6 heads, d_model 192, context 256 and a byte-level BPE of 4096 tokens,
     trained on the source of Python's standard library.
+
+    Returns:
+        A path, for `load` or for `transformers`.
+
+    Examples:
+        >>> lf.load(lf.bundled_checkpoint()).cfg.n_layers
+        4
     """
     return Path(__file__).parent / "checkpoint"

@@ -89,14 +89,20 @@ def convert(
         say: Gets a line before and after each step.
 
     Returns:
-        What was done, or would be.
+        A `Plan` of what was done, or would be, and the errors measured on the way.
 
     Raises:
-        LnfreeError: whatever `load`, `to_rms`, `to_crms` and `export` raise; NormSiteError if the
-            options contradict each other or the model.
+        NormSiteError: if the options contradict each other or the model.
+        UnsupportedModelError: if the target cannot hold the result; and as `load`, `to_rms` and
+            `to_crms`.
+        OutputError: if the folder holds something, or cannot be written.
+        CheckpointError: as `load`.
+        InexactError: as `load`, `to_rms`, `to_crms` and `export`.
 
     Examples:
-        >>> print(lf.convert("gpt2", "gpt2-rms", to_norm="rms", dry_run=True))  # doctest: +SKIP
+        >>> plan = lf.convert(lf.bundled_checkpoint(), "rms", to_norm="rms", dry_run=True)
+        >>> plan.norms
+        'LayerNorm, live, at 13 sites'
     """
     require_writable(out)
     if form is not None and to_norm is not None:

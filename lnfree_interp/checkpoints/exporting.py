@@ -43,10 +43,18 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
         model: With live norms, LN-free in the folded or the frozen form, or with norm sites that
             are all frozen (its gains then stay in the norms, and embeddings stay tied).
 
+    Returns:
+        A model of `transformers`; its logits have been compared with the given model's on random
+            tokens.
+
     Raises:
         UnsupportedModelError: for a model that the class cannot represent.
         NormSiteError: if some norm sites are live and some frozen.
         InexactError: if the logits differ by more than rounding explains.
+
+    Examples:
+        >>> type(lf.to_transformers(free)).__name__
+        'GPT2LMHeadModel'
     """
     return _in_transformers(model)[0]
 
@@ -134,12 +142,18 @@ def export(
         The folder.
 
     Raises:
-        OutputError: if the folder holds something.
-        UnsupportedModelError, NormSiteError, InexactError: as `to_transformers`.
+        OutputError: if the folder holds something, or cannot be written.
+        NormSiteError: as `to_transformers`, and if sigma names a norm that the model does not have,
+            or is not positive and finite.
+        UnsupportedModelError: as `to_transformers`, and for norm sites in TransformerLens' layout.
+        InexactError: as `to_transformers`.
 
     Examples:
-        >>> lf.export(run.model, "my-lnfree-gpt2", recipe=run.recipe)  # doctest: +SKIP
-        >>> GPT2LMHeadModel.from_pretrained("my-lnfree-gpt2")  # doctest: +SKIP
+        >>> folder = lf.export(free, "my-lnfree-gpt2", source="bundled")
+        >>> lf.compare_logits(lf.load(folder), free, tokens).relative < 1e-5
+        True
+        >>> lf.read_sidecar(folder).form
+        'folded'
     """
     measured = dict(errors or {})
     if target not in get_args(Target):

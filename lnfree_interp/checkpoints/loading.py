@@ -71,18 +71,22 @@ def load(
             the norms are live. `nanogpt_sigma` makes it from the published tables.
         check: Compare the logits with `transformers` on random tokens (one forward pass of each).
 
+    Returns:
+        A stock `HookedTransformer` in evaluation mode; with norm sites for form `"sites"`.
+
     Raises:
         CheckpointError: if the checkpoint is missing, incomplete, broken or unreachable, or its
             norms are removed only in part.
         UnsupportedModelError: if the architecture cannot be represented faithfully.
-        NormSiteError: if a finished form is asked of a model whose norms are live.
+        NormSiteError: if a finished form is asked of a model whose norms are live, or sigma does
+            not fit the model.
         InexactError: if the logits differ from `transformers` by more than rounding explains.
 
     Examples:
         >>> import lnfree_interp as lf
         >>> model = lf.load(lf.bundled_checkpoint())
-        >>> len(lf.list_norm_sites(model))
-        13
+        >>> model.cfg.normalization_type, len(lf.list_norm_sites(model))
+        ('LN', 13)
     """
     return load_checkpoint(
         source,

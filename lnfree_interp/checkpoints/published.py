@@ -270,6 +270,15 @@ def nanogpt_sigma(
 
     Raises:
         NormSiteError: if the tables do not fit together.
+
+    Source:
+        ApolloResearch/gpt2_noLN, the code of arXiv 2409.13710.
+
+    Examples:
+        >>> std = {f"blocks.0.hook_resid_{at}": 1.0 for at in ("pre", "mid", "post")}
+        >>> std_bos = {hook: 9.0 for hook in std}
+        >>> lf.nanogpt_sigma(std, std_bos, d_model=3)["ln_final"]
+        tensor([9., 1., 1.], dtype=torch.float64)
     """
     n_layers = sum(name.endswith(".hook_resid_pre") for name in std)
     sigma: dict[str, float | Tensor] = {}

@@ -45,8 +45,20 @@ class Sidecar:
 def read_sidecar(folder: Path) -> Sidecar | None:
     """The sidecar of a folder, or None if it has none.
 
+    Args:
+        folder: Written by `export`.
+
+    Returns:
+        A `Sidecar`, or None.
+
     Raises:
-        CheckpointError: if it cannot be read.
+        CheckpointError: if it cannot be read, is of another version, or states a constant that is
+            not positive.
+
+    Examples:
+        >>> folder = lf.export(free, "exported", source="bundled")
+        >>> lf.read_sidecar(folder).source
+        'bundled'
     """
     file = folder / SIDECAR
     if not file.is_file():

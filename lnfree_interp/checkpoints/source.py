@@ -81,10 +81,19 @@ def open_in_transformers(
         cache_dir: Where hub files are kept. Default: that of `huggingface_hub`.
         sigma: As for `load`.
 
+    Returns:
+        The model, and its tokenizer or None.
+
     Raises:
         CheckpointError: if something is missing, unreadable or unreachable.
         UnsupportedModelError: if the architecture is not supported; found before any weight is
             read.
+        NormSiteError: for a sigma that does not fit the nanoGPT file.
+
+    Examples:
+        >>> hf_model, tokenizer = lf.open_in_transformers(lf.bundled_checkpoint())
+        >>> type(hf_model).__name__
+        'GPT2LMHeadModel'
     """
     folder = locate(source, revision, cache_dir)
     opened = open_checkpoint(folder, os.fspath(source), dtype=dtype, device=device, sigma=sigma)

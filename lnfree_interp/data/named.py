@@ -81,7 +81,8 @@ def evaluation_text(
     """Text to evaluate on.
 
     Args:
-        source: One of `NAMED`; or as for `open_text`.
+        source: `"openwebtext-val"`, `"pile-10k"` or `"pile-10k-filtered"`, texts that LN-free
+            models were measured on (arXiv 2507.02559); or as for `open_text`.
         tokenizer: The model's.
         block: Tokens per block.
         blocks: How many; spread over a named text or the standard library, the first of any
@@ -91,8 +92,16 @@ def evaluation_text(
         column: See `open_text`.
         revision: See `open_text`.
 
+    Returns:
+        Token ids [blocks, block], on the CPU.
+
     Raises:
-        DataError: if the text cannot be had, or there is less of it.
+        DataError: if the text cannot be had or there is less of it, the tokenizer is missing, or a
+            named text is tokenized for another one.
+
+    Examples:
+        >>> lf.evaluation_text("stdlib", model.tokenizer, block=128, blocks=8).shape
+        torch.Size([8, 128])
     """
     if blocks is not None and blocks < 1:
         raise DataError(f"{blocks} blocks are no text")
@@ -152,8 +161,20 @@ def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
 def tokens_seen(blocks: Iterable[Int[Tensor, "_ block"]], d_vocab: int) -> Bool[Tensor, " d_vocab"]:
     """Which tokens occur in a text, read batch by batch.
 
+    Args:
+        blocks: Batches of token ids, [batch, block] each.
+        d_vocab: Size of the vocabulary.
+
+    Returns:
+        True for the tokens that occur, [d_vocab].
+
     Raises:
         DataError: if an id is outside the vocabulary.
+
+    Examples:
+        >>> seen = lf.tokens_seen([tokens[:2], tokens[2:]], model.cfg.d_vocab)
+        >>> seen.shape, bool(seen[tokens].all())
+        (torch.Size([4096]), True)
     """
     seen = torch.zeros(d_vocab, dtype=torch.bool)
     for batch in blocks:
@@ -172,5 +193,17 @@ def without_tokens(
     million rows of The Pile and in none of a million of OpenWebText:
     `without_tokens(pile, tokens_seen(pile_rows, n) & ~tokens_seen(openwebtext_rows, n))`. Three
     such blocks in 10,000 wreck the mean of an LN-free GPT-2 XL.
+
+    Args:
+        blocks: Token ids [blocks, block].
+        unwanted: True for the tokens to be avoided, [d_vocab].
+
+    Returns:
+        The blocks that are kept, [kept, block], in their order.
+
+    Examples:
+        >>> unwanted = ~lf.tokens_seen([tokens[:2]], model.cfg.d_vocab)
+        >>> len(lf.without_tokens(tokens[:2], unwanted))
+        2
     """
     return blocks[~unwanted[blocks].any(1)]

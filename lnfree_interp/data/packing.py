@@ -100,13 +100,23 @@ def pack(
     """Documents packed back to back into blocks of equal length; the last partial block is dropped.
 
     Args:
-        documents: As for `token_stream`.
-        tokenizer: As for `token_stream`.
+        documents: Rows with a text column, such as a `datasets.Dataset`, streamed or not.
+        tokenizer: Closes each document with its end-of-text token and adds none in front; for token
+            ids it gives the range that they are checked against (`None`: not checked).
         block: Tokens per block, at most the model's `n_ctx`.
-        column: The text column's name.
+        column: The column of text, or of token ids, which are taken as they are.
+
+    Returns:
+        Token ids [blocks, block], on the CPU.
 
     Raises:
-        DataError: as `token_stream`, and if the text is shorter than one block.
+        DataError: if a row lacks the column or holds neither text nor token ids of the vocabulary,
+            the tokenizer has no end-of-text token, or the text is shorter than one block.
+
+    Examples:
+        >>> documents = lf.stdlib_corpus("heldout").select(range(5))
+        >>> lf.pack(documents, model.tokenizer, block=128).shape
+        torch.Size([..., 128])
     """
     check_block(block)
     stream = token_stream(documents, tokenizer, column)

@@ -80,6 +80,12 @@ def open_text(
 
     Raises:
         DataError: if there is no such text, it cannot be read, or has no column of text.
+
+    Examples:
+        >>> from lnfree_interp.data.sources import open_text
+        >>> open_text("stdlib", split="heldout").column_names
+        ['path', 'text']
+        >>> open_text("Skylion007/openwebtext", column="text")  # doctest: +SKIP
     """
     documents = _open(source, split, name, revision, streaming)
     text_column(documents, column)
@@ -111,8 +117,16 @@ def open_blocks(
         seed: Of the documents' order, where they are not streamed.
         streaming: See `open_text`.
 
+    Returns:
+        A `PackedStream`; `.take(n)` gives the next blocks, [n, block].
+
     Raises:
         DataError: as `open_text` and `PackedStream`.
+
+    Examples:
+        >>> from lnfree_interp.data.sources import open_blocks
+        >>> open_blocks("stdlib", model.tokenizer, block=128).take(2).shape
+        torch.Size([2, 128])
     """
     documents = _open(source, split, name, revision, streaming)
     chosen, _ = text_column(documents, column)

@@ -86,6 +86,11 @@ def stdlib_corpus(split: Split, root: Path | None = None) -> Dataset:
 
     Raises:
         DataError: if the folder holds (almost) no source, as on a Python shipped without it.
+
+    Examples:
+        >>> corpus = lf.stdlib_corpus("heldout")
+        >>> corpus.column_names
+        ['path', 'text']
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     documents = [

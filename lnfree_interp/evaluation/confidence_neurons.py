@@ -49,10 +49,31 @@ def confidence_scores(model: HookedTransformer) -> Float[Tensor, " neuron"]:
 
 
 def find_confidence_neurons(model: HookedTransformer, k: int = 3) -> list[int]:
-    """The k neurons of the last MLP with the highest score.
+    """The k neurons of the last MLP with the highest score |w_out| / var_v cos(w_out, W_U[:, v]).
+
+    Such a neuron writes much, and to nothing in particular of the unembedding. The final norm's
+    gain and centring count as part of the unembedding, so that a model and its LN-free version are
+    scored alike.
+
+    Args:
+        model: With MLPs; LN-free or not.
+        k: How many, at most the neurons of an MLP.
+
+    Returns:
+        Indices of neurons of the last MLP, the highest score first.
 
     Raises:
         DataError: for a model without MLPs, or fewer neurons.
+        UnsupportedModelError: for a model with a norm behind its MLPs, or other parts in the
+            stream.
+
+    Source:
+        arXiv 2406.16254 describes such neurons; the score is that of arXiv 2507.02559.
+
+    Examples:
+        >>> neurons = lf.find_confidence_neurons(model, k=3)
+        >>> len(neurons)
+        3
     """
     scores = confidence_scores(model)
     if not 0 < k <= len(scores):
@@ -65,12 +86,13 @@ class NeuronAblation:
     """What setting neurons of the last MLP to their mean does to the next token's prediction."""
 
     neurons: tuple[int, ...]
+    """Of the last MLP, in the order of `loss_change`."""
     loss_change: Float[Tensor, "which block target"]
-    """In nats, neuron by neuron, then all together."""
+    """[which, block, target], in nats: neuron by neuron, then all together."""
     entropy_change: Float[Tensor, "which block target"]
-    """In nats."""
+    """[which, block, target], of the predicted distribution, in nats: as `loss_change`."""
     entropy: float
-    """Before, mean."""
+    """Mean over targets with no neuron ablated, in nats."""
 
     @property
     def median_loss_change(self) -> Float[Tensor, " which"]:
@@ -103,8 +125,23 @@ def ablate_neurons(
         neurons: Of the last MLP, such as `find_confidence_neurons(model)`.
         batch: Blocks per forward pass.
 
+    Returns:
+        A `NeuronAblation` with changes of loss and entropy, [neuron and all, block, target], in
+            nats.
+
     Raises:
-        DataError: if there is no such neuron, or the model cannot read the tokens.
+        DataError: if there is no such neuron, the model has no MLPs, or it cannot read the tokens.
+        UnsupportedModelError: as `find_confidence_neurons`.
+
+    Source:
+        arXiv 2406.16254 (mean ablation); the medians of absolute changes are those of arXiv
+        2507.02559.
+
+    Examples:
+        >>> neurons = lf.find_confidence_neurons(model, k=2)
+        >>> ablation = lf.ablate_neurons(model, tokens, neurons)
+        >>> ablation.entropy_change.shape
+        torch.Size([3, 4, 63])
     """
     require_decomposable(model)
     tokens, last = read_blocks(model, tokens, packed=True), model.cfg.n_layers - 1

@@ -48,13 +48,21 @@ class ModelEvaluation:
     """What was found about one model."""
 
     cross_entropy: CrossEntropy
+    """[block, target], in nats per token."""
     distribution: Distribution
+    """Entropy, calibration error and divergence from the original, means over tokens."""
     residual_norms: ResidualNorms
+    """[place]: before each block and after the last."""
     sinks: Sinks
+    """Attention to the first token, [layer, head] and as two rates."""
     direct_effects: DirectEffects | None = None
+    """[layer, head, target], in logits; None if not asked for, or the stream has other parts."""
     confidence_neurons: NeuronAblation | None = None
+    """Of the last MLP, in nats; None as above, or without MLPs."""
     patching: Patching | None = None
+    """[layer, pos, prompt], in logits; None if not asked for, or the text is too short."""
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Scores by task and metric."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,10 +231,14 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate several models on one text.
 
+    Cross-entropy with its tail, entropy, calibration, distance to the original, residual norms,
+    attention sinks, and what attribution misses; tasks on top. A figure that cannot be had on a
+    model is left out of its column.
+
     Args:
         models: By name; or one.
         tokens: [blocks, pos], such as `pack(...)` or `open_blocks(...).take(n)`.
-        original: The name of the one that the others are compared with.
+        original: The name of the one that the others are compared with. Default: no comparison.
         threshold: In nats: how much worse a token must get to be counted.
         effects: Measure every head's direct effect against its attribution, on 16 blocks. This and
             the next are left out for a model with norms after its sublayers.
@@ -242,13 +254,29 @@ def evaluate(
         seed: Of the corrupted prompts.
         progress: Whether to show progress bars.
 
+    Returns:
+        An `Evaluation`; `.to_frame()` and `.table()` have one column per model, losses in nats per
+            token, `.models[name]` has what is a curve, and `.to_json()` both.
+
     Raises:
-        DataError: if a model cannot read the text, or models cannot be compared.
-        UnsupportedModelError: for a model whose heads cannot be told apart, or missing packages.
+        DataError: if a model cannot read the text, models cannot be compared, or there is no such
+            original, neuron or task.
+        UnsupportedModelError: if tasks are asked for and the harness is not installed or a task
+            generates text; or if confidence neurons are to be found in an original with norms after
+            its sublayers (`neurons=0` does without).
+
+    Source:
+        arXiv 2507.02559 for the comparison and its figures; calibration: arXiv 1706.04599; sink
+        rate by head: arXiv 2410.10781. Trimmed mean, quantiles and divergence beside the mean are
+        ours: a few tokens can wreck it.
 
     Examples:
-        >>> models = {"gpt2": original, "LN-free": free}  # doctest: +SKIP
-        >>> lf.evaluate(models, text, original="gpt2").to_frame()  # doctest: +SKIP
+        >>> models = {"live": model, "LN-free": free}
+        >>> found = lf.evaluate(models, tokens, original="live", effects=False, neurons=0, pairs=0)
+        >>> found.to_frame().shape
+        (15, 2)
+        >>> found.models["LN-free"].sinks.by_head.shape
+        torch.Size([4, 6])
     """
     if isinstance(models, HookedTransformer):
         models = {"model": models}

@@ -120,8 +120,22 @@ def evaluate_loss(
         tokens: [blocks, pos], such as `pack(...)`.
         batch: Blocks per forward pass; the result does not depend on it.
 
+    Returns:
+        A `CrossEntropy` of losses [block, target], in nats per token, on the CPU in float64.
+
     Raises:
         DataError: if the model cannot read the tokens.
+
+    Source:
+        arXiv 2507.02559 for the mean and the share of tokens that got worse; trimmed mean and
+        quantiles are ours: a few exploding tokens can wreck the mean.
+
+    Examples:
+        >>> loss = lf.evaluate_loss(model, tokens)
+        >>> loss.per_token.shape
+        torch.Size([4, 63])
+        >>> loss.mean < loss.p99 < loss.maximum
+        True
     """
     tokens = read_blocks(model, tokens, packed=True)
     losses = [

@@ -55,14 +55,26 @@ def corrupted_pairs(
     """Prompts from a text, the same with one token replaced, and the true next tokens.
 
     Args:
-        tokens: Text.
+        tokens: [blocks, pos], longer than `length`.
         n: Prompts.
         length: Of each, in tokens.
-        seed: Of places and replacements, which are tokens from elsewhere in the text. The place
-            is among the last eight, where the next token depends on it.
+        seed: Of places and replacements, which are tokens from elsewhere in the text. The place is
+            among the last eight, where the next token depends on it.
+
+    Returns:
+        Clean prompts and corrupted ones, each [prompt, length], and the true next tokens [prompt].
 
     Raises:
-        DataError: if the text is too short.
+        DataError: if the text is too short, or has only one token.
+
+    Source:
+        Ours: activation patching (arXiv 2202.05262) needs pairs of equal length, here from any
+        text.
+
+    Examples:
+        >>> clean, corrupted, targets = lf.corrupted_pairs(tokens, n=4, length=8)
+        >>> (clean != corrupted).sum(1)
+        tensor([1, 1, 1, 1])
     """
     if tokens.shape[1] <= length or len(tokens) < 1 or length < 2 or n < 1:
         raise DataError(
@@ -105,12 +117,27 @@ def patch_residual(
         model: Any.
         clean: [prompt, pos].
         corrupted: [prompt, pos], such as those of `corrupted_pairs`.
-        targets: The token after each prompt whose logit counts.
-        foils: Subtract these tokens' logits.
+        targets: [prompt], the token after each prompt whose logit counts.
+        foils: [prompt]; subtract these tokens' logits.
         progress: Whether to show a progress bar.
+
+    Returns:
+        A `Patching` with measured and estimated [layer, pos, prompt] and the total [prompt], in
+            logits.
 
     Raises:
         DataError: if shapes differ or the model cannot read the tokens.
+
+    Source:
+        Activation patching: arXiv 2202.05262. Attribution patching:
+        https://www.neelnanda.io/mechanistic-interpretability/attribution-patching and arXiv
+        2310.10348. Compared as in arXiv 2507.02559.
+
+    Examples:
+        >>> clean, corrupted, targets = lf.corrupted_pairs(tokens, n=4, length=8)
+        >>> patching = lf.patch_residual(model, clean, corrupted, targets)
+        >>> patching.measured.shape
+        torch.Size([4, 8, 4])
     """
     if clean.shape != corrupted.shape or len(targets) != len(clean):
         raise DataError(f"{list(clean.shape)} clean, {list(corrupted.shape)} corrupted tokens")

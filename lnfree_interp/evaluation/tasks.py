@@ -70,21 +70,30 @@ def as_harness_model(
             that `load` did not make none is added. See `bos_policy`.
         batch: Requests per forward pass.
 
+    Returns:
+        An `HFLM` of the harness around the model; for tasks that score text, not for generation.
+
     Raises:
         UnsupportedModelError: if the harness is not installed.
         DataError: if there is no tokenizer.
+
+    Source:
+        https://github.com/EleutherAI/lm-evaluation-harness
+
+    Examples:
+        >>> from lm_eval import simple_evaluate  # doctest: +SKIP
+        >>> simple_evaluate(lf.as_harness_model(model), tasks=["hellaswag"])  # doctest: +SKIP
     """
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UnsupportedModelError(_MISSING) from error
-    if tokenizer is None and model.tokenizer is None:
-        raise DataError("a task is text, and the model has no tokenizer")
+    adds_bos = None  # as the tokenizer does
     if tokenizer is None:
+        if model.tokenizer is None:
+            raise DataError("a task is text, and the model has no tokenizer")
         tokenizer = original_tokenizer(model.tokenizer)
-        adds_bos = False if tokenizer is model.tokenizer else None  # None: as the tokenizer does
-    else:
-        adds_bos = None
+        adds_bos = False if tokenizer is model.tokenizer else None
     wrapper: Any = HFLM  # its signature is hidden from type checkers
     return wrapper(
         pretrained=_Causal(model),
@@ -98,7 +107,7 @@ def as_harness_model(
 
 def bos_policy(model: HookedTransformer) -> str:
     """Which requests of a task begin with a beginning-of-sequence token, in words."""
-    adapter = as_harness_model(model)
+    adapter: Any = as_harness_model(model)
     if adapter.tok_encode("a") == adapter.tok_encode("a", add_special_tokens=False):
         return "no beginning-of-sequence token, except before an empty context"
     return "a beginning-of-sequence token before every request, as the tokenizer adds it"
@@ -156,9 +165,19 @@ def run_tasks(
         batch: Requests per forward pass.
         tokenizer: As for `as_harness_model`.
 
+    Returns:
+        Scores as the harness names them, shares from 0 to 1 for accuracies; no standard errors.
+
     Raises:
         UnsupportedModelError: if the harness is not installed, or a task generates text.
-        DataError: if there is no such task, or its data cannot be had.
+        DataError: if there is no such task, its data cannot be had, or there is no tokenizer.
+
+    Source:
+        https://github.com/EleutherAI/lm-evaluation-harness
+
+    Examples:
+        >>> lf.run_tasks(model, "hellaswag", limit=100)  # doctest: +SKIP
+        {'hellaswag': {'acc': ..., 'acc_norm': ...}}
     """
     names, manager = open_tasks(tasks, include, limit)
     adapter = as_harness_model(model, tokenizer, batch)

@@ -80,7 +80,13 @@ def compare_logits(
             would rarely touch.
 
     Returns:
-        The largest difference over all batch, position and vocabulary entries.
+        A `MeasuredError`, the largest difference over all batch, position and vocabulary entries,
+            in logits.
+
+    Examples:
+        >>> again = lf.load(lf.bundled_checkpoint())
+        >>> lf.compare_logits(again, model, tokens).absolute
+        0.0
     """
     tokens = random_tokens(expected) if tokens is None else tokens
     return measure_error(logits_of(found, tokens), logits_of(expected, tokens))

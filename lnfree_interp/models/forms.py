@@ -173,11 +173,18 @@ def fold(model: HookedTransformer) -> HookedTransformer:
 
     Returns:
         A new model with no class of this package in it. Its logits have been compared with the
-        given model's on random tokens; `compare_logits` gives the number.
+            given model's on random tokens; `compare_logits` gives the number.
 
     Raises:
         NormSiteError: if a norm is still live, or there is none to fold.
         InexactError: if the logits differ by more than rounding in the model's dtype explains.
+
+    Examples:
+        >>> sited = lf.with_norm_sites(model)
+        >>> for site in lf.list_norm_sites(sited):
+        ...     lf.freeze_site(sited, site, sigma=1.0)
+        >>> lf.fold(sited).cfg.normalization_type is None
+        True
     """
     if model.cfg.normalization_type is None:
         raise NormSiteError("nothing to fold: the model has no norms")
@@ -198,14 +205,20 @@ def frozen_form(
         sigma: The constants to show, by norm (`blocks.0.ln1`, `blocks.0.ln2`, `ln_final`). Any
             positive numbers are exact. Default: those the model knows; 1 for a folded one.
 
+    Returns:
+        A new model; its logits have been compared with the given model's on random tokens.
+
     Raises:
-        NormSiteError: if a norm is still live, or sigma names a norm that the model does not have.
+        NormSiteError: if a norm is still live, or sigma names a norm that the model does not have,
+            or is not a number for each.
         InexactError: as `fold`.
 
     Examples:
-        >>> tools = lf.frozen_form(free)  # doctest: +SKIP
-        >>> _, cache = tools.run_with_cache("for i in")  # doctest: +SKIP
-        >>> cache.logit_attrs(cache.decompose_resid(), " range").sum(0)  # doctest: +SKIP
+        >>> token = free.to_single_token(" range")
+        >>> logits, cache = lf.frozen_form(free).run_with_cache("for i in")
+        >>> parts = cache.logit_attrs(cache.decompose_resid(), token)
+        >>> (parts.sum(0) + free.b_U[token] - logits[..., token]).abs().max().item() < 1e-2
+        True
     """
     return _in_form(model, "frozen", sigma)
 

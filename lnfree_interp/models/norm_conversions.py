@@ -37,6 +37,7 @@ class NormConversion:
     """A converted model and what was done to it."""
 
     model: HookedTransformer
+    """The converted one; the given model is as it was."""
     steps: tuple[str, ...]
     """What was done, in order."""
     error: MeasuredError
@@ -96,14 +97,20 @@ def to_rms(model: HookedTransformer) -> NormConversion:
     Args:
         model: Stock, with live LayerNorms before each sublayer.
 
+    Returns:
+        A `NormConversion`; its `.error` is measured on random tokens.
+
     Raises:
         UnsupportedModelError: for norms after the sublayers or the embedding, or other than
             LayerNorm.
         InexactError: if the logits differ by more than rounding explains.
 
+    Source:
+        arXiv 2305.14858
+
     Examples:
-        >>> conversion = lf.to_rms(lf.load(lf.bundled_checkpoint()))  # doctest: +SKIP
-        >>> conversion.model.cfg.normalization_type  # doctest: +SKIP
+        >>> conversion = lf.to_rms(model)
+        >>> conversion.model.cfg.normalization_type
         'RMSPre'
     """
     if has_norm_sites(model):
@@ -144,10 +151,22 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
             scaled for the one dimension less. `"drop"`: the last coordinate is left out, and
             `CRMSNormPre` restores its square.
 
+    Returns:
+        A `NormConversion`, of a model with d_model - 1 numbers in the residual stream.
+
     Raises:
-        UnsupportedModelError: if gains are not folded, or the stream is not zero-mean, as in
-            models that were trained with RMSNorm.
+        UnsupportedModelError: if gains are not folded, the stream is not zero-mean, as in models
+            that were trained with RMSNorm, or there is no such basis; and as `to_rms`.
         InexactError: as `to_rms`.
+
+    Source:
+        arXiv 2305.14858, whose CRMSNorm is `"drop"`; the orthonormal basis is ours: it needs no
+        norm of its own.
+
+    Examples:
+        >>> conversion = lf.to_crms(model)
+        >>> conversion.d_model
+        (192, 191)
     """
     if basis not in get_args(Basis):
         raise UnsupportedModelError(f"basis {basis!r} is none of {get_args(Basis)}")

@@ -39,6 +39,7 @@ class NormSite:
     """The name of a place where a norm acts."""
 
     kind: SiteKind
+    """Which norm of the block, e.g. `"ln1.qk"`; or `"ln_final"`."""
     layer: int | None = None
     """Block index; None for `ln_final`."""
 
@@ -70,6 +71,18 @@ def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
 
     A stock model lists the sites at which its norms can be frozen, one by one; a model in the
     frozen form lists its norm modules (`blocks.0.ln1` is one again); a folded model has none.
+
+    Args:
+        model: Stock, with norm sites, in the frozen form or folded.
+
+    Returns:
+        The sites; `str(site)` is the module path.
+
+    Examples:
+        >>> [str(site) for site in lf.list_norm_sites(model)][:4]
+        ['blocks.0.ln1.qk', 'blocks.0.ln1.v', 'blocks.0.ln2', 'blocks.1.ln1.qk']
+        >>> lf.list_norm_sites(free)
+        ()
     """
     cfg = model.cfg
     if cfg.normalization_type is None:
@@ -129,10 +142,18 @@ def with_norm_sites(model: HookedTransformer, copy_weights: bool = True) -> Hook
         model: A stock model, or one with norm sites already.
         copy_weights: False: the copy has the model's own parameters, and training it trains both.
 
+    Returns:
+        The copy; one of a stock model has been compared with it by logits on random tokens.
+
     Raises:
         UnsupportedModelError: for norms that do not stand before each sublayer, and for processed
             models.
         InexactError: if the copy's logits differ, as when a hook on the model changes them.
+
+    Examples:
+        >>> sited = lf.with_norm_sites(model)
+        >>> len(lf.live_sites(sited))
+        13
     """
     if has_norm_sites(model):
         return _copied(model, copy_weights)
@@ -166,8 +187,19 @@ def _copied(model: HookedTransformer, copy_weights: bool) -> HookedTransformer:
 def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:
     """The module at a site.
 
+    Args:
+        model: With norm sites, see `with_norm_sites`.
+        site: A site, or its name.
+
+    Returns:
+        The `Norm`, with gain `w`, bias `b`, and `sigma` once it is frozen.
+
     Raises:
         NormSiteError: if the model has no such site.
+
+    Examples:
+        >>> lf.get_norm(lf.with_norm_sites(model), "blocks.0.ln2").w.shape
+        torch.Size([192])
     """
     name = str(site)
     try:
@@ -185,14 +217,37 @@ def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:
 def freeze_site(model: HookedTransformer, site: NormSite | str, sigma: float) -> None:
     """Turn a live site into the affine map that divides by `sigma`.
 
+    Args:
+        model: With norm sites; changed in place.
+        site: A site, or its name.
+        sigma: What it divides by from then on, in place of each token's standard deviation
+            (RMSNorm: root mean square). A frozen site gets the new one.
+
     Raises:
         NormSiteError: if there is no such site, or sigma is not positive and finite.
+
+    Examples:
+        >>> sited = lf.with_norm_sites(model)
+        >>> lf.freeze_site(sited, "ln_final", sigma=2.0)
+        >>> len(lf.live_sites(sited))
+        12
     """
     get_norm(model, site).freeze(sigma)
 
 
 def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
-    """The sites that still normalise. Empty means that the residual stream is linear."""
+    """The sites that still normalise. Empty means that the residual stream is linear.
+
+    Args:
+        model: As for `list_norm_sites`.
+
+    Returns:
+        Those of `list_norm_sites` that are not frozen.
+
+    Examples:
+        >>> len(lf.live_sites(model)), lf.live_sites(free)
+        (13, ())
+    """
     sites = list_norm_sites(model)
     if not has_norm_sites(model):
         return tuple(site for site in sites if not _is_frozen_module(model, site))

@@ -18,8 +18,17 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
         top: Components shown on either side, those that matter most for this key; the others are
             one row and one column.
 
+    Returns:
+        A plotly figure, a heatmap of pairs, query component x key component, score before the
+            softmax.
+
     Raises:
         DataError: if the position is not among the keys, or top is not positive.
+
+    Examples:
+        >>> why = lf.attribute_scores(free, "for i in range", layer=1, head=0)
+        >>> lf.plots.scores(why, key=1).layout.xaxis.title.text
+        'at the key, 1 for'
     """
     if top < 1:
         raise DataError(f"the {top} largest are none")
@@ -64,8 +73,16 @@ def pattern(result: CounterfactualPattern, start: int = 0, stop: int | None = No
         start: First position shown.
         stop: One behind the last. Default: at most 64 positions, the last ones.
 
+    Returns:
+        A plotly figure of three heatmaps, query x key, of attention weights, and their change.
+
     Raises:
         DataError: if there are no such positions.
+
+    Examples:
+        >>> without = lf.counterfactual_pattern(free, "for i in range", 1, 0, ["L0H0"])
+        >>> len(lf.plots.pattern(without).data)
+        3
     """
     n_pos = len(result.tokens)
     if stop is None:

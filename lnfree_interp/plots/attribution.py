@@ -37,8 +37,18 @@ def attribution(result: Contributions | MeanContributions | AffineMap, top: int 
             tokens, or an `AffineMap`, as it is.
         top: Bars shown by neuron or path.
 
+    Returns:
+        A plotly figure of values in logits, or in the unit of what was taken apart.
+
     Raises:
         DataError: if the result is a batch.
+
+    Examples:
+        >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")
+        >>> lf.plots.attribution(dla).data[0].type
+        'heatmap'
+        >>> lf.plots.attribution(lf.affine_map(free, "for i in", " range")).data[0].type
+        'bar'
     """
     if isinstance(result, AffineMap):
         return _tokens(result)

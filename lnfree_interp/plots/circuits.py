@@ -39,6 +39,14 @@ def tokens(result: AffineMap) -> View:
 
     Args:
         result: Of `affine_map`.
+
+    Returns:
+        A `View`, which a notebook shows; blue raises the logit, red lowers it.
+
+    Examples:
+        >>> view = lf.plots.circuits.tokens(lf.affine_map(free, "for i in", " range"))
+        >>> "circuits-vis" in view.html
+        True
     """
     values = result.by_token.double()
     largest = float(values.abs().max()) or 1.0
@@ -59,6 +67,14 @@ def heads(result: CounterfactualPattern) -> View:
 
     Args:
         result: Of `counterfactual_pattern`.
+
+    Returns:
+        A `View`, which a notebook shows, of two patterns [query, key].
+
+    Examples:
+        >>> without = lf.counterfactual_pattern(free, "for i in range", 1, 0, ["L0H0"])
+        >>> "L1H0 without L0H0" in lf.plots.circuits.heads(without).html
+        True
     """
     without = ", ".join(result.without)
     patterns: Float[Tensor, "which query key"] = torch.stack([result.original, result.pattern])

@@ -15,8 +15,18 @@ def direct_effects(results: Mapping[str, DirectEffects], points: int = 1500) -> 
     """One scatter per model: attribution against measured direct effect, on the diagonal if equal.
 
     Args:
-        results: By model name, in the order of the panels.
+        results: Of `direct_effects`, by model name, in the order of the panels; at least one.
         points: How many (head, token) pairs each panel samples.
+
+    Returns:
+        A plotly figure, one panel per model, with measured effect across and attribution up, in
+            logits.
+
+    Examples:
+        >>> effects = lf.direct_effects(free, tokens)
+        >>> figure = lf.plots.direct_effects({"lnfree": effects}, points=500)
+        >>> len(figure.data[1].x)
+        500
     """
     figure = make_subplots(
         cols=len(results),

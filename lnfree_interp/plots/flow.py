@@ -32,6 +32,14 @@ def flow(result: FlowGraph) -> go.Figure:
 
     Args:
         result: Of `flow_graph`.
+
+    Returns:
+        A plotly figure; at most 150 lines are drawn, its subtitle says how many are not.
+
+    Examples:
+        >>> graph = lf.flow_graph(free, "for i in", " range")
+        >>> lf.plots.flow(graph).layout.yaxis.ticktext
+        ('embeddings', 'layer 0', 'layer 1', 'layer 2', 'layer 3', 'logit')
     """
     n_layers = 1 + max((node.layer for node in result.nodes if node.layer is not None), default=0)
     places = _places(result.nodes, n_layers, len(result.tokens))
@@ -142,8 +150,17 @@ def paths(result: Contributions) -> go.Figure:
     Args:
         result: Of `expand_paths`.
 
+    Returns:
+        A plotly figure, a Sankey diagram; links are as wide as the absolute value of their paths,
+            in logits.
+
     Raises:
         DataError: if the result has no paths.
+
+    Examples:
+        >>> paths = lf.expand_paths(free, "for i in", " range")
+        >>> lf.plots.paths(paths).data[0].type
+        'sankey'
     """
     if result.level != "path":
         raise DataError(f"a result by {result.level} has no paths: call expand_paths")

@@ -16,8 +16,16 @@ def lens(result: Lens, prompt: int = 0, start: int = 0, stop: int | None = None)
         start: First position shown.
         stop: One behind the last. Default: at most 24 positions.
 
+    Returns:
+        A plotly figure, a heatmap of place x position, in logits.
+
     Raises:
         DataError: if there is no such prompt or position.
+
+    Examples:
+        >>> figure = lf.plots.lens(lf.logit_lens(free, tokens), prompt=1, stop=10)
+        >>> len(figure.data[0].y), len(figure.data[0].x)
+        (5, 10)
     """
     n_prompts, n_targets = result.values.shape[1:]
     stop = min(n_targets, start + 24) if stop is None else stop

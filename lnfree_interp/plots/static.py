@@ -22,6 +22,9 @@ def show_in_notebooks(width: int = 950) -> None:
 
     Args:
         width: Of the pictures, in pixels.
+
+    Examples:
+        >>> lf.plots.show_in_notebooks(width=800)  # doctest: +SKIP
     """
     found = os.environ.get("BROWSER_PATH") or any(map(shutil.which, _BROWSERS))
     pictures = bool(found) and importlib.util.find_spec("kaleido") is not None
@@ -40,10 +43,18 @@ def save(
         width: In pixels, before `scale`; the height is the figure's own.
         scale: Pixels of the file per pixel, for .png.
 
+    Returns:
+        The path.
+
     Raises:
         OutputError: for another suffix, or a folder that does not exist.
         UnsupportedModelError: if pictures cannot be drawn here: that takes kaleido and a Chrome or
             Chromium (`apt install chromium`, or `plotly_get_chrome`).
+
+    Examples:
+        >>> dla = lf.attribute_logits(free, "for i in", " range", by="block")
+        >>> lf.plots.save(lf.plots.attribution(dla), "range.html").name
+        'range.html'
     """
     target = Path(path)
     if target.suffix not in _FORMATS:

@@ -33,8 +33,20 @@ def training_curve(runs: Mapping[str, History], window: int = 10) -> go.Figure:
     """Training loss of several runs on the same data, and when each norm site was frozen.
 
     Args:
-        runs: By name, e.g. `{"lnfree": run, "vanilla": control}`.
+        runs: By name, e.g. `{"lnfree": run, "vanilla": control}`; a `Run`, or the records of its
+            steps.
         window: Steps in the running mean drawn over the single steps.
+
+    Returns:
+        A plotly figure of loss in nats per token over steps, with a line wherever a site was
+            frozen.
+
+    Examples:
+        >>> from lnfree_interp.removal.run import StepRecord
+        >>> frozen = {3: {"blocks.0.ln2": 1.7}}
+        >>> steps = [StepRecord(i, 3.0, 0.0, 1e-4, frozen.get(i, {})) for i in range(9)]
+        >>> [line.name for line in lf.plots.training_curve({"lnfree": steps}).data]
+        [None, 'LN-free', 'ln2 frozen']
     """
     figure = go.Figure()
     events: dict[str, list[tuple[int, str, float]]] = {}
@@ -87,10 +99,20 @@ def sigma_drift(run: History) -> go.Figure:
     """How far each frozen site's input has moved from the constant that it is divided by.
 
     Args:
-        run: A removal, with `log_every` above 0.
+        run: A removal, with `log_every` above 0; a `Run`, or the records of its steps.
+
+    Returns:
+        A plotly figure of one line per site over steps, a ratio that is 1 without drift.
 
     Raises:
         DataError: if nothing was logged.
+
+    Examples:
+        >>> from lnfree_interp.removal.run import StepRecord
+        >>> drift = {"drift": {"blocks.0.ln2": 1.1}}
+        >>> figure = lf.plots.sigma_drift([StepRecord(0, 3.0, 0.0, 1e-4, {}, probes=drift)])
+        >>> figure.data[0].y
+        (1.1,)
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in _steps(run):

@@ -113,9 +113,11 @@ class Recipe:
     """Everything that a removal run is made of, except the model and the text."""
 
     name: str = "custom"
+    """For reports and model cards."""
     events: tuple[Event, ...]
     """When which site is frozen. Empty: an ordinary fine-tuning."""
     steps: int
+    """Optimiser steps."""
     batch: int
     """Blocks of text per optimiser step, over all processes."""
     micro_batch: int = 4
@@ -123,6 +125,7 @@ class Recipe:
     lr: float
     """Peak learning rate of AdamW."""
     warmup: int
+    """Steps in which the learning rate rises in a straight line to `lr`."""
     final_lr: float
     """What the learning rate falls to, as a share of `lr`."""
     decay_steps: int | None = None
@@ -130,6 +133,7 @@ class Recipe:
     weight_decay: float = 0.01
     """On weight matrices and embeddings; never on biases and gains."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     clip: float = 1.0
     """Largest gradient norm."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -143,8 +147,11 @@ class Recipe:
     """That scale: the batch's own mean (2507.02559), or the mean before the first step
     (2602.10408)."""
     statistics: Statistics = field(default_factory=Statistics)
+    """How the constants sigma are measured."""
     special: Special = field(default_factory=Special)
+    """Tokens with a sigma of their own for a while. Default: none."""
     guard: Guard = field(default_factory=Guard)
+    """What counts as diverging. Default: stop there."""
     evaluate_every: int = 50
     """Steps between two evaluations on held-out text, if there is any."""
     patience: int | None = None

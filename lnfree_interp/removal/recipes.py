@@ -86,6 +86,17 @@ def gpt2_small(*, anchor: bool = True) -> Recipe:
 
     Args:
         anchor: With the auxiliary loss, as published; or their variant without it.
+
+    Returns:
+        A `Recipe` for the 37 norm sites of a model with 12 blocks.
+
+    Source:
+        arXiv 2507.02559; settings of https://github.com/submarat/removing-layer-norm, config.py.
+
+    Examples:
+        >>> recipe = lf.recipes.gpt2_small()
+        >>> len(recipe.events), recipe.steps
+        (37, 300)
     """
     return _published(
         12,
@@ -108,6 +119,17 @@ def gpt2_medium(*, anchor: bool = True) -> Recipe:
 
     Args:
         anchor: With the auxiliary loss, as published; or their variant without it.
+
+    Returns:
+        A `Recipe` for the 73 norm sites of a model with 24 blocks.
+
+    Source:
+        arXiv 2507.02559; settings of https://github.com/submarat/removing-layer-norm, config.py.
+
+    Examples:
+        >>> recipe = lf.recipes.gpt2_medium()
+        >>> len(recipe.events), recipe.steps
+        (73, 500)
     """
     return _published(
         24,
@@ -130,6 +152,17 @@ def gpt2_large(*, anchor: bool = True) -> Recipe:
 
     Args:
         anchor: With the auxiliary loss, as published; or their variant without it, 1200 steps.
+
+    Returns:
+        A `Recipe` for the 109 norm sites of a model with 36 blocks.
+
+    Source:
+        arXiv 2507.02559; settings of https://github.com/submarat/removing-layer-norm, config.py.
+
+    Examples:
+        >>> recipe = lf.recipes.gpt2_large()
+        >>> len(recipe.events), recipe.steps
+        (109, 600)
     """
     return _published(
         36,
@@ -153,6 +186,17 @@ def gpt2_xl(*, anchor: bool = True) -> Recipe:
 
     Args:
         anchor: With the auxiliary loss, as published; or their variant without it, 1200 steps.
+
+    Returns:
+        A `Recipe` for the 145 norm sites of a model with 48 blocks.
+
+    Source:
+        arXiv 2507.02559; settings of https://github.com/submarat/removing-layer-norm, config.py.
+
+    Examples:
+        >>> recipe = lf.recipes.gpt2_xl()
+        >>> len(recipe.events), recipe.steps
+        (145, 800)
     """
     return _published(
         48,
@@ -176,6 +220,17 @@ def gpt2_small_2024() -> Recipe:
 
     Position 0 has its own sigma until step 1160, end-of-text (on the value path) until 1060. Their
     code put the special sigma on channel 0 instead of position 0; this is what was meant.
+
+    Returns:
+        A `Recipe` for the 37 norm sites of a model with 12 blocks.
+
+    Source:
+        arXiv 2409.13710; settings of https://github.com/ApolloResearch/gpt2_noLN, train.py.
+
+    Examples:
+        >>> recipe = lf.recipes.gpt2_small_2024()
+        >>> recipe.special.first_until, recipe.removed_at
+        (1160, 1160)
     """
     code = "ApolloResearch/gpt2_noLN"
     return Recipe(
@@ -231,8 +286,19 @@ def published_style(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         steps: Optimiser steps.
         seed: Of the data order.
 
+    Returns:
+        A `Recipe` for every norm site of the model.
+
     Raises:
-        RecipeError: if there are fewer steps than events.
+        RecipeError: if there are fewer steps than norm sites, or no norm sites.
+
+    Source:
+        arXiv 2507.02559; that it scales to any model and number of steps is ours.
+
+    Examples:
+        >>> recipe = lf.recipes.published_style(model, steps=100)
+        >>> len(recipe.events), recipe.removed_at < recipe.steps / 3
+        (13, True)
     """
     start, (ln2_gap, qk_gap, v_gap) = _scaled_gaps(model, steps)
     return Recipe(
@@ -265,8 +331,22 @@ def distilled(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         steps: Optimiser steps.
         seed: Of the data order.
 
+    Returns:
+        A `Recipe` for every norm site of the model.
+
     Raises:
-        RecipeError: if there are fewer steps than events.
+        RecipeError: if there are fewer steps than norm sites, or no norm sites.
+
+    Source:
+        Ours: distillation (arXiv 1503.02531) in the order of arXiv 2507.02559, so that the model is
+        held to the original and not to the text.
+
+    Examples:
+        >>> recipe = lf.recipes.distilled(model, steps=100)
+        >>> recipe.distillation, len(recipe.events)
+        (1.0, 13)
+        >>> str(recipe.events[0].site), str(recipe.events[-1].site)
+        ('blocks.0.ln2', 'ln_final')
     """
     start, (ln2_gap, qk_gap, v_gap) = _scaled_gaps(model, steps)
     return Recipe(
@@ -294,8 +374,19 @@ def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         steps: Optimiser steps.
         seed: Of the data order.
 
+    Returns:
+        A `Recipe` for every norm site of the model.
+
     Raises:
-        RecipeError: if there are fewer than ten steps.
+        RecipeError: if there are fewer than ten steps, or no norm sites.
+
+    Source:
+        arXiv 2602.10408
+
+    Examples:
+        >>> recipe = lf.recipes.tapered(model, steps=100)
+        >>> recipe.events[0].step, recipe.removed_at
+        (10, 50)
     """
     if steps < 10:
         raise RecipeError(f"{steps} steps are too few for a taper: give at least 10")
@@ -323,6 +414,20 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         model: A model or its sites, of any architecture.
         steps: Optimiser steps.
         seed: Of the data order.
+
+    Returns:
+        A `Recipe` for every norm site of the model.
+
+    Raises:
+        RecipeError: if there are no norm sites, or no steps.
+
+    Source:
+        Ours, to compare schedules with; distillation: arXiv 1503.02531.
+
+    Examples:
+        >>> recipe = lf.recipes.at_once(model, steps=120)
+        >>> {event.step for event in recipe.events}
+        {10}
     """
     warmup = min(20, steps // 12)
     return Recipe(

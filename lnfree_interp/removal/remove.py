@@ -66,16 +66,21 @@ def remove_norms(
             copy. The model given is spent then: its weights are the trained ones, its norms live.
 
     Returns:
-        The trained model with its sites, and what happened at each step.
+        A `Run`, of the trained model with its sites and what happened at each step.
 
     Raises:
         UnsupportedModelError: if the model's norms cannot be frozen one by one.
-        NormSiteError: if the recipe names a site that the model does not have.
+        NormSiteError: if the recipe names a site that the model does not have, or is frozen.
+        InexactError: if a hook on the model changes its logits.
         RecipeError: if recipe and text do not go together, or a resumed run was another one.
         DataError: if the model cannot read the data.
         TrainingError: if the run diverges and is not, or no longer, set back.
         OutputError: if `out` holds something, or cannot be written.
         CheckpointError: if a run that should go on has no whole checkpoint.
+
+    Source:
+        arXiv 2409.13710; arXiv 2507.02559 for the order, the moving average and the auxiliary loss;
+        arXiv 2602.10408 for gates. Guard, rollback and exact resuming are ours.
 
     Examples:
         >>> recipe = lf.recipes.distilled(model)  # doctest: +SKIP

@@ -41,6 +41,8 @@ class Run:
     model: HookedTransformer
     """With norm sites: frozen where the recipe says so. `fold` takes it from here."""
     recipe: Recipe
+    """As it was run: with the gaps that rollbacks widened."""
     history: tuple[StepRecord, ...]
+    """One record per optimiser step: losses in nats per token, what was frozen, probes."""
     seconds: float
     """Of this process; a resumed run counts from where it was resumed."""
