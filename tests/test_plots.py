@@ -129,6 +129,8 @@ def test_paths_as_bars_and_as_a_sankey(question):
     ]  # fmt: skip
     assert sum(into) == pytest.approx(result.total.item(), rel=1e-4)
     assert all(value > 0 for value in sankey.link.value)
+    assert len(set(zip(sankey.node.x, sankey.node.y, strict=True))) == len(sankey.node.label)
+    assert all(0 < y < 1 for y in sankey.node.y)
     with pytest.raises(DataError, match="expand_paths"):
         lf.plots.paths(lf.attribute_logits(*question))
 
@@ -231,3 +233,70 @@ def test_pictures(question, tmp_path):
         lf.plots.save(figure, tmp_path / "figure.jpg")
     with pytest.raises(OutputError, match="no folder"):
         lf.plots.save(figure, tmp_path / "nowhere" / "figure.png")
+
+
+def test_the_lens_shows_the_end(folded):
+    tokens = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(0))
+    result = lf.logit_lens(folded, tokens)
+    figure = lf.plots.lens(result)
+    assert [figure.data[0].x[i].split()[0] for i in (0, -1)] == ["15", "38"]
+    assert "positions 15 to 38 of 39" in figure.layout.title.subtitle.text
+    assert len(lf.plots.lens(result, start=3).data[0].x) == 24
+    assert len(lf.plots.lens(result, start=30).data[0].x) == 9
+    assert len(lf.plots.lens(result, stop=5).data[0].x) == 5
+
+
+def test_quotes_are_shown_as_quotes(folded):
+    result = lf.attribute_logits(folded, 'print("a', "r", by="source")
+    assert '"' in lf.plots.attribution(result).data[0].x[-2] + result.prompts[0][-2]
+    assert "&quot;" not in lf.plots.attribution(result).to_json()
+
+
+def test_what_is_no_logit_is_not_called_one(folded):
+    neuron = lf.plots.attribution(lf.attribute_neuron(folded, "for i in", 2, 0, by="block"))
+    assert neuron.layout.yaxis.title.text == "cumulative pre"
+    assert neuron.data[0].x[-1] == "pre"
+    assert neuron.layout.title.text.startswith("pre of L2N0")
+    direction = folded.W_U[:, 5]
+    stream = lf.decompose_residual(folded, "for i in", onto=direction, by="block")
+    assert lf.plots.attribution(stream).layout.yaxis.title.text == "cumulative projection"
+    with pytest.raises(DataError, match="onto=direction"):
+        lf.plots.attribution(lf.decompose_residual(folded, "for i in", by="block"))
+    with pytest.raises(DataError, match="0 largest"):
+        lf.plots.attribution(attributions(folded, "neuron").select(0), top=0)
+
+
+def test_figures_take_what_the_calls_return(folded, live, tokens):
+    effects = lf.direct_effects(folded, tokens)
+    assert len(lf.plots.direct_effects(effects, points=9).data) == 2
+    evaluation = lf.evaluate({"live": live, "free": folded}, tokens, pairs=0, neurons=0)
+    assert len(lf.plots.direct_effects(evaluation, points=9).data) == 4
+    without = lf.evaluate(live, tokens, pairs=0, neurons=0, effects=False)
+    for nothing in ({}, without):
+        with pytest.raises(DataError, match="no direct effects"):
+            lf.plots.direct_effects(nothing)
+    with pytest.raises(DataError, match="no step"):
+        lf.plots.training_curve({})
+
+
+def test_a_broken_model_has_no_flow_to_draw(folded):
+    with torch.no_grad():
+        folded.unembed.W_U[0, 0] = float("nan")
+    graph = lf.flow_graph(folded, "for i in", 0)
+    with pytest.raises(DataError, match="no finite number"):
+        lf.plots.flow(graph)
+
+
+def test_a_deep_model_still_fits_on_a_page():
+    from lnfree_interp.analysis.certificates import Certificate
+    from lnfree_interp.analysis.flow import FlowGraph, FlowNode
+    from lnfree_interp.numerics import MeasuredError
+
+    certificate = Certificate("", MeasuredError(0.0, 0.0, torch.float32))
+    nodes = [
+        FlowNode(f"{layer}_mlp_out@0", "mlp_out", layer, 0, 1.0, 0.0, 0.0, 0.0)
+        for layer in range(48)
+    ]
+    nodes.append(FlowNode("logit", "logit", None, None, 1.0, 0.0, 0.0, 0.0))
+    graph = FlowGraph(tuple(nodes), (), certificate, "b", ("a",), 1.0)
+    assert lf.plots.flow(graph).layout.height < 1600

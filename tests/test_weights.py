@@ -209,3 +209,18 @@ def test_effects_add_up_without_norms_only(folded, live, tokens, dtype):
         lf.direct_effect_additivity(folded, tokens, ["L0H1"], ["L0H1"])
     with pytest.raises(DataError, match=r"did you mean .*L0H1"):
         lf.direct_effect_additivity(folded, tokens, ["LOH1"], ["L2H3"])
+
+
+def test_rounding_is_no_dependence_on_the_basis(gpt2_folder):
+    free = lf.fold(freeze_all(lf.load(gpt2_folder, dtype=torch.float32)))
+    for seed in range(4):
+        for metric in (
+            lambda m: lf.attribute_logits(m, torch.arange(7), 3, by="neuron").values,
+            lambda m: lf.virtual_weights(m, "L0H3", "L2H1", "Q").AB,
+        ):
+            assert lf.gauge_check(metric, free, bases=1, seed=seed).invariant
+
+
+def test_a_direction_that_nothing_reads_flips_nothing(folded):
+    flips = lf.flip_distances(folded, torch.arange(7), 1, torch.ones(folded.cfg.d_model)).verify()
+    assert flips.distance.isinf().all()

@@ -112,8 +112,8 @@ class FlowGraph:
 
     def __repr__(self) -> str:
         return (
-            f"FlowGraph({self.of}: {self.total:+.3f} through {len(self.nodes)} nodes and "
-            f"{len(self.edges)} edges, {self.lost:+.3f} through others, "
+            f"FlowGraph({self.of}: {self.total:+.3f}, of which {self.lost:+.3f} through nodes that "
+            f"are not shown; {len(self.nodes)} nodes, {len(self.edges)} edges, "
             f"error {self.certificate.error})"
         )
 

@@ -97,8 +97,8 @@ class GaugeReport:
     """Whether a metric means something on an LN-free model."""
 
     error: MeasuredError
-    """Largest change of a number between bases, relative to that number (or, for one that is
-    next to nothing, to what rounding of the largest leaves)."""
+    """Largest change of a number between bases, relative to that number; changes that rounding of
+    the largest number explains count as none."""
     bases: int
     """How many other bases were tried."""
     kind: str
@@ -183,10 +183,10 @@ def _change(found: Tensor, expected: Tensor, dtype: torch.dtype) -> MeasuredErro
         return MeasuredError(float(changed), float(changed), torch.float64)
     found, expected = found.double(), expected.double()
     size = expected.abs()
-    # Below this share of the largest, what is left of a number is rounding.
-    floor = size.max() * TOLERANCE[dtype]
+    # Rounding of the largest reaches every number that was added up beside it.
+    rounding = size.max() * TOLERANCE[dtype]
     change = (found - expected).abs()
-    relative = torch.where(change == 0, 0.0, change / torch.maximum(size, floor))
+    relative = torch.where(change <= rounding, 0.0, change / torch.maximum(size, rounding))
     return MeasuredError(change.max().item(), relative.max().item(), dtype)
 
 

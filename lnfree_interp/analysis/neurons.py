@@ -286,7 +286,11 @@ def flip_distances(
         return block.ln2(stream[None, None])[0, 0] @ W + b
 
     pre = norm.forward(x) @ W + bias + b
-    slope = norm.forward(v) @ W
+    y = norm.forward(v)
+    slope = y @ W
+    # A direction that nothing reads, such as the mean, leaves rounding, and no distance.
+    lost = torch.finfo(v.dtype).eps * v.abs().max() / y.abs().max().clamp(min=1e-30)
+    slope = torch.where(slope.abs() <= lost * (y.abs() @ W.abs()), 0.0, slope)
     flips = Flips(pre, slope, Certificate("", measure_error(pre, pre)), None, layer)
     t = flips.nearest[1]
     t = t if t < torch.inf else 1.0

@@ -103,7 +103,12 @@ def decompose_residual(
         onto = torch.as_tensor(onto)
         if onto.ndim == 0 or onto.shape[-1] != model.cfg.d_model:
             raise DataError(f"a direction has {model.cfg.d_model} entries, not {list(onto.shape)}")
-        direction = onto.to(total).expand(total.shape).contiguous()
+        try:
+            direction = onto.to(total).expand(total.shape).contiguous()
+        except RuntimeError as error:
+            raise DataError(
+                f"directions {list(onto.shape)} do not fit a stream of {list(total.shape)}"
+            ) from error
         values, components = project(parts, direction)
         total = torch.linalg.vecdot(total, direction)
     if isinstance(pos, int):

@@ -41,7 +41,7 @@ def attribution(result: Contributions | MeanContributions | AffineMap, top: int 
         A plotly figure of values in logits, or in the unit of what was taken apart.
 
     Raises:
-        DataError: if the result is a batch.
+        DataError: if the result is a batch, or vectors; or nothing is to be shown.
 
     Examples:
         >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")
@@ -55,7 +55,12 @@ def attribution(result: Contributions | MeanContributions | AffineMap, top: int 
     if isinstance(result, MeanContributions):
         result = result.as_contributions()
     if result.values.ndim != 1:
-        raise DataError("a figure shows one prompt: pass result.select(i)")
+        raise DataError(
+            "a figure shows one number per part: take one prompt with result.select(i), or project "
+            "a residual stream with decompose_residual(..., onto=direction)"
+        )
+    if top < 1:
+        raise DataError(f"the {top} largest are none")
     if result.level == "source":
         return _sources(result)
     if result.level == "head" and any(component.kind == "head" for component in result.components):
@@ -78,7 +83,7 @@ def _titles(result: Contributions) -> tuple[str, str]:
     title = f"By {result.level}"
     if result.of:
         what = html.escape(result.of[0])
-        title = f"{what if ' of ' in what else f'Logit of {what}'}, by {result.level}"
+        title = f"{f'Logit of {what}' if _unit(result) == 'logit' else what}, by {result.level}"
     if result.prompts:
         title += f", after “{show_prompt(result.prompts[0])}”"
     subtitle = f"parts minus whole: {result.error}"
@@ -88,10 +93,17 @@ def _titles(result: Contributions) -> tuple[str, str]:
     return title, subtitle
 
 
+def _unit(result: Contributions) -> str:
+    """A logit, but of a neuron or a projected stream what it is."""
+    what = result.of[0] if result.of else ""
+    neuron, of, _ = what.partition(" of ")
+    return neuron if of else "projection" if "hook_" in what else "logit"
+
+
 def _waterfall(result: Contributions, labels: list[str], values: list[float]) -> go.Figure:
     figure = go.Figure(
         go.Waterfall(
-            x=[*labels, "logit"],
+            x=[*labels, _unit(result)],
             y=[*values, result.total.item()],
             measure=["relative"] * len(values) + ["total"],
             increasing={"marker": {"color": RAISES}},
@@ -102,7 +114,7 @@ def _waterfall(result: Contributions, labels: list[str], values: list[float]) ->
             hovertemplate="%{x}: %{text}<extra></extra>",
         )
     )
-    figure.update_yaxes(title="cumulative logit", zeroline=True)
+    figure.update_yaxes(title=f"cumulative {_unit(result)}", zeroline=True)
     figure.update_xaxes(tickangle=-45)
     return styled(figure, *_titles(result))
 
@@ -114,7 +126,7 @@ def _heatmap(result: Contributions) -> go.Figure:
     others = result.total.item() - grid.double().sum().item()
     figure = go.Figure(
         go.Heatmap(
-            **diverging(grid),
+            **diverging(grid, _unit(result)),
             x=[f"H{head}" for head in range(grid.shape[1])],
             y=[f"L{layer}" for layer in range(n_layers)],
             texttemplate="%{z:.2f}" if grid.numel() <= 150 else None,
@@ -138,7 +150,7 @@ def _sources(result: Contributions) -> go.Figure:
     tokens = result.prompts[0] if result.prompts else [""] * n_sources
     figure = go.Figure(
         go.Heatmap(
-            **diverging(shown),
+            **diverging(shown, _unit(result)),
             x=show_tokens(tokens),
             y=[names[row] for row in rows],
             hovertemplate="%{y} reads %{x}: %{z:.4f}<extra></extra>",

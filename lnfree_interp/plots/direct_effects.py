@@ -7,20 +7,28 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.direct_effects import DirectEffects
+from lnfree_interp.evaluation.evaluate import Evaluation
 from lnfree_interp.plots.style import MODEL_COLOURS, MODEL_NAMES, styled
 
 
-def direct_effects(results: Mapping[str, DirectEffects], points: int = 1500) -> go.Figure:
+def direct_effects(
+    results: DirectEffects | Evaluation | Mapping[str, DirectEffects], points: int = 1500
+) -> go.Figure:
     """One scatter per model: attribution against measured direct effect, on the diagonal if equal.
 
     Args:
-        results: Of `direct_effects`, by model name, in the order of the panels; at least one.
+        results: Of `direct_effects`; several by model name, in the order of the panels; or an
+            evaluation of several models.
         points: How many (head, token) pairs each panel samples.
 
     Returns:
         A plotly figure, one panel per model, with measured effect across and attribution up, in
             logits.
+
+    Raises:
+        DataError: if nothing was measured.
 
     Examples:
         >>> effects = lf.direct_effects(free, tokens)
@@ -28,6 +36,13 @@ def direct_effects(results: Mapping[str, DirectEffects], points: int = 1500) -> 
         >>> len(figure.data[1].x)
         500
     """
+    if isinstance(results, Evaluation):
+        found = {name: model.direct_effects for name, model in results.models.items()}
+        results = {name: effects for name, effects in found.items() if effects is not None}
+    elif isinstance(results, DirectEffects):
+        results = {"model": results}
+    if not results:
+        raise DataError("there are no direct effects to draw: none were measured")
     figure = make_subplots(
         cols=len(results),
         shared_yaxes=True,

@@ -1,9 +1,12 @@
 """The flow of a logit: nodes over positions and layers, and paths as a Sankey diagram."""
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import plotly.graph_objects as go
+import torch
 
 from lnfree_interp.analysis.contributions import Contributions
 from lnfree_interp.analysis.flow import FlowGraph, FlowNode
@@ -36,6 +39,9 @@ def flow(result: FlowGraph) -> go.Figure:
     Returns:
         A plotly figure; at most 150 lines are drawn, its subtitle says how many are not.
 
+    Raises:
+        DataError: if a flow is no finite number.
+
     Examples:
         >>> graph = lf.flow_graph(free, "for i in", " range")
         >>> lf.plots.flow(graph).layout.yaxis.ticktext
@@ -45,6 +51,8 @@ def flow(result: FlowGraph) -> go.Figure:
     places = _places(result.nodes, n_layers, len(result.tokens))
     edges = sorted(result.edges, key=lambda edge: -abs(edge.flow))[:_EDGES]
     largest = max((abs(edge.flow) for edge in edges), default=1.0)
+    if not all(math.isfinite(part.flow) for part in (*edges, *result.nodes)):
+        raise DataError("a flow that is no finite number cannot be drawn")
     figure = go.Figure()
     for edge in reversed(edges):  # the widest on top
         (x0, y0), (x1, y1) = places[edge.source], places[edge.target]
@@ -75,6 +83,7 @@ def flow(result: FlowGraph) -> go.Figure:
         },
         text=[_name(node) if node.name in named else "" for node in result.nodes],
         textposition="top center",
+        cliponaxis=False,
         textfont={"size": 10},
         hovertext=[
             f"{node.name}: {node.flow:+.3f}<br>from biases {node.from_biases:+.3f}, from nodes not "
@@ -92,7 +101,7 @@ def flow(result: FlowGraph) -> go.Figure:
     marked = sorted(sorted(width, key=lambda pos: -width[pos])[:_LABELS])
     figure.update_xaxes(
         tickvals=marked, ticktext=[labels[pos] for pos in marked],
-        tickangle=-45, title="position", range=[-0.7, len(result.tokens) - 0.3], zeroline=False,
+        tickangle=-45, title="position", range=[-0.9, len(result.tokens) - 0.1], zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(
         tickvals=[-0.5, *(layer + 0.5 for layer in range(n_layers)), n_layers + 0.4],
@@ -106,7 +115,7 @@ def flow(result: FlowGraph) -> go.Figure:
         f"How {show_prompt([result.of])} flows, after “{show_prompt(result.tokens)}”",
         f"{result.total:+.2f} in all, {result.lost:+.2f} through nodes not shown; patterns and "
         f"gates held; conserved to {result.certificate.error}{note}",
-        height=320 + 110 * n_layers,
+        height=320 + n_layers * max(24, min(110, 1100 // n_layers)),
     )
 
 
@@ -144,6 +153,31 @@ def _name(node: FlowNode) -> str:
     return {"mlp_out": f"MLP {node.layer}"}.get(node.kind, node.name.partition("@")[0])
 
 
+def _through(names: Mapping[str, int], links: Mapping[tuple[str, str, bool], float]) -> list[float]:
+    """What enters or leaves each node, whichever is more."""
+    flows = torch.zeros(2, len(names))
+    for (one, other, _), value in links.items():
+        flows[0, names[one]] += value
+        flows[1, names[other]] += value
+    return flows.amax(0).tolist()
+
+
+def _stacked(columns: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Heights at which nodes of a column stand one above the other, centred; in 0..1."""
+    totals: dict[float, float] = defaultdict(float)
+    for column, size in zip(columns, sizes, strict=True):
+        totals[column] += size
+    whole, counts = max(totals.values(), default=1.0) or 1.0, Counter(columns)
+    pad = 0.3 / max(counts.values(), default=1)
+    at = {c: 0.5 - (0.6 * totals[c] / whole + pad * (counts[c] - 1)) / 2 for c in totals}
+    heights = []
+    for column, size in zip(columns, sizes, strict=True):
+        share = 0.6 * size / whole
+        heights.append(min(0.999, max(0.001, at[column] + share / 2)))
+        at[column] += share + pad
+    return heights
+
+
 def paths(result: Contributions) -> go.Figure:
     """Paths as a Sankey diagram: sources on the left, the heads that they pass, the logit.
 
@@ -173,13 +207,13 @@ def paths(result: Contributions) -> go.Figure:
         for i, one in enumerate([start, *stops]):
             name = one if i == 0 else f"{one} "  # a head that carries is not a head that starts
             layer = component.layer if i == 0 else component.through[i - 1].layer
-            depth[name] = 0 if layer is None else layer + (1 if i else 0.5)
+            depth[name] = 0.0 if layer is None else layer + (1.0 if i else 0.5)
         route = [start, *(f"{one} " for one in stops), "logit"]
         for one, other in pairwise(route):
             links[one, other, value.item() > 0] += abs(value.item())
     for name in [*depth, "logit"]:
         names.setdefault(name, len(names))
-    deepest = max(depth.values(), default=0) + 1
+    deepest = max(depth.values(), default=0.0) + 1.0
     figure = go.Figure(
         go.Sankey(
             arrangement="snap",
@@ -189,7 +223,7 @@ def paths(result: Contributions) -> go.Figure:
                 "pad": 12,
                 "thickness": 14,
                 "x": [0.001 + 0.99 * depth.get(name, deepest) / deepest for name in names],
-                "y": [(i % 7 + 1) / 9 for i in range(len(names))],
+                "y": _stacked([depth.get(name, deepest) for name in names], _through(names, links)),
             },
             link={
                 "source": [names[one] for one, _, _ in links],

@@ -6,15 +6,20 @@ from lnfree_interp.analysis.lens import Lens
 from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import diverging, rows_height, show_token, show_tokens, styled
 
+_SHOWN = 24
+"""Positions, if not told otherwise."""
 
-def lens(result: Lens, prompt: int = 0, start: int = 0, stop: int | None = None) -> go.Figure:
+
+def lens(
+    result: Lens, prompt: int = 0, start: int | None = None, stop: int | None = None
+) -> go.Figure:
     """The true next token's logit as it builds up, and what would be predicted on the way.
 
     Args:
         result: Of `logit_lens`.
         prompt: Which row of the batch.
-        start: First position shown.
-        stop: One behind the last. Default: at most 24 positions.
+        start: First position shown. Default: the last 24, or the 24 up to `stop`.
+        stop: One behind the last. Default: the 24 from `start`, or the end.
 
     Returns:
         A plotly figure, a heatmap of place x position, in logits.
@@ -28,7 +33,9 @@ def lens(result: Lens, prompt: int = 0, start: int = 0, stop: int | None = None)
         (5, 10)
     """
     n_prompts, n_targets = result.values.shape[1:]
-    stop = min(n_targets, start + 24) if stop is None else stop
+    if stop is None:
+        stop = n_targets if start is None else min(n_targets, start + _SHOWN)
+    start = max(0, stop - _SHOWN) if start is None else start
     if not 0 <= prompt < n_prompts or not 0 <= start < stop <= n_targets:
         raise DataError(f"{n_prompts} prompts of {n_targets} targets: not {prompt}, {start}:{stop}")
     values = result.values[:, prompt, start:stop].double()
@@ -53,6 +60,7 @@ def lens(result: Lens, prompt: int = 0, start: int = 0, stop: int | None = None)
     return styled(
         figure,
         "Logit lens: the true next token's logit by layer",
-        f"in the cells: the token that would be predicted there; {result.certificate}",
+        f"positions {start} to {stop - 1} of {n_targets}; in the cells: the token that would be "
+        f"predicted there; {result.certificate}",
         height=rows_height(len(values), 260),
     )

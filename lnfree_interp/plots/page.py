@@ -14,7 +14,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-h3 { font-size: 1rem; margin: 2rem 0 0; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 2rem 0 0; }
+h1, h2, h3 { overflow-wrap: anywhere; }
 p { max-width: 46rem; overflow-wrap: anywhere; }
 p.note { color: #555; font-size: .85rem; margin: .2rem 0; }
 figure { margin: 0; }
@@ -39,8 +40,11 @@ def _figure(figure: go.Figure) -> str:
     """A figure under its title, which wraps on a narrow screen as plotly's own does not."""
     layout: Any = figure.layout
     title, shown = layout.title, go.Figure(figure)
-    shown.update_layout(title=None, margin_t=50 if layout.annotations else 20)
-    plot = shown.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
+    lines = max((1 + note.text.count("<br>") for note in layout.annotations), default=0)
+    shown.update_layout(title=None, margin_t=30 + 25 * lines)
+    plot = shown.to_html(
+        full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
+    )
     note = f'<p class="note">{title.subtitle.text}</p>' if title.subtitle.text else ""
     return f"<figure><h3>{title.text}</h3>{note}{plot}</figure>"
 

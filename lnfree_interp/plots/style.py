@@ -17,7 +17,8 @@ OTHER_COLOURS = ("#2166ac", "#e08214", "#1b7837", "#762a83", "#b2182b", "#35978f
 def show_token(token: str, longest: int = 14) -> str:
     """A token's text in a figure, where spaces and line ends would not be seen: escaped."""
     text = token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
-    return html.escape(text if len(text) <= longest else f"{text[: longest - 1]}…") or "∅"
+    shown = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return html.escape(shown, quote=False) or "∅"  # plotly would show &quot; as it stands
 
 
 def show_tokens(tokens: Sequence[str], start: int = 0) -> list[str]:
@@ -28,7 +29,8 @@ def show_tokens(tokens: Sequence[str], start: int = 0) -> list[str]:
 def show_prompt(tokens: Sequence[str], longest: int = 45) -> str:
     """The end of a prompt, one line."""
     text = "".join(tokens).replace("\n", "↵")
-    return html.escape(text if len(text) <= longest else "…" + text[-longest:])
+    shown = text if len(text) <= longest else "…" + text[-longest:]
+    return html.escape(shown, quote=False)
 
 
 def model_colours(names: Sequence[str]) -> dict[str, str]:

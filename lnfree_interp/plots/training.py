@@ -29,17 +29,20 @@ def _steps(run: History) -> Sequence[StepRecord]:
     return run.history if isinstance(run, Run) else run
 
 
-def training_curve(runs: Mapping[str, History], window: int = 10) -> go.Figure:
-    """Training loss of several runs on the same data, and when each norm site was frozen.
+def training_curve(runs: History | Mapping[str, History], window: int = 10) -> go.Figure:
+    """Cross-entropy in training of several runs, and when each norm site was frozen.
 
     Args:
-        runs: By name, e.g. `{"lnfree": run, "vanilla": control}`; a `Run`, or the records of its
-            steps.
+        runs: A `Run`, or the records of its steps; several by name, e.g.
+            `{"lnfree": run, "vanilla": control}`.
         window: Steps in the running mean drawn over the single steps.
 
     Returns:
         A plotly figure of loss in nats per token over steps, with a line wherever a site was
             frozen.
+
+    Raises:
+        DataError: if no step was taken.
 
     Examples:
         >>> from lnfree_interp.removal.run import StepRecord
@@ -48,6 +51,10 @@ def training_curve(runs: Mapping[str, History], window: int = 10) -> go.Figure:
         >>> [line.name for line in lf.plots.training_curve({"lnfree": steps}).data]
         [None, 'LN-free', 'ln2 frozen']
     """
+    if not isinstance(runs, Mapping):
+        runs = {"lnfree": runs}
+    if not any(_steps(run) for run in runs.values()):
+        raise DataError("no step was taken: there is no curve")
     figure = go.Figure()
     events: dict[str, list[tuple[int, str, float]]] = {}
     for name, run in runs.items():
@@ -72,8 +79,6 @@ def training_curve(runs: Mapping[str, History], window: int = 10) -> go.Figure:
                 kind = site.rpartition(".")[2]
                 events.setdefault(kind, []).append((record.step, site, sigma))
     for kind, frozen in events.items():
-        for step, _, _ in frozen:
-            figure.add_vline(x=step, line={"color": _KIND_COLOURS[kind], "width": 1, "dash": "dot"})
         figure.add_scatter(
             x=[step for step, _, _ in frozen],
             y=[0.0] * len(frozen),
@@ -85,11 +90,24 @@ def training_curve(runs: Mapping[str, History], window: int = 10) -> go.Figure:
             hovertemplate="step %{x}: %{text}<extra></extra>",
         )
     figure.update_layout(
+        shapes=[
+            {
+                "type": "line",
+                "x0": step,
+                "x1": step,
+                "y0": 0,
+                "y1": 1,
+                "yref": "paper",
+                "line": {"color": _KIND_COLOURS[kind], "width": 1, "dash": "dot"},
+            }
+            for kind, frozen in events.items()
+            for step, _, _ in frozen
+        ],
+        yaxis={"title": "cross-entropy of the batch (nats per token)"},
         yaxis2={"overlaying": "y", "range": [-20, 1], "visible": False},
         legend={"orientation": "h", "y": -0.2},
     )
     figure.update_xaxes(title="step")
-    figure.update_yaxes(title="training loss (nats per token)", selector={"anchor": "x"})
     return styled(
         figure, "Removing the norms", f"thin: every step; thick: mean of {window} steps", height=460
     )
