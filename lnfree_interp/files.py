@@ -46,6 +46,25 @@ def require_new_file(out: str | os.PathLike[str]) -> Path:
     return path
 
 
+def write_new_file(out: str | os.PathLike[str], text: str) -> Path:
+    """Write a text under a name that nothing has, in one piece.
+
+    Raises:
+        OutputError: as `require_new_file`, or if the disk refuses.
+    """
+    path = require_new_file(out)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            written = Path(folder) / "text"
+            written.write_text(text, encoding="utf-8")
+            os.link(written, path)  # fails where something has appeared in the meantime
+    except FileExistsError as error:
+        raise OutputError(f"{out} has appeared in the meantime: it was left alone") from error
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error}") from error
+    return path
+
+
 def _open_to_readers(folder: Path) -> None:
     """Ordinary permissions: temporary folders, and what safetensors writes, are private."""
     for path in (folder, *folder.rglob("*")):

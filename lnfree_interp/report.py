@@ -1,12 +1,10 @@
 """`lnfree report`: what a run or a model is, as one page that needs no network."""
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -22,19 +20,16 @@ from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.analysis.questions import read_one_prompt
 from lnfree_interp.analysis.reads import held
-from lnfree_interp.bundled import bundled_checkpoint
-from lnfree_interp.checkpoints.loading import load
 from lnfree_interp.data.named import evaluation_text
 from lnfree_interp.demo import readable_prompts
-from lnfree_interp.errors import CheckpointError, DataError, UnsupportedModelError
+from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.evaluation.certify import certify
 from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
 from lnfree_interp.evaluation.job import require_same_tokenizer
-from lnfree_interp.files import require_new_file
+from lnfree_interp.files import require_new_file, write_new_file
 from lnfree_interp.models.sites import live_sites
 from lnfree_interp.plots.page import Section, page
-from lnfree_interp.removal.run import StepRecord
-from lnfree_interp.removal.rundir import RunFolder
+from lnfree_interp.removal.subject import Subject, find_subject, load_named
 from lnfree_interp.tables import Table
 
 MODEL, ORIGINAL = "lnfree", "original"
@@ -47,16 +42,6 @@ class Question:
     prompt: str
     answer: str | int
     foil: str | int | None = None
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What a source turned out to be."""
-
-    model: str
-    original: str | None
-    history: tuple[StepRecord, ...] = ()
-    revision: str | None = None
 
 
 def write_report(
@@ -87,12 +72,13 @@ def write_report(
         LnfreeError: whatever loading and the analyses raise.
     """
     target = require_new_file(out)
-    subject = _subject(os.fspath(source), against)
-    models = {}
-    for name, where in ((ORIGINAL, subject.original), (MODEL, subject.model)):
+    subject, models = find_subject(source), {}
+    original = subject.original if against is None else against
+    for name, where in ((ORIGINAL, original), (MODEL, subject.model)):
         if where is not None:
             say(f"loading {where}")
-            models[name] = load(where, revision=subject.revision if name == ORIGINAL else None)
+            run = os.fspath(source) if name == ORIGINAL and against is None else None
+            models[name] = load_named(where, recorded_by=run)
     model = models.pop(MODEL)
     require_same_tokenizer({**models, MODEL: model})
     named = MODEL if not live_sites(model) else "vanilla" if subject.history else "model"
@@ -104,8 +90,10 @@ def write_report(
     block = min(256, *(one.cfg.n_ctx for one in models.values()))
     tokens = evaluation_text(text, model.tokenizer, block, blocks)
     say(f"evaluating on {tokens.numel():,} tokens of {text}")
-    original = ORIGINAL if ORIGINAL in models else None
-    evaluation = evaluate(models, tokens, original=original, text=text, progress=progress)
+    if subject.text not in (None, text):
+        say(f"    it was trained on {subject.text}: --data evaluates on that")
+    first = ORIGINAL if ORIGINAL in models else None
+    evaluation = evaluate(models, tokens, original=first, text=text, progress=progress)
     sections = [*_training(subject, named), *_quality(evaluation)]
     for question in asked:
         say(f"explaining what follows {question.prompt!r:.60}")
@@ -119,41 +107,15 @@ def write_report(
     norms = "no norms" if not live_sites(model) else f"{len(live_sites(model))} live norms"
     cfg = model.cfg
     content = page(
-        f"Report: {Path(os.fspath(source)).name or source}",
-        f"A model of {cfg.n_layers} layers x {cfg.d_model}, {cfg.n_heads} heads, {norms}. "
+        f"Report: {os.fspath(source)}",
+        (f"Compared with {original}. " if original else "")
+        + f"A model of {cfg.n_layers} layers x {cfg.d_model}, {cfg.n_heads} heads, {norms}. "
         "Sums on this page were checked against the numbers that the model itself computed"
         + (", with what is not linear held." if held(model, True) else "."),
         sections,
         footer=f"lnfree_interp; torch {torch.__version__}; {text}, {tokens.numel():,} tokens",
     )
-    target.write_text(content, encoding="utf-8")
-    return target
-
-
-def _subject(source: str, against: str | None) -> _Subject:
-    folder = Path(source)
-    if (folder / "run.json").is_file():
-        run, config = RunFolder.open(folder)
-        if not (folder / "model").is_dir():
-            raise CheckpointError(
-                f"{source} is not finished: it has no model yet (a run made in Python gets one by "
-                "export(run.model, ...))"
-            )
-        original = _started_from(config.get("about"), against)
-        revision = (config.get("about") or {}).get("revision") if against is None else None
-        return _Subject(str(folder / "model"), original, run.records(), revision)
-    if (folder / "metrics.json").is_file() and (folder / "model").is_dir():
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        about = {"model": metrics["source"]} if "source" in metrics else None
-        return _Subject(str(folder / "model"), _started_from(about, against))
-    return _Subject(source, against)
-
-
-def _started_from(about: Mapping[str, Any] | None, against: str | None) -> str | None:
-    """The original, as far as the folder says: None there means the bundled checkpoint."""
-    if against is not None or about is None or "model" not in about:
-        return against
-    return str(bundled_checkpoint()) if about["model"] is None else str(about["model"])
+    return write_new_file(target, content)
 
 
 def _default_questions(model: HookedTransformer) -> list[Question]:
@@ -162,7 +124,7 @@ def _default_questions(model: HookedTransformer) -> list[Question]:
     return [Question(*found) for found in readable_prompts(model)[-2:]]
 
 
-def _training(subject: _Subject, name: str) -> list[Section]:
+def _training(subject: Subject, name: str) -> list[Section]:
     if not subject.history:
         return []
     figures: list[go.Figure] = [plots.training_curve({name: subject.history})]

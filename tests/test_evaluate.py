@@ -257,6 +257,15 @@ def test_no_text_is_read_twice(tokenizer, tmp_path):
         lf.evaluation_text(file, tokenizer, 8, 64)
     with pytest.raises(DataError, match="do not fill one block"):
         lf.evaluation_text(file, tokenizer, 4096)
+    for source, wrong, message in (
+        (file, {"name": "en"}, "is local"),
+        ("stdlib", {"revision": "main"}, "is local"),
+        ("stdlib", {"column": "nope"}, "no column 'nope'"),
+        ("pile-10k", {"split": "test"}, "one fixed text"),
+        ("", {}, "without a name"),
+    ):
+        with pytest.raises(DataError, match=message):
+            lf.evaluation_text(source, tokenizer, 8, **wrong)
 
 
 def test_what_is_no_number_is_counted_not_hidden(live, folded, tokens):
@@ -373,6 +382,18 @@ def test_the_command(gpt2_folder, tmp_path):
     assert list(plain["models"]) == [gpt2_folder.name, "free"]
     assert plain["tokens"] == 6 * 47
     assert "cross-entropy, mean" in run.stdout
+    (folder / "tokenizer.json").unlink()
+    command += ["--no-effects", "--neurons", "0"]
+    broken = subprocess.run(command, capture_output=True, text=True)
+    assert broken.returncode == 2
+    assert "no tokenizer" in broken.stderr
+    subprocess.run([*command, "--tokenizer", str(gpt2_folder)], capture_output=True, check=True)
+    pipe = subprocess.Popen(
+        [*command, "--tokenizer", str(gpt2_folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    pipe.stdout.close()  # as `| head` does
+    assert "Traceback" not in pipe.communicate()[1]
     again = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert again.returncode == 2
     assert "already exists" in again.stderr

@@ -16,6 +16,7 @@ from lnfree_interp.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from lnfree_interp.files import write_new_file
 from lnfree_interp.removal.schedule import sequential_sites
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -262,3 +263,13 @@ def test_what_gpt2_cannot_say_is_refused(frozen, folded, live):
         lf.to_transformers(folded)
     with pytest.raises(UnsupportedModelError, match="no unembedding bias"):
         lf.to_transformers(live)
+
+
+def test_a_new_file_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "page.html"
+    assert write_new_file(out, "ä").read_text(encoding="utf-8") == "ä"
+    with pytest.raises(OutputError, match="already exists"):
+        write_new_file(out, "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_new_file("/proc/page.html", "c")

@@ -1,10 +1,12 @@
 """The report, as its readers get it: built by the command, opened in a browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from conftest import freeze_all
 
 import lnfree_interp as lf
 from lnfree_interp.errors import CheckpointError, DataError, OutputError
+from lnfree_interp.removal.run import StepRecord
+from lnfree_interp.removal.subject import find_subject, load_named
 from lnfree_interp.report import Question, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -60,9 +64,10 @@ def test_every_figure_is_drawn_and_nothing_fails(gpt2_folder, free_folder, tmp_p
 
 def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "lnfree_interp", "remove", str(gpt2_folder), "--steps", "14"]
+    name = os.path.relpath(gpt2_folder, tmp_path)
+    command = [sys.executable, "-m", "lnfree_interp", "remove", name, "--steps", "14"]
     command += ["--block", "16", "--batch", "2", "--heldout", "2", "--out", str(run)]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     page = tmp_path / "report.html"
     command = [sys.executable, "-m", "lnfree_interp", "report", str(run), "--out", str(page)]
     command += ["--blocks", "4", "--prompt", "for i in", "--answer", "i"]
@@ -75,28 +80,53 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2
     assert "already exists" in again.stderr
+    command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(run), "--blocks", "2"]
+    command += ["--no-effects", "--neurons", "0", "--pairs", "0"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert re.search(rf"tokens +{gpt2_folder.name} +run\n", done.stdout)
+    assert "minus original" in done.stdout
 
 
-def test_the_original_is_what_the_folder_says(gpt2_folder, tmp_path):
-    from lnfree_interp.report import _subject
-
+def test_the_original_is_what_the_folder_says(tmp_path):
     folder = tmp_path / "folder"
     (folder / "model").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"version": 1}))
     (folder / "metrics.jsonl").touch()
-    assert _subject(str(folder), None).original is None  # made in Python: nothing is guessed
-    assert _subject(str(folder), "other").original == "other"
+    assert find_subject(folder).original is None  # made in Python: nothing is guessed
     for about, original in (
         ({"model": None}, str(lf.bundled_checkpoint())),
-        ({"model": "gpt2", "revision": "abc"}, "gpt2"),
+        ({"model": "gpt2", "revision": "abc"}, "gpt2@abc"),
+        ({"model": "gpt2", "revision": None}, "gpt2"),
     ):
         (folder / "run.json").write_text(json.dumps({"version": 1, "about": about}))
-        found = _subject(str(folder), None)
-        assert found.original == original
-        assert found.revision == about.get("revision")
+        assert find_subject(folder).original == original
+    with pytest.raises(CheckpointError, match=r"says that it started from gpt2, and.*--against"):
+        load_named("gpt2", recorded_by=str(folder))
+    (folder / "model").rmdir()
+    with pytest.raises(CheckpointError, match="lnfree remove --resume"):
+        find_subject(folder)
+    (folder / "model").mkdir()
     (folder / "run.json").unlink()
     (folder / "metrics.json").write_text(json.dumps({"source": "gpt2"}))
-    assert _subject(str(folder), None).original == "gpt2"
+    assert find_subject(folder).original == "gpt2"
+
+
+def test_a_line_that_was_cut_off_is_no_step(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"version": 1}))
+    (tmp_path / "model").mkdir()
+    whole = json.dumps(asdict(StepRecord(0, 2.0, 0.0, 1e-4, {})))
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{whole[:20]}")
+    assert [record.step for record in find_subject(tmp_path).history] == [0]
+
+
+def test_names_with_a_revision(gpt2_folder, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere/at-all: "):
+        load_named("nowhere/at-all@v2")
+    with pytest.raises(CheckpointError, match="without a name"):
+        load_named(" ")
+    odd = tmp_path / "a@b"
+    shutil.copytree(gpt2_folder, odd)
+    assert load_named(str(odd)).cfg.n_layers == 3
 
 
 def test_a_live_model_alone(gpt2_folder, tmp_path):

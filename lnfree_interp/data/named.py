@@ -106,9 +106,15 @@ def evaluation_text(
     if blocks is not None and blocks < 1:
         raise DataError(f"{blocks} blocks are no text")
     if source in NAMED:
+        if any(one is not None for one in (split, name, column, revision)):
+            raise DataError(
+                f"{source} is one fixed text: it has no split, name, column or revision"
+            )
         tokens = NAMED[str(source)](tokenizer, block)
     elif source == STDLIB:
-        tokens = pack(open_text(STDLIB, split=split or "heldout"), _need(tokenizer), block)
+        documents = open_text(STDLIB, split=split or "heldout", name=name, revision=revision)
+        chosen, _ = text_column(documents, column)
+        tokens = pack(documents, _need(tokenizer), block, column=chosen)
     else:
         documents = open_text(
             source, split=split or "train", name=name, column=column, revision=revision

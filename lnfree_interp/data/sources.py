@@ -186,6 +186,11 @@ def _open(
     streaming: bool,
 ) -> Dataset | IterableDataset:
     text = os.fspath(source)
+    if not text.strip():
+        raise DataError("text without a name: give a file, a folder or a data set")
+    local = text == STDLIB or has_magic(text) or Path(text).expanduser().exists()
+    if local and (name or revision):
+        raise DataError(f"{source} is local: a name and a revision are for data sets on the hub")
     if text == STDLIB:
         if split not in get_args(Split):
             raise DataError(f"{STDLIB} has the splits {list(get_args(Split))}, not {split!r}")

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.checkpoints.loading import load
+from lnfree_interp.checkpoints.source import read_tokenizer
 from lnfree_interp.data.named import evaluation_text
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
 from lnfree_interp.evaluation.text_pass import Precision
 from lnfree_interp.models.precision import bf16_is_fast
+from lnfree_interp.removal.subject import find_subject, load_named
 
 
 def evaluate_checkpoints(
@@ -26,6 +27,7 @@ def evaluate_checkpoints(
     column: str | None = None,
     revision: str | None = None,
     precision: Precision | Literal["auto"] = "float32",
+    tokenizer: str | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -33,8 +35,8 @@ def evaluate_checkpoints(
     """Load models and a text, and evaluate.
 
     Args:
-        sources: Hub ids or local folders.
-        against: The original; evaluated too.
+        sources: Hub ids, `id@revision`, local folders, or runs.
+        against: The original; evaluated too. Default: what a single run started from.
         text: As for `evaluation_text`, like the following six.
         blocks: See there.
         block: Tokens per block. Default: the smallest context, up to 1024.
@@ -43,6 +45,7 @@ def evaluate_checkpoints(
         column: See there.
         revision: See there.
         precision: As for `evaluate`; `"auto"` takes bfloat16 where the hardware has it.
+        tokenizer: Hub id or folder of one, for checkpoints without.
         progress: Whether to show progress bars.
         say: Gets a line before each stage.
         settings: As for `evaluate`.
@@ -50,17 +53,24 @@ def evaluate_checkpoints(
     Raises:
         LnfreeError: whatever `load`, `evaluation_text` and `evaluate` raise.
     """
+    own = None if tokenizer is None else read_tokenizer(tokenizer)
+    subjects = {source: find_subject(source) for source in sources}
+    recorded = None
+    if against is None and len(subjects) == 1:
+        against = recorded = next(iter(subjects.values())).original
     wanted = [*([against] if against is not None else []), *sources]
     if not wanted:
         raise DataError("name at least one model")
     models = {}
     for source in dict.fromkeys(wanted):
         say(f"loading {source}")
-        models[source] = load(source)
+        run = sources[0] if source == recorded else None
+        where = subjects[source].model if source in subjects else source
+        models[source] = load_named(where, own, recorded_by=run)
     require_same_tokenizer(models)
     names = dict(zip(models, _short([*models]), strict=True))
     contexts = [model.cfg.n_ctx for model in models.values()]
-    block = block or min(1024, *contexts)
+    block = min(1024, *contexts) if block is None else block
     first = next(iter(models.values()))
     say(f"opening {text}")
     tokens = evaluation_text(

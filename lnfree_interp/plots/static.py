@@ -57,20 +57,22 @@ def save(
         'range.html'
     """
     target = Path(path)
-    if target.suffix not in _FORMATS:
+    if target.suffix.lower() not in _FORMATS:
         raise OutputError(f"{path}: write one of {', '.join(_FORMATS)}")
-    if not target.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {target.parent}")
-    if target.suffix == ".html":
-        figure.write_html(target, include_plotlyjs=True)
-        return target
+    if target.is_dir() or not target.parent.is_dir():
+        raise OutputError(f"{path}: a folder, or in a folder that does not exist")
     try:
-        figure.write_image(target, width=width, scale=scale)
+        if target.suffix.lower() == ".html":
+            figure.write_html(target, include_plotlyjs=True)
+        else:
+            figure.write_image(target, format=target.suffix[1:].lower(), width=width, scale=scale)
     except (ValueError, RuntimeError, OSError) as error:
         if "kaleido" in str(error).lower() or "chrome" in str(error).lower():
             raise UnsupportedModelError(
                 "pictures need kaleido and Chrome: pip install 'lnfree_interp[pictures]', and "
                 "apt install chromium or plotly_get_chrome; .html needs neither"
             ) from error
+        if isinstance(error, OSError):
+            raise OutputError(f"{path} cannot be written: {error}") from error
         raise
     return target

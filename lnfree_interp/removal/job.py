@@ -149,7 +149,7 @@ def run_job(
             heldout=heldout,
             out=out,
             resume=resume,
-            about=asdict(job),
+            about=_from_anywhere(job),
             checkpoint_every=job.checkpoint_every,
             log_every=job.log_every,
             trackers=job.trackers,
@@ -164,6 +164,15 @@ def run_job(
             say(f"    folded against frozen norms: {errors['folded against frozen norms']}")
         write_finished(run, folded, Path(out) / "model", source=shown, errors=errors)
     return run
+
+
+def _from_anywhere(job: Job) -> dict[str, Any]:
+    """What `run.json` keeps: local paths are absolute, so that it is read from any folder."""
+    about = asdict(job)
+    for key in ("model", "text"):
+        if about[key] is not None and about[key] != STDLIB and Path(about[key]).exists():
+            about[key] = str(Path(about[key]).resolve())
+    return about
 
 
 def resume_job(

@@ -211,8 +211,10 @@ class RunFolder:
         """
         found: dict[int, StepRecord] = {}
         try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            for line in lines:
+            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+            for line in text.splitlines(keepends=True):
+                if not line.endswith("\n"):
+                    break  # the run was cut off while writing this one
                 record = StepRecord(**json.loads(line))
                 found[record.step] = record  # a step that was repeated counts as it was last
         except (OSError, ValueError, TypeError) as error:

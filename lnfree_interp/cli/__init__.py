@@ -1,0 +1,43 @@
+"""The command line: `lnfree demo`, `remove`, `convert`, `evaluate`, `report`.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import os
+import sys
+
+import tyro
+
+from lnfree_interp.cli.convert import convert
+from lnfree_interp.cli.demo import demo
+from lnfree_interp.cli.evaluate import evaluate
+from lnfree_interp.cli.remove import remove
+from lnfree_interp.cli.report import report
+from lnfree_interp.errors import LnfreeError
+
+
+def main() -> None:
+    """Run a command. Exit status: 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {
+                "demo": demo,
+                "remove": remove,
+                "convert": convert,
+                "evaluate": evaluate,
+                "report": report,
+            },
+            prog="lnfree",
+            description="Remove a transformer's LayerNorms; read its logits as sums of parts.",
+        )
+    except LnfreeError as error:
+        print(f"lnfree: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        removing = sys.argv[1:2] == ["remove"]
+        left = "go on with lnfree remove --resume RUN" if removing else "nothing was written"
+        print(f"\nlnfree: interrupted; {left}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
