@@ -62,7 +62,12 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
     from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
-    from lnfree_interp.evaluation.patching import Patching, corrupted_pairs, patch_residual
+    from lnfree_interp.evaluation.patching import (
+        Patching,
+        corrupted_pairs,
+        ioi_pairs,
+        patch_residual,
+    )
     from lnfree_interp.evaluation.tasks import as_harness_model, run_tasks
     from lnfree_interp.models.agreement import compare_logits
     from lnfree_interp.models.forms import fold, frozen_form
@@ -143,6 +148,7 @@ _HOME = {
     "CrossEntropy": "lnfree_interp.evaluation.loss",
     "Patching": "lnfree_interp.evaluation.patching",
     "corrupted_pairs": "lnfree_interp.evaluation.patching",
+    "ioi_pairs": "lnfree_interp.evaluation.patching",
     "patch_residual": "lnfree_interp.evaluation.patching",
     "as_harness_model": "lnfree_interp.evaluation.tasks",
     "run_tasks": "lnfree_interp.evaluation.tasks",

@@ -18,6 +18,7 @@ from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.loading import load, load_checkpoint
 from lnfree_interp.checkpoints.source import open_in_transformers
+from lnfree_interp.data.named import spread
 from lnfree_interp.data.packing import pack
 from lnfree_interp.data.stdlib import stdlib_corpus
 from lnfree_interp.errors import DataError, RecipeError
@@ -112,7 +113,7 @@ def run_demo(
 
     Args:
         out: A folder that does not exist yet or is empty; it appears when it is complete, with
-            `model/`, `metrics.json` and `report.html`.
+            `model/`, its `control/` with norms, `metrics.json` and `report.html`.
         checkpoint: Hub id or local folder. Default: the bundled checkpoint.
         steps: Optimiser steps, for the removal and again for its control.
         seed: Of the data order.
@@ -161,10 +162,8 @@ def run_demo(
     say(f"4/6 evaluating on {text['heldout'].numel():,} held-out tokens")
     models = {"original": original, "vanilla": control.model, "lnfree": lnfree}
     losses = {name: evaluate_loss(model, text["heldout"]) for name, model in models.items()}
-    sample = text["heldout"][:: max(1, len(text["heldout"]) // DIRECT_EFFECT_BLOCKS)]
-    effects = {
-        name: direct_effects(model, sample[:DIRECT_EFFECT_BLOCKS]) for name, model in models.items()
-    }
+    sample = spread(text["heldout"], DIRECT_EFFECT_BLOCKS)
+    effects = {name: direct_effects(model, sample) for name, model in models.items()}
 
     say(f"5/6 taking {len(questions)} logit differences apart by block, head and neuron")
     attributions = decompose_prompts(lnfree, questions)
@@ -182,6 +181,9 @@ def run_demo(
         }
         name = str(source) if checkpoint else "bundled checkpoint"
         target = write_finished(run, lnfree, folder / "model", source=name, errors=written)
+        write_finished(
+            control, None, folder / "control", source=name, errors={"load": errors["load"]}
+        )
         if target == "transformers":
             exported, _ = open_in_transformers(folder / "model", device=lnfree.W_E.device)
         else:

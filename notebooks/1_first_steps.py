@@ -11,9 +11,9 @@
 # %% [markdown]
 # # First steps
 #
-# A transformer without LayerNorm has a linear residual stream, so a logit is a sum of parts: not
-# roughly, but to rounding. This notebook loads such a model, asks it for a logit, and checks the
-# sum.
+# In a transformer without LayerNorm everything reads the residual stream by an affine map, so a
+# logit is a sum of parts: not roughly, but to rounding. This notebook loads such a model, asks it
+# for a logit, and checks the sum.
 #
 # It uses the model that `make demo` wrote: a 4-layer GPT-2 that was trained on Python's standard
 # library, with its norms removed. `lf.load` takes a hub id in the same place, such as
@@ -64,7 +64,7 @@ lf.plots.attribution(lf.attribute_logits(free, "for i in", " range", " self", by
 #
 # With its norms, the original can be taken apart too, if the last norm's scale is held at the value
 # it had. The parts then add up as well. But take one away, and the logit changes by another amount:
-# `gap` is how far off the four largest parts are.
+# `gap` is the largest miss among the four largest parts, relative to the largest measured loss.
 
 # %%
 live = lf.load(lf.bundled_checkpoint())

@@ -39,11 +39,18 @@ print(by_source.top(5))
 lf.plots.attribution(by_source)
 
 # %% [markdown]
-# By neuron: thousands of parts, few of which matter.
+# By neuron: thousands of parts, most of which cancel. The largest are shown, the others as one bar.
 
 # %%
 by_neuron = lf.attribute_logits(*question, by="neuron").verify()
 print(by_neuron)
+neurons = by_neuron.of_kind("neuron")
+largest = neurons.abs().sort(descending=True).values
+needed = int((largest.cumsum(0) < largest.sum() / 2).sum()) + 1
+print(
+    f"{len(neurons)} neurons add {neurons.sum():+.2f}, but {largest.sum():.1f} in absolute value;"
+)
+print(f"{needed} of them make half of that")
 lf.plots.attribution(by_neuron)
 
 # %% [markdown]

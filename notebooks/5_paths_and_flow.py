@@ -33,13 +33,26 @@ paths.top(8)
 lf.plots.paths(paths)
 
 # %% [markdown]
-# The largest path goes through block 0's MLP at the argument, and then through L3H4: the MLP says
-# which token it is, the head moves it to the end.
+# The largest path goes through block 0's MLP and then through L3H4. A path sums over positions;
+# where does this one start?
+
+# %%
+_, cache = free.run_with_cache(prompt)
+pattern = cache["pattern", 3][0, 4, -1]
+reading = free.W_U[:, free.to_single_token("item")] - free.W_U[:, free.to_single_token("self")]
+at = pattern * (cache["mlp_out", 0][0] @ free.W_V[3, 4] @ free.W_O[3, 4] @ reading).detach()
+words = free.to_str_tokens(prompt)
+assert abs(at.sum() - paths["0_mlp_out > L3H4"]) < 1e-3
+print(*(f"{words[i]!r} at {i}: {at[i]:+.2f}" for i in at.abs().topk(3).indices.tolist()), sep="\n")
+
+# %% [markdown]
+# At the argument: the MLP says which token it is, the head moves it to the end.
 #
 # ## Flow
 #
-# With neuron gates held as well, everything flows from tokens to the logit, and no node makes or
-# loses any: what enters is what leaves. Nodes that are not shown are counted at each node.
+# With neuron gates held as well, everything flows from tokens and biases to the logit: at every
+# node, what enters (its own biases among it) is what leaves. Nodes that are not shown are counted
+# at each node, and at the end: here they carry about half.
 
 # %%
 graph = lf.flow_graph(*question, top_k=25).verify()

@@ -6,6 +6,7 @@ prints the table: for each mutation, which certificates of `lf.certify` fail on 
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from lnfree_interp.analysis import (
 )
 from lnfree_interp.analysis.gates import HeldLayer, hold
 from lnfree_interp.analysis.parts import Constant, Dense, Heads, Neurons, Sources, Write
+from lnfree_interp.analysis.reads import Read
 from lnfree_interp.analysis.writes import writes
 from lnfree_interp.evaluation import certify
 
@@ -107,6 +109,10 @@ def on_mlps(name: str) -> OnLayer:
     return mutate
 
 
+def _enlarged(self, right, x):
+    return right(self, 1.01 * x)
+
+
 def _transpose_heads(W):
     return W.flatten(0, 1).T.contiguous().unflatten(0, W.shape[:2])
 
@@ -124,6 +130,7 @@ MUTATIONS: dict[str, tuple[Callable, OnLayer]] = {
     "transposed W_O": (lambda model: transposed_W_O, on_layers(W_O=_transpose_heads)),
     "swapped heads": (lambda model: swapped_heads, on_layers(W_O=lambda W: W.flip(0))),
     "drop b_in": (lambda model: keep, on_mlps("b_in")),
+    "wrong norm": (lambda model: keep, lambda layer: layer),
 }
 
 
@@ -146,6 +153,11 @@ def mutated(model, name: str) -> Iterator[None]:
         return replace(network, embeds=embeds)
 
     with contextlib.ExitStack() as stack:
+        if name == "wrong norm":  # whatever reads the stream reads it 1 % too large
+            for method in ("forward", "back_unscaled", "weights_back"):
+                right = getattr(Read, method)
+                wrong = functools.partialmethod(_enlarged, right)
+                stack.enter_context(mock.patch.object(Read, method, wrong))
         for module in (logits, residual, attention, neurons):
             stack.enter_context(mock.patch.object(module, "writes", wrong_writes))
         for module in (affine, paths, flow, certify):

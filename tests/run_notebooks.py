@@ -2,11 +2,13 @@
 
     python tests/run_notebooks.py            # and keep the outputs
     python tests/run_notebooks.py --check    # only run them
+    python tests/run_notebooks.py 6 7        # some of them
 
 Each `notebooks/*.py` is the source (jupytext, percent format); the `.ipynb` beside it is made from
 it, with outputs. A cell that fails, or a notebook that takes more than three minutes, is an error.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -40,9 +42,14 @@ def run(source: Path, keep: bool) -> float:
 
 def main() -> None:
     """Run them all."""
-    keep, slow = "--check" not in sys.argv[1:], []
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("numbers", nargs="*", type=int, help="default: all")
+    parser.add_argument("--check", action="store_true", help="do not keep the outputs")
+    asked, slow = parser.parse_args(), []
     for source in sorted(FOLDER.glob("*.py")):
-        seconds = run(source, keep)
+        if asked.numbers and int(source.name.partition("_")[0]) not in asked.numbers:
+            continue
+        seconds = run(source, keep=not asked.check)
         sys.stdout.write(f"{source.name}: {seconds:.0f} s\n")
         sys.stdout.flush()
         slow += [source.name] if seconds > SECONDS else []

@@ -162,6 +162,10 @@ SEES = {  # mutation: pieces of the names of certificates that must fail on it
         "heads", "sources", "neurons", "pairs", "patched", "tokens +", "paths +", "node", "effect",
         "OV table", "share",
     ],
+    "wrong norm": [
+        "logits", "scores", "log-odds", "patched", "pre of", "post of", "flip", "node", "lens",
+        "effect", "share", "OV table",
+    ],
 }  # fmt: skip
 
 

@@ -397,3 +397,33 @@ def test_the_command(gpt2_folder, tmp_path):
     again = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert again.returncode == 2
     assert "already exists" in again.stderr
+
+
+def test_prompts_about_an_indirect_object():
+    words = ["John", "Mary", "Tom", "James", "store", "market", "milk", "eggs", "bread"]
+    words += [f" {word}" for word in words]
+    model = make_tokenizer(300)
+    model.add_tokens(words)
+    clean, corrupted, targets, foils = lf.ioi_pairs(model, n=12, seed=3)
+    assert clean.shape == corrupted.shape
+    assert len(clean) == len(targets) == len(foils) == 12
+    for row, other, right, wrong in zip(clean, corrupted, targets, foils, strict=True):
+        swaps = {int(right), int(wrong)}
+        assert swaps <= set(row.tolist()) & set(other.tolist()) or (row != other).sum() >= 3
+        text = model.decode(row) + model.decode(right)
+        name = model.decode(right).strip()
+        assert text.count(name) == 2
+        assert text.replace(name, "").count(model.decode(wrong).strip()) == 2
+        swapped = model.decode(other)
+        assert swapped.count(name) == 2
+    assert torch.equal(clean, lf.ioi_pairs(model, n=12, seed=3)[0])
+    gpt2 = lf.load(make_gpt2(vocab_size=len(model)), tokenizer=model, check=False)
+    assert lf.patch_residual(gpt2, clean, corrupted, targets, foils).total.shape == (12,)
+    found = lf.evaluate(
+        gpt2, torch.arange(24)[None], pairs=8, pairs_of="ioi", neurons=0, effects=False
+    )
+    patching = found.models["model"].patching
+    assert patching.measured.shape[2] == 8
+    assert 0 < patching.standard_error < 10 * patching.error
+    with pytest.raises(DataError, match="models of English"):
+        lf.ioi_pairs(make_tokenizer(300))

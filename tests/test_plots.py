@@ -231,8 +231,11 @@ def test_pictures(question, tmp_path):
     assert "cdn.plot.ly" not in page.read_text()[-2000:]
     with pytest.raises(OutputError, match=r"\.png"):
         lf.plots.save(figure, tmp_path / "figure.jpg")
-    with pytest.raises(OutputError, match="no folder"):
-        lf.plots.save(figure, tmp_path / "nowhere" / "figure.png")
+    (tmp_path / "folder.html").mkdir()
+    for bad in (tmp_path / "nowhere" / "figure.png", tmp_path / "folder.html"):
+        with pytest.raises(OutputError, match="a folder"):
+            lf.plots.save(figure, bad)
+    assert lf.plots.save(figure, tmp_path / "LOUD.HTML").is_file()
 
 
 def test_the_lens_shows_the_end(folded):

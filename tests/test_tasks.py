@@ -12,6 +12,12 @@ from tokenizers.processors import TemplateProcessing
 import lnfree_interp as lf
 from lnfree_interp.errors import DataError, UnsupportedModelError
 
+
+@pytest.fixture
+def dtype():
+    return torch.float32
+
+
 HELLASWAG = [
     {
         "ctx_a": "def add(self, other):", "ctx_b": "return", "activity_label": "for i in",

@@ -21,7 +21,7 @@ def demo(
 
     Loads a checkpoint, removes its norms by a short fine-tuning on the source of Python's standard
     library (and runs the control that keeps them), folds, evaluates, attributes logits, and writes
-    OUT with model/, metrics.json and report.html. About five minutes on two CPU cores.
+    OUT with model/, control/, metrics.json and report.html. About five minutes on two CPU cores.
 
     Args:
         checkpoint: Hub id or local Hugging Face folder. Default: the small GPT-2 that ships with
@@ -42,5 +42,5 @@ def demo(
         print(f"\n{table.to_text()}")
     print(f"\nLN-free minus vanilla on held-out text: {result.gap:+.4f} nats per token")
     print(f"took {result.seconds / 60:.1f} minutes; wrote")
-    for name in ("report.html", "metrics.json", "model/"):
+    for name in ("report.html", "metrics.json", "model/", "control/"):
         print(f"  {out / name}")

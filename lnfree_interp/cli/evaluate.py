@@ -24,6 +24,7 @@ def evaluate(
     effects: bool = True,
     neurons: int = 3,
     pairs: int = 16,
+    pairs_of: Literal["text", "ioi"] = "text",
     tasks: tuple[str, ...] = (),
     include: Path | None = None,
     limit: int | None = None,
@@ -54,6 +55,8 @@ def evaluate(
         effects: Measure every head's direct effect against its attribution.
         neurons: Confidence neurons to find and ablate; 0 for none.
         pairs: Prompts for attribution patching against activation patching; 0 for none.
+        pairs_of: text: one token of the text replaced; ioi: two names swapped in prompts about an
+            indirect object, as published with 480 of them.
         tasks: Of the lm-evaluation-harness, such as hellaswag (needs the extra `tasks`).
         include: Folder with task files of your own.
         limit: Examples per task.
@@ -77,8 +80,8 @@ def evaluate(
         models, against, data,
         blocks=blocks, block=block, split=split, name=data_name, column=column,
         revision=data_revision, precision=precision, progress=True, say=say,
-        threshold=threshold, effects=effects, neurons=neurons, pairs=pairs, tasks=tasks,
-        include=include, limit=limit, batch=batch, tokenizer=tokenizer,
+        threshold=threshold, effects=effects, neurons=neurons, pairs=pairs, pairs_of=pairs_of,
+        tasks=tasks, include=include, limit=limit, batch=batch, tokenizer=tokenizer,
     )  # fmt: skip
     print(f"\n{evaluation.table().to_text()}")
     if evaluation.bos_policy is not None:

@@ -19,6 +19,7 @@ from lnfree_interp.analysis.questions import read_blocks, split
 from lnfree_interp.analysis.reads import Read, read
 from lnfree_interp.analysis.writes import Place, require_decomposable
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import run_and_keep
 
 _NEURONS = 1024
@@ -178,7 +179,7 @@ def _predict(
     for some, targets in zip(kept.split(POSITIONS), wanted.split(POSITIONS), strict=True):
         logits = model(some[None], start_at_layer=model.cfg.n_layers)[0]
         log_p = logits.float().log_softmax(-1)
-        losses.append(-log_p.gather(-1, targets[:, None])[:, 0].cpu())
-        entropies.append(torch.special.entr(log_p.exp()).sum(-1).cpu())
+        losses.append(loss_of(log_p, targets).cpu())
+        entropies.append(entropy_of(log_p).cpu())
     shape = (len(stream), -1)
     return torch.cat(losses).reshape(shape), torch.cat(entropies).reshape(shape)

@@ -5,13 +5,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.questions import read_blocks
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.evaluation.confidence_neurons import (
@@ -21,7 +22,12 @@ from lnfree_interp.evaluation.confidence_neurons import (
 )
 from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
 from lnfree_interp.evaluation.loss import CrossEntropy
-from lnfree_interp.evaluation.patching import Patching, corrupted_pairs, patch_residual
+from lnfree_interp.evaluation.patching import (
+    Patching,
+    corrupted_pairs,
+    ioi_pairs,
+    patch_residual,
+)
 from lnfree_interp.evaluation.summaries import (
     Distribution,
     ResidualNorms,
@@ -30,7 +36,7 @@ from lnfree_interp.evaluation.summaries import (
     residual_norms,
     sinks,
 )
-from lnfree_interp.evaluation.tasks import bos_policy, open_tasks, run_tasks
+from lnfree_interp.evaluation.tasks import bos_policy, open_tasks, score_tasks
 from lnfree_interp.evaluation.text_pass import (
     Precision,
     fitting_batch,
@@ -141,6 +147,7 @@ class Evaluation:
             figures["attribution error pooled (NMAE)"] = model.direct_effects.pooled_nmae
         if model.patching is not None:
             figures["attribution patching error"] = model.patching.error
+            figures["attribution patching error, standard error"] = model.patching.standard_error
         if model.confidence_neurons is not None:
             ablation = model.confidence_neurons
             figures["entropy without confidence neurons, change"] = ablation.total_entropy_change
@@ -220,6 +227,7 @@ def evaluate(
     effects: bool = True,
     neurons: int = 3,
     pairs: int = 16,
+    pairs_of: Literal["text", "ioi"] = "text",
     tasks: str | Sequence[str] = (),
     include: Path | None = None,
     limit: int | None = None,
@@ -245,6 +253,8 @@ def evaluate(
         neurons: How many confidence neurons to find and ablate, on the same blocks; those of the
             original, where it is as deep and wide. 0: none.
         pairs: Prompts for attribution patching against activation patching. 0: none.
+        pairs_of: `"text"`: see `corrupted_pairs`; `"ioi"`: see `ioi_pairs`, as published, for
+            models of English.
         tasks: Of the lm-evaluation-harness, such as `"hellaswag"`.
         include: Folder with task files of one's own.
         limit: Examples per task.
@@ -262,8 +272,7 @@ def evaluate(
         DataError: if a model cannot read the text, models cannot be compared, or there is no such
             original, neuron or task.
         UnsupportedModelError: if tasks are asked for and the harness is not installed or a task
-            generates text; or if confidence neurons are to be found in an original with norms after
-            its sublayers (`neurons=0` does without).
+            generates text.
 
     Source:
         arXiv 2507.02559 for the comparison and its figures; calibration: arXiv 1706.04599; sink
@@ -290,13 +299,19 @@ def evaluate(
         theirs = models[original]
         same = [name for name, model in models.items() if _width(model) == _width(theirs)]
         chosen |= dict.fromkeys(same, chosen[original])
-    corrupted = _corrupted(sample, pairs, seed)
+    if effects:
+        read_blocks(next(iter(models.values())), sample)  # a row of padding would be no text
+    corrupted = None
+    if pairs and pairs_of == "ioi":
+        corrupted = _indirect_objects(models, pairs, seed)
+    elif pairs:
+        corrupted = _corrupted(sample, pairs, seed)
+    scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     if tasks:
-        open_tasks(tasks, include, limit)
-    scores = {
-        name: run_tasks(model, tasks, include=include, limit=limit) if tasks else {}
-        for name, model in models.items()
-    }
+        names, manager = open_tasks(tasks, include, limit)
+        scores = {
+            name: score_tasks(model, names, manager, limit=limit) for name, model in models.items()
+        }
     measured = measure_text(
         models, tokens, original, batch=batch, precision=precision, progress=progress
     )
@@ -341,8 +356,17 @@ def _chosen(model: HookedTransformer, n: int) -> list[int] | None:
         return None
 
 
-def _corrupted(sample: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def _indirect_objects(
+    models: Mapping[str, HookedTransformer], n: int, seed: int
+) -> tuple[Tensor, ...]:
+    tokenizer = next((m.tokenizer for m in models.values() if m.tokenizer is not None), None)
+    if tokenizer is None:
+        raise DataError("prompts about an indirect object need a tokenizer")
+    return ioi_pairs(tokenizer, n, seed)
+
+
+def _corrupted(sample: Tensor, n: int, seed: int) -> tuple[Tensor, ...] | None:
     length = min(32, sample.shape[1] - 1)
-    if n == 0 or length < 2 or len(sample.unique()) == 1:
+    if length < 2 or len(sample.unique()) == 1:
         return None
     return corrupted_pairs(sample, n, length, seed)

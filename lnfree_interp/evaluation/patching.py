@@ -6,6 +6,9 @@ error was expected to shrink without norms; 2507.02559 finds that it does not. B
 here on the logit of the true next token.
 """
 
+import math
+import random
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +16,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
+from transformer_lens.evals import IOIDataset
 from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.analysis.questions import read_blocks
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.running import run_and_keep
+
+_NAMES = (
+    "John Mary Tom James Dan Martin Amy Anna Mark Paul Laura David Sarah Peter Kate Jack Emma Adam "
+    "Jane Alex Chris Lisa Simon Rose Scott Ruth Alan Grace Frank Lucy"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +51,14 @@ class Patching:
     def error(self) -> float:
         """The mean over layers."""
         return self.error_by_layer.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Of `error`, by leaving out one prompt at a time (jackknife); nan for a single one."""
+        errors = (self.estimated - self.measured).abs().sum(1).mean(0).double()
+        totals, n = self.total.abs().double(), len(self.total)
+        without = (errors.sum() - errors) / (totals.sum() - totals)
+        return (without.var(correction=0) * (n - 1)).sqrt().item() if n > 1 else math.nan
 
     @property
     def correlation(self) -> float:
@@ -101,6 +119,70 @@ def corrupted_pairs(
             corrupted.append(changed)
             targets.append(row[start + length])
     return torch.stack(clean), torch.stack(corrupted), torch.stack(targets)
+
+
+def ioi_pairs(
+    tokenizer: PreTrainedTokenizerBase, n: int = 480, seed: int = 0
+) -> tuple[
+    Int[Tensor, "prompt pos"],
+    Int[Tensor, "prompt pos"],
+    Int[Tensor, " prompt"],
+    Int[Tensor, " prompt"],
+]:
+    """Prompts about an indirect object, the same with the two names swapped, and both answers.
+
+    TransformerLens' `IOIDataset`, with names that are one token each and prompts of equal length.
+
+    Args:
+        tokenizer: The model's.
+        n: Prompts.
+        seed: Of names and nouns.
+
+    Returns:
+        Clean and corrupted token ids, [prompt, pos]; the right name and the other one after the
+        clean prompt, each [prompt]. In the order of `patch_residual`'s arguments.
+
+    Raises:
+        DataError: if n is less than one, or fewer than two names are one token.
+
+    Source:
+        The task: arXiv 2211.00593. Name swaps for attribution against activation patching, 480 of
+        them: arXiv 2507.02559.
+
+    Examples:
+        >>> prompts = lf.ioi_pairs(gpt2.tokenizer)  # doctest: +SKIP
+        >>> lf.patch_residual(gpt2, *prompts).error  # doctest: +SKIP
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    names = [name for name in _NAMES.split() if len(ids(name)) == len(ids(f" {name}")) == 1]
+    if n < 1 or len(names) < 2:
+        raise DataError(
+            f"{n} prompts with {len(names)} names that are one token of this tokenizer: the task "
+            "is for models of English"
+        )
+    state = random.getstate()  # IOIDataset seeds the whole process
+    try:
+        drawn = IOIDataset(
+            tokenizer, names=names, num_samples=16 * n, symmetric=True, prepend_bos=False, seed=seed
+        ).samples
+    finally:
+        random.setstate(state)
+    rows = [
+        (
+            ids(clean["text"].removesuffix(clean["IO"])),
+            ids(swapped["text"].removesuffix(swapped["IO"])),
+            ids(clean["IO"])[0],
+            ids(clean["S"])[0],
+        )
+        for clean, swapped in zip(drawn[::2], drawn[1::2], strict=True)
+    ]
+    length = Counter(len(row[0]) for row in rows).most_common(1)[0][0]
+    kept = [row for row in rows if len(row[0]) == len(row[1]) == length][:n]
+    clean, corrupted, targets, foils = (torch.tensor(column) for column in zip(*kept, strict=True))
+    return clean, corrupted, targets, foils
 
 
 def patch_residual(

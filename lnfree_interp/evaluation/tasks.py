@@ -180,6 +180,19 @@ def run_tasks(
         {'hellaswag': {'acc': ..., 'acc_norm': ...}}
     """
     names, manager = open_tasks(tasks, include, limit)
+    return score_tasks(model, names, manager, limit=limit, batch=batch, tokenizer=tokenizer)
+
+
+def score_tasks(
+    model: HookedTransformer,
+    names: list[str],
+    manager: "TaskManager",
+    *,
+    limit: int | None = None,
+    batch: int = 8,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, dict[str, float]]:
+    """As `run_tasks`, of tasks that `open_tasks` has opened."""
     adapter = as_harness_model(model, tokenizer, batch)
     from lm_eval.evaluator import simple_evaluate
 

@@ -22,6 +22,7 @@ from lnfree_interp.analysis.logit_reading import POSITIONS
 from lnfree_interp.analysis.questions import read_blocks, split
 from lnfree_interp.analysis.writes import Place
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import run_hooked
 
 SINK = 0.3
@@ -195,8 +196,8 @@ def _predictions(
             wanted = targets.to(log_p.device)
             best = log_p.max(-1)
             found = {
-                "loss": -log_p.gather(-1, wanted[..., None])[..., 0],
-                "entropy": torch.special.entr(log_p.exp()).sum(-1),
+                "loss": loss_of(log_p, wanted),
+                "entropy": entropy_of(log_p),
                 "confidence": best.values.exp(),
                 "correct": best.indices == wanted,
             }

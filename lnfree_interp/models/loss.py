@@ -1,5 +1,6 @@
 """Next-token loss, the same in training and evaluation."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,3 +19,15 @@ def next_token_loss(
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction
     )
+
+
+def loss_of(
+    log_p: Float[Tensor, "*token d_vocab"], targets: Int[Tensor, "*token"]
+) -> Float[Tensor, "*token"]:
+    """Cross-entropy of each target, in nats, from log-probabilities."""
+    return -log_p.gather(-1, targets[..., None])[..., 0]
+
+
+def entropy_of(log_p: Float[Tensor, "*token d_vocab"]) -> Float[Tensor, "*token"]:
+    """Entropy of each prediction, in nats."""
+    return torch.special.entr(log_p.exp()).sum(-1)

@@ -236,7 +236,7 @@ def freeze_site(model: HookedTransformer, site: NormSite | str, sigma: float) ->
 
 
 def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
-    """The sites that still normalise. Empty means that the residual stream is linear.
+    """The sites that still normalise. Empty: everything reads the stream by an affine map.
 
     Args:
         model: As for `list_norm_sites`.

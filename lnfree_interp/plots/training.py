@@ -103,13 +103,16 @@ def training_curve(runs: History | Mapping[str, History], window: int = 10) -> g
             for kind, frozen in events.items()
             for step, _, _ in frozen
         ],
-        yaxis={"title": "cross-entropy of the batch (nats per token)"},
+        yaxis={"title": "cross-entropy (nats per token)"},
         yaxis2={"overlaying": "y", "range": [-20, 1], "visible": False},
         legend={"orientation": "h", "y": -0.2},
     )
     figure.update_xaxes(title="step")
     return styled(
-        figure, "Removing the norms", f"thin: every step; thick: mean of {window} steps", height=460
+        figure,
+        "Removing the norms",
+        f"on the text of each step; thick: mean of {window} steps",
+        height=460,
     )
 
 
