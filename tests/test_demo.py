@@ -83,7 +83,9 @@ def test_demo_end_to_end(monkeypatch, tmp_path, capsys, little_text):
     assert "largest logit difference from transformers" in printed
     assert "LN-free minus vanilla" in printed
     assert str(out / "report.html") in printed
-    assert sorted(file.name for file in out.iterdir()) == ["metrics.json", "model", "report.html"]
+    assert {file.name for file in out.iterdir()} == {
+        "control", "metrics.json", "model", "report.html"
+    }  # fmt: skip
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["seed"] == 3
@@ -107,6 +109,10 @@ def test_demo_end_to_end(monkeypatch, tmp_path, capsys, little_text):
     mean = sum(losses) / len(losses)
     assert mean == pytest.approx(metrics["cross_entropy"]["lnfree"]["mean"], abs=1e-4)
     assert lf.load(out / "model").cfg.normalization_type is None
+    control = lf.load(out / "control")
+    assert len(lf.live_sites(control)) == 13
+    found = lf.evaluate_loss(control, blocks).mean
+    assert found == pytest.approx(metrics["cross_entropy"]["vanilla"]["mean"], abs=1e-4)
 
     report = (out / "report.html").read_text()
     assert linked_from(report) == []
@@ -137,13 +143,13 @@ def test_bad_checkpoints_are_one_line_and_write_nothing(monkeypatch, tmp_path, c
     assert [file.name for file in tmp_path.iterdir()] == ["empty"]
 
 
-def test_ctrl_c_leaves_nothing(monkeypatch, tmp_path, capsys, little_text):
+def test_ctrl_c_leaves_nothing(monkeypatch, tmp_path, capsys, little_text, gpt2_folder):
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "report", interrupt)  # the very last step, files half-written
     with pytest.raises(SystemExit) as exit_info:
-        run_cli(monkeypatch, "demo", "--out", tmp_path / "run", "--steps", "14")
+        run_cli(monkeypatch, "demo", gpt2_folder, "--out", tmp_path / "run", "--steps", "14")
     assert exit_info.value.code == 130
     assert "nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
