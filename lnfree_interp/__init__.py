@@ -60,7 +60,7 @@ if TYPE_CHECKING:
         direct_effect_additivity,
         direct_effects,
     )
-    from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
+    from lnfree_interp.evaluation.evaluate import evaluate
     from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
     from lnfree_interp.evaluation.patching import (
         Patching,
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         ioi_pairs,
         patch_residual,
     )
+    from lnfree_interp.evaluation.results import Evaluation
     from lnfree_interp.evaluation.tasks import as_harness_model, run_tasks
     from lnfree_interp.models.agreement import compare_logits
     from lnfree_interp.models.forms import fold, frozen_form
@@ -143,7 +144,7 @@ _HOME = {
     "direct_effect_additivity": "lnfree_interp.evaluation.direct_effects",
     "DirectEffects": "lnfree_interp.evaluation.direct_effects",
     "direct_effects": "lnfree_interp.evaluation.direct_effects",
-    "Evaluation": "lnfree_interp.evaluation.evaluate",
+    "Evaluation": "lnfree_interp.evaluation.results",
     "evaluate": "lnfree_interp.evaluation.evaluate",
     "CrossEntropy": "lnfree_interp.evaluation.loss",
     "Patching": "lnfree_interp.evaluation.patching",

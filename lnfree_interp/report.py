@@ -20,12 +20,14 @@ from lnfree_interp.analysis.logit_reading import read_logit
 from lnfree_interp.analysis.logits import attribute_logits
 from lnfree_interp.analysis.questions import read_one_prompt
 from lnfree_interp.analysis.reads import held
+from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.data.named import evaluation_text
 from lnfree_interp.demo import readable_prompts
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.evaluation.certify import certify
-from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
+from lnfree_interp.evaluation.evaluate import evaluate
 from lnfree_interp.evaluation.job import require_same_tokenizer
+from lnfree_interp.evaluation.results import Evaluation
 from lnfree_interp.files import require_new_file, write_new_file
 from lnfree_interp.models.sites import live_sites
 from lnfree_interp.plots.page import Section, page
@@ -108,7 +110,7 @@ def write_report(
     cfg = model.cfg
     content = page(
         f"Report: {os.fspath(source)}",
-        (f"Compared with {original}. " if original else "")
+        (f"Compared with {_shown(original)}. " if original else "")
         + f"A model of {cfg.n_layers} layers x {cfg.d_model}, {cfg.n_heads} heads, {norms}. "
         "Sums on this page were checked against the numbers that the model itself computed"
         + (", with what is not linear held." if held(model, True) else "."),
@@ -116,6 +118,10 @@ def write_report(
         footer=f"lnfree_interp; torch {torch.__version__}; {text}, {tokens.numel():,} tokens",
     )
     return write_new_file(target, content)
+
+
+def _shown(original: str) -> str:
+    return "the bundled checkpoint" if original == str(bundled_checkpoint()) else original
 
 
 def _default_questions(model: HookedTransformer) -> list[Question]:

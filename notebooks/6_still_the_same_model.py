@@ -44,6 +44,22 @@ lf.plots.direct_effects(evaluation)
 # %%
 lf.plots.loss_by_position(evaluation)
 
+# %% [markdown]
+# Per token, removal costs most at the beginning, where there is little to read; the control does
+# not:
+
+# %%
+by_position = {name: one.cross_entropy.by_position for name, one in evaluation.models.items()}
+early, later = {}, {}
+for name in ("vanilla", "lnfree"):
+    worse = by_position[name] - by_position["original"]
+    early[name], later[name] = worse[:20].mean(), worse[20:].mean()
+    print(f"{name:8} first 20 positions {early[name]:+.3f} nats, all later {later[name]:+.3f}")
+assert early["lnfree"] > 2 * later["lnfree"]
+
+# %% [markdown]
+# And residual norms, which LayerNorm no longer hides:
+
 # %%
 lf.plots.residual_norms(evaluation)
 

@@ -19,10 +19,10 @@ from lnfree_interp.data import named
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.confidence_neurons import confidence_scores
-from lnfree_interp.evaluation.evaluate import _shown
 from lnfree_interp.evaluation.job import require_same_tokenizer
 from lnfree_interp.evaluation.loss import CrossEntropy
 from lnfree_interp.evaluation.patching import corrupted_pairs, patch_residual
+from lnfree_interp.evaluation.results import _shown
 from lnfree_interp.evaluation.summaries import (
     calibration_error,
     distribution,

@@ -9,7 +9,8 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.checkpoints.source import read_tokenizer
 from lnfree_interp.data.named import evaluation_text
 from lnfree_interp.errors import DataError
-from lnfree_interp.evaluation.evaluate import Evaluation, evaluate
+from lnfree_interp.evaluation.evaluate import evaluate
+from lnfree_interp.evaluation.results import Evaluation
 from lnfree_interp.evaluation.text_pass import Precision
 from lnfree_interp.models.precision import bf16_is_fast
 from lnfree_interp.removal.subject import find_subject, load_named

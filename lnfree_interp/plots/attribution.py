@@ -101,6 +101,7 @@ def _unit(result: Contributions) -> str:
 
 
 def _waterfall(result: Contributions, labels: list[str], values: list[float]) -> go.Figure:
+    shown = [f"{value:+.2f}" for value in (*values, result.total.item())]
     figure = go.Figure(
         go.Waterfall(
             x=[*labels, _unit(result)],
@@ -110,8 +111,9 @@ def _waterfall(result: Contributions, labels: list[str], values: list[float]) ->
             decreasing={"marker": {"color": LOWERS}},
             totals={"marker": {"color": WHOLE}},
             connector={"line": {"color": "#bbbbbb", "width": 1}},
-            text=[f"{value:+.2f}" for value in (*values, result.total.item())],
-            hovertemplate="%{x}: %{text}<extra></extra>",
+            text=shown if len(shown) <= 40 else None,
+            customdata=shown,
+            hovertemplate="%{x}: %{customdata}<extra></extra>",
         )
     )
     figure.update_yaxes(title=f"cumulative {_unit(result)}", zeroline=True)

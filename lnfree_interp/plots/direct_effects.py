@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.direct_effects import DirectEffects
-from lnfree_interp.evaluation.evaluate import Evaluation
+from lnfree_interp.evaluation.results import Evaluation
 from lnfree_interp.plots.style import MODEL_COLOURS, MODEL_NAMES, styled
 
 

@@ -4,7 +4,7 @@ import html
 
 import plotly.graph_objects as go
 
-from lnfree_interp.evaluation.evaluate import Evaluation
+from lnfree_interp.evaluation.results import Evaluation
 from lnfree_interp.plots.style import MODEL_NAMES, model_colours, styled
 
 
