@@ -24,7 +24,7 @@ from lnfree_interp.data.stdlib import stdlib_corpus
 from lnfree_interp.errors import DataError, RecipeError
 from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
 from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
-from lnfree_interp.files import new_folder, require_writable
+from lnfree_interp.files import anywhere, new_folder, require_writable
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.forms import fold
 from lnfree_interp.numerics import MeasuredError
@@ -192,7 +192,7 @@ def run_demo(
         demo = Demo(
             run, control, lnfree, losses, effects, attributions, errors, time.monotonic() - began
         )
-        plain = metrics(demo) | {"source": None if checkpoint is None else str(checkpoint)}
+        plain = metrics(demo) | {"source": None if checkpoint is None else anywhere(checkpoint)}
         (folder / "metrics.json").write_text(json.dumps(plain, indent=1) + "\n")
         (folder / "report.html").write_text(report(demo), encoding="utf-8")
     return demo

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import has_magic
 from pathlib import Path
 
 from lnfree_interp.errors import OutputError
@@ -46,6 +47,14 @@ def require_new_file(out: str | os.PathLike[str]) -> Path:
     return path
 
 
+def anywhere(name: str | os.PathLike[str]) -> str:
+    """A local path, or a pattern of paths, as it reads from any folder; another name as it is."""
+    text = os.fspath(name)
+    if os.path.exists(text) or has_magic(text):
+        return os.path.abspath(text)
+    return text
+
+
 def write_new_file(out: str | os.PathLike[str], text: str) -> Path:
     """Write a text under a name that nothing has, in one piece.
 
@@ -57,7 +66,13 @@ def write_new_file(out: str | os.PathLike[str], text: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             written = Path(folder) / "text"
             written.write_text(text, encoding="utf-8")
-            os.link(written, path)  # fails where something has appeared in the meantime
+            try:
+                os.link(written, path)  # fails where something has appeared in the meantime
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(text)
     except FileExistsError as error:
         raise OutputError(f"{out} has appeared in the meantime: it was left alone") from error
     except OSError as error:

@@ -28,7 +28,7 @@ from lnfree_interp.evaluation.certify import certify
 from lnfree_interp.evaluation.evaluate import evaluate
 from lnfree_interp.evaluation.job import require_same_tokenizer
 from lnfree_interp.evaluation.results import Evaluation
-from lnfree_interp.files import require_new_file, write_new_file
+from lnfree_interp.files import anywhere, require_new_file, write_new_file
 from lnfree_interp.models.sites import live_sites
 from lnfree_interp.plots.page import Section, page
 from lnfree_interp.removal.subject import Subject, find_subject, load_named
@@ -75,7 +75,7 @@ def write_report(
     """
     target = require_new_file(out)
     subject, models = find_subject(source), {}
-    original = subject.original if against is None else against
+    original = subject.original if against is None else find_subject(against).model
     for name, where in ((ORIGINAL, original), (MODEL, subject.model)):
         if where is not None:
             say(f"loading {where}")
@@ -92,7 +92,7 @@ def write_report(
     block = min(256, *(one.cfg.n_ctx for one in models.values()))
     tokens = evaluation_text(text, model.tokenizer, block, blocks)
     say(f"evaluating on {tokens.numel():,} tokens of {text}")
-    if subject.text not in (None, text):
+    if subject.text not in (None, text, anywhere(text)):
         say(f"    it was trained on {subject.text}: --data evaluates on that")
     first = ORIGINAL if ORIGINAL in models else None
     evaluation = evaluate(models, tokens, original=first, text=text, progress=progress)

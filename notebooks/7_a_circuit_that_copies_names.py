@@ -53,6 +53,7 @@ names = [
     if {name, "Ġ" + name} <= vocabulary.keys() and len(name) > 1 and name not in ("self", "cls")
 ][:40]  # fmt: skip
 answers = torch.tensor([free.to_single_token(name) for name in names])
+spaced_answers = torch.tensor([free.to_single_token(" " + name) for name in names])
 SELF = free.to_single_token("self")
 print(*names)
 
@@ -67,33 +68,43 @@ def difference(logits):
     return logits[:, -1].gather(1, answers[:, None])[:, 0] - logits[:, -1, SELF]
 
 
-def found(logits):
+def found(logits, wanted=answers):
     """In how many prompts the name is the most likely next token."""
-    return int((logits[:, -1].argmax(-1) == answers).sum())
+    return int((logits[:, -1].argmax(-1) == wanted).sum())
 
 
+METHOD = "class Stack:\n    def push(self, NAME):\n        "
 templates = {
-    "one argument": "class Stack:\n    def push(self, NAME):\n        self.items.append(",
-    "another call": "class Stack:\n    def push(self, NAME):\n        self.check(",
-    "isinstance": "class Stack:\n    def push(self, NAME):\n        if not isinstance(",
-    "no class": "def visit(NAME):\n    print(",
-    "first of two": "class Stack:\n    def push(self, NAME, count):\n        self.items.append(",
-    "second of two": "class Stack:\n    def push(self, count, NAME):\n        self.items.append(",
-    "no call": "class Stack:\n    def push(self, NAME):\n        return ",
+    "self.items.append(": METHOD + "self.items.append(",
+    "self.check(": METHOD + "self.check(",
+    "if not isinstance(": METHOD + "if not isinstance(",
+    "print( in a function": "def visit(NAME):\n    print(",
+    "(NAME, count)": "class Stack:\n    def push(self, NAME, count):\n        self.items.append(",
+    "(count, NAME)": "class Stack:\n    def push(self, count, NAME):\n        self.items.append(",
+    "self.item =": METHOD + "self.item =",
+    "return": METHOD + "return",
 }
-pd.DataFrame(
-    {
-        label: {where: found(model(prompts_of(text))) for where, text in templates.items()}
-        for label, model in models.items()
-    }
-).rename_axis(f"of {len(names)}, most likely is the name")
+COUNT = torch.tensor(free.to_single_token("count"))
+rows = {}
+for where, text in templates.items():
+    wanted = answers if text.endswith("(") else spaced_answers
+    row = {}
+    for label, model in models.items():
+        logits = model(prompts_of(text))
+        row[label] = found(logits, wanted)
+        row[f"{label} says count"] = found(logits, COUNT) if "count" in where else "-"
+    rows[where] = row
+print(f"of {len(names)}, most likely is the name:")
+pd.DataFrame(rows).T
 
 # %% [markdown]
-# It is about calls, and about the only argument; removing the norms has not changed it much. From
-# here on: the first template. Where it fails, the model says this instead:
+# In calls (where the name has no space before it) the model mostly says the only argument's name,
+# and with two arguments it is unsure; elsewhere it repeats it less. Removing the norms has not
+# changed that much. From here on the first template; the last sections go back to the others and
+# to real code. Where it fails, the model says this instead:
 
 # %%
-tokens = prompts_of(templates["one argument"])
+tokens = prompts_of(templates["self.items.append("])
 words = free.to_str_tokens(tokens[0])
 place = words.index(" " + names[0])
 clean = free(tokens)
@@ -190,8 +201,9 @@ print(pd.Series(left).sort_values()[:5].to_string())
 assert min(left, key=left.get) == copier.label
 
 # %% [markdown]
-# Needed, with and without norms. Ablation is a total effect: later parts react. Since nothing is
-# normalised, the change of the logit difference is exactly the sum of the changes of all parts:
+# Needed, with and without norms (and `L0H2`, second in the list, too: see below). Ablation is a
+# total effect: later parts react. Since nothing is normalised, the change of the logit difference
+# is exactly the sum of the changes of all parts:
 
 
 # %%
@@ -245,25 +257,46 @@ alone = {head.label: restored([head])[0] for head in heads}
 print(pd.Series(alone).sort_values(ascending=False)[:4].map("{:.0%}".format).to_string())
 
 # %% [markdown]
-# There is a second route, which attribution by head could not show: `L0H2` adds nothing to the
-# logit itself. What does it do?
+# There is a second route, which attribution by head could not show: `L0H2` adds next to nothing to
+# the logit itself. What does it do?
 
 # %%
 early = next(head for head in heads if head.label == "L0H2")
 assert sorted(alone, key=alone.get)[-2:] == ["L0H2", "L3H4"]
+early_pattern = free.run_with_cache(tokens)[1]["pattern", 0][:, early.index, -1]
+looks = early_pattern.mean(0).topk(2)
+print(f"L0H2 itself: {by_head[early].mean():+.2f}; it looks at")
+for share, at in zip(looks.values.tolist(), looks.indices.tolist(), strict=True):
+    print(
+        f"    {share:.2f} position {at}" + (", the argument" if at == place else f", {words[at]!r}")
+    )
 print("L0H2 patched:", changes(corrupted, patched(free, [early])))
 print("L3H4 patched:", changes(corrupted, patched(free, [copier])))
 
 # %% [markdown]
-# It looks at the argument from the last position too, and MLPs *there*, mostly block 0's, turn what
-# it brings into the name: this is the spread of `0_mlp_out` above. Together the two routes are most
-# of the behaviour:
+# It looks at the argument from the last position, more than at anything else, and MLPs *there*,
+# mostly block 0's, turn what it brings into the name: this is the spread of `0_mlp_out` above. How
+# much the two routes bring back, over five ways to pair the prompts, and where the model is right:
 
 # %%
+rows, right = {}, clean[:, -1].argmax(-1) == answers
 for label, chosen in {"L3H4": [copier], "L0H2": [early], "both": [copier, early]}.items():
-    share, count = restored(chosen)
-    print(f"{label:5} restores {share:.0%} of the logit difference; {count} names come first again")
-assert restored([copier, early])[0] > 0.7
+    shares, shares_right, counts = [], [], []
+    for shift in (1, 3, 7, 11, 17):
+        from_other = tokens[torch.roll(torch.arange(len(names)), shift)]
+        low, high = difference(free(from_other)), difference(clean)
+        logits = free.run_with_hooks(from_other, fwd_hooks=patched(free, chosen))
+        gained = difference(logits) - low
+        shares.append(float(gained.mean() / (high - low).mean()))
+        shares_right.append(float(gained[right].mean() / (high - low)[right].mean()))
+        counts.append(found(logits))
+    rows[label] = {
+        "of the logit difference": f"{min(shares):.0%} to {max(shares):.0%}",
+        "where it is right": f"{min(shares_right):.0%} to {max(shares_right):.0%}",
+        f"names first again, of {int(right.sum())}": f"{min(counts)} to {max(counts)}",
+    }
+    assert label != "both" or min(shares) > 0.7
+pd.DataFrame(rows).T
 
 # %% [markdown]
 # ## What the copier reads
@@ -320,9 +353,12 @@ for label, part in (
         replaced[:, place] += new - share
         row[how] = attention(replaced)
     rows[label] = row
+replaced = k.clone()
+replaced[:, place] = k[:, place].mean(0)
+rows["the whole key"] = {"without it": float("nan"), "same for all names": attention(replaced)}
 print(f"attention to the argument {attention(k):.2f}; with the part of its key")
 print(pd.DataFrame(rows).T.round(2))
-assert rows["0_mlp_out"]["same for all names"] > 0.9 * attention(k)
+assert rows["the whole key"]["same for all names"] > 0.9 * attention(k)
 
 # %% [markdown]
 # The key says that an argument stands there, not which: with the same key for all names the head
@@ -340,21 +376,44 @@ print(paths.top(4))
 lf.plots.paths(paths)
 
 # %% [markdown]
-# ## In real code
+# ## In other prompts, and in real code
 #
-# On held-out modules: tokens after a `(` that repeat a word of the last 255 tokens, against all
-# others. How much worse does the head's mean
-# make them? It copies in other places too; here it matters most.
+# The head was found on one template. What is left of the names in the others, with it at its mean?
+
+# %%
+rows = {}
+for where, text in list(templates.items())[:4]:
+    inputs = prompts_of(text)
+    row = {"as it is": found(free(inputs))}
+    for head in (copier, early):
+        hook = f"blocks.{head.layer}.attn.hook_z"
+        kept = free.run_with_cache(inputs, names_filter=hook)[1][hook][:, -1, head.index].mean(0)
+
+        def at_mean(z, hook, kept=kept, head=head):
+            z[:, -1, head.index] = kept
+            return z
+
+        row[f"{head.label} at its mean"] = found(
+            free.run_with_hooks(inputs, fwd_hooks=[(hook, at_mean)])
+        )
+    rows[where] = row
+    assert row["L3H4 at its mean"] < row["as it is"] / 2
+pd.DataFrame(rows).T
+
+# %% [markdown]
+# And on held-out modules: how much worse does its mean make a token that repeats, without a
+# space, a word that stands with one among the last 255 tokens; after `(` and elsewhere?
 
 # %%
 text = lf.evaluation_text("stdlib", free.tokenizer, 256, 96)
 word = {i: free.to_string([i]) for i in range(free.cfg.d_vocab)}
 bare = {i: vocabulary.get("Ġ" + w) for i, w in word.items() if w.isidentifier() and len(w) > 1}
-copies = torch.zeros(len(text), text.shape[1] - 1, dtype=torch.bool)
+shape = (len(text), text.shape[1] - 1)
+repeats, opened = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
 for b, row in enumerate(text.tolist()):
     for t in range(1, len(row)):
-        spaced_form = bare.get(row[t])
-        copies[b, t - 1] = word[row[t - 1]].endswith("(") and spaced_form in row[:t]
+        repeats[b, t - 1] = bare.get(row[t]) in row[:t]
+        opened[b, t - 1] = word[row[t - 1]].endswith("(")
 
 hook = f"blocks.{copier.layer}.attn.hook_z"
 mean_z = torch.cat(
@@ -370,22 +429,39 @@ def to_mean(z, hook):
 before = lf.evaluate_loss(free, text).per_token
 with free.hooks([(hook, to_mean)]):
     after = lf.evaluate_loss(free, text).per_token
-change = after - before
-for label, where in (("copies after (", copies), ("all other tokens", ~copies)):
-    print(
-        f"{label:17} {int(where.sum()):6,} tokens: loss {before[where].mean():.3f}, "
-        f"{change[where].mean():+.3f} nats without the head"
-    )
-assert change[copies].mean() > 3 * change[~copies].mean()
+change, rows = after - before, {}
+for label, where in {
+    "repeats, after (": repeats & opened,
+    "repeats, elsewhere": repeats & ~opened,
+    "no repeat, after (": ~repeats & opened,
+    "no repeat, elsewhere": ~repeats & ~opened,
+}.items():
+    some = change[where]
+    rows[label] = {
+        "tokens": len(some),
+        "loss": round(before[where].mean().item(), 2),
+        "change": round(some.mean().item(), 3),
+        "standard error": round((some.std() / len(some) ** 0.5).item(), 3),
+        "median change": round(some.median().item(), 3),
+    }
+assert min(rows["repeats, after ("]["change"], rows["repeats, elsewhere"]["change"]) > 0.3
+pd.DataFrame(rows).T
 
 # %% [markdown]
+# The head is no specialist for calls: it copies a word that stood with a space to where it stands
+# without one, in calls and elsewhere alike (after `(` for fewer tokens: the median hardly moves).
+# The prompts above are one use of it.
+#
 # ## What is known, and what is not
 #
 # Two routes copy the argument's name to a call: L3H4 moves what block 0's MLP made of it at the
-# argument, and L0H2 brings it to the end, where MLPs make it the name. The first is needed and
-# restores over half of the behaviour, both together most of it; the original model, with its
-# norms, loses the behaviour with the same head. Exact are the sums, the score by pairs and the
-# closed forms. Not explained: how block 0's MLP translates ` item` into `item`
-# (`lf.attribute_neuron` and `lf.neuron_output_table` are where to start), what builds the "an
-# argument stands here" of the key, and what L1H4 is for. All on a model of 2.6 million parameters
-# and one kind of prompt.
+# argument, and L0H2 brings it to the end, where MLPs make it the name. Both are needed: with the
+# first at its mean hardly a name is left, with the second about half; the original model, with
+# its norms, loses the names with the same head. Neither is enough alone; together they bring back
+# most of the logit difference and of the names. Exact are the sums, the score by pairs and the
+# closed forms; that the parts named here are the circuit rests on the experiments, on one small
+# model.
+#
+# Not explained: how block 0's MLP translates ` item` into `item` (`lf.attribute_neuron` and
+# `lf.neuron_output_table` are where to start), what builds the "an argument stands here" of the
+# key, and what L1H4 is for.

@@ -11,6 +11,7 @@ import torch
 from architectures import make_model
 from conftest import freeze_all, make_gpt2, make_tokenizer
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformer_lens import HookedTransformer, patching
 from transformer_lens.utilities import get_act_name
 
@@ -394,6 +395,7 @@ def test_the_command(gpt2_folder, tmp_path):
     )  # fmt: skip
     pipe.stdout.close()  # as `| head` does
     assert "Traceback" not in pipe.communicate()[1]
+    assert pipe.returncode == 141
     again = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert again.returncode == 2
     assert "already exists" in again.stderr
@@ -408,8 +410,8 @@ def test_prompts_about_an_indirect_object():
     assert clean.shape == corrupted.shape
     assert len(clean) == len(targets) == len(foils) == 12
     for row, other, right, wrong in zip(clean, corrupted, targets, foils, strict=True):
-        swaps = {int(right), int(wrong)}
-        assert swaps <= set(row.tolist()) & set(other.tolist()) or (row != other).sum() >= 3
+        assert (row != other).sum() == 3  # each name where it stood, and one of them again
+        assert {int(right), int(wrong)} <= {*row.tolist(), *other.tolist()}
         text = model.decode(row) + model.decode(right)
         name = model.decode(right).strip()
         assert text.count(name) == 2
@@ -425,5 +427,9 @@ def test_prompts_about_an_indirect_object():
     patching = found.models["model"].patching
     assert patching.measured.shape[2] == 8
     assert 0 < patching.standard_error < 10 * patching.error
+    model.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", model.bos_token_id)]
+    )
+    assert (lf.ioi_pairs(model, n=4)[0][:, 0] == model.bos_token_id).all()
     with pytest.raises(DataError, match="models of English"):
         lf.ioi_pairs(make_tokenizer(300))

@@ -1,6 +1,7 @@
 """What goes out is an ordinary Hugging Face folder with the same logits, or nothing."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -265,11 +266,25 @@ def test_what_gpt2_cannot_say_is_refused(frozen, folded, live):
         lf.to_transformers(live)
 
 
-def test_a_new_file_appears_whole_or_not_at_all(tmp_path):
+def test_a_new_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     out = tmp_path / "page.html"
     assert write_new_file(out, "ä").read_text(encoding="utf-8") == "ä"
     with pytest.raises(OutputError, match="already exists"):
         write_new_file(out, "b")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    with pytest.raises(OutputError, match="cannot be written"):
-        write_new_file("/proc/page.html", "c")
+
+    def appears(written, path):
+        path.write_text("theirs")
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", appears)
+    with pytest.raises(OutputError, match="in the meantime"):
+        write_new_file(tmp_path / "raced.html", "ours")
+    assert (tmp_path / "raced.html").read_text() == "theirs"
+
+    def no_links(written, path):
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert write_new_file(tmp_path / "copied.html", "c").read_text() == "c"
+    assert len(list(tmp_path.iterdir())) == 3

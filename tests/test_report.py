@@ -85,6 +85,9 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert re.search(rf"tokens +{gpt2_folder.name} +run\n", done.stdout)
     assert "minus original" in done.stdout
+    command = [*command[:4], str(gpt2_folder), "--against", str(run), *command[5:]]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert re.search(rf"tokens +run +{gpt2_folder.name}\n", done.stdout)
 
 
 def test_the_original_is_what_the_folder_says(tmp_path):
@@ -122,8 +125,13 @@ def test_a_line_that_was_cut_off_is_no_step(tmp_path):
 def test_names_with_a_revision(gpt2_folder, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere/at-all: "):
         load_named("nowhere/at-all@v2")
-    with pytest.raises(CheckpointError, match="without a name"):
-        load_named(" ")
+    for name, message in ((" ", "without a name"), ("@v2", "@v2: ")):
+        with pytest.raises(CheckpointError, match=message):
+            load_named(name)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"metrics\.json cannot be read"):
+        find_subject(tmp_path)
     odd = tmp_path / "a@b"
     shutil.copytree(gpt2_folder, odd)
     assert load_named(str(odd)).cfg.n_layers == 3

@@ -130,7 +130,7 @@ def test_a_tokenizer_that_adds_bos_adds_it_here_too(task_folder, tokenizer, tmp_
         lf.load(folder), torch.arange(20)[None], tasks="local_hellaswag", include=task_folder,
         limit=2, pairs=0, neurons=0, effects=False,
     )  # fmt: skip
-    assert found.bos_policy.startswith("a beginning-of-sequence token before every request")
+    assert found.bos_policy.startswith("model: a beginning-of-sequence token before every request")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -151,8 +151,10 @@ def test_tasks_that_cannot_be_run_are_refused_first(task_folder, live, tmp_path)
             effects=False, **settings,
         )  # fmt: skip
 
-    with pytest.raises(UnsupportedModelError, match="writes generates text"):
+    with pytest.raises(UnsupportedModelError, match="writes: this task generates text"):
         evaluate("writes")
+    with pytest.raises(UnsupportedModelError, match="generates text"):
+        lf.as_harness_model(live).model.generate()
     with pytest.raises(DataError, match="elsewhere cannot be opened"):
         evaluate("elsewhere")
     with pytest.raises(DataError, match=r"template cannot be (opened|run)"):

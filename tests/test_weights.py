@@ -1,5 +1,7 @@
 """Weights alone, the lens, neurons and the gauge: against what the model does."""
 
+import copy
+
 import pytest
 import torch
 from architectures import make_model
@@ -175,7 +177,15 @@ def test_gauge():
     assert not scores.invariant
     products = lf.gauge_check(lambda m: lf.virtual_weights(m, "L0H0", "L2H1", "Q").norm(), model)
     assert products.invariant
-    # A large number does not hide a small one, and a count is right or wrong.
+    # A large number does not hide a small one, in float32 either, and a count is right or wrong.
+    single = copy.deepcopy(model)
+    single.to(torch.float32, print_details=False)
+    mixed = lf.gauge_check(
+        lambda m: torch.stack([norms(m).new_tensor(3e6), norms(m)[0, 0]]), single
+    )
+    assert not mixed.invariant
+    probe = torch.randn(single.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    assert not lf.gauge_check(lambda m: m.W_E[3] @ probe, single).invariant  # float32 of its own
     hidden = lf.gauge_check(
         lambda m: torch.stack([norms(m).new_tensor(5e6), norms(m)[0, 0]]), model
     )

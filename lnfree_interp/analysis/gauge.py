@@ -97,8 +97,8 @@ class GaugeReport:
     """Whether a metric means something on an LN-free model."""
 
     error: MeasuredError
-    """Largest change of a number between bases, relative to that number; changes that rounding of
-    the largest number explains count as none."""
+    """Largest change of a number between bases, relative to that number (or, for one that is
+    next to nothing, to what rounding of the largest leaves)."""
     bases: int
     """How many other bases were tried."""
     kind: str
@@ -130,7 +130,8 @@ def gauge_check(
     """Whether a number that you quote about a model is about its function.
 
     Args:
-        metric: From a model to a number or a tensor of numbers.
+        metric: From a model to a number or a tensor of numbers. It gets the model in float64,
+            unless it cannot compute with that.
         model: LN-free and folded.
         bases: How many random bases to try.
         kind: As in `random_gauge`; a metric that only `"orthogonal"` ones leave alone is a fact
@@ -160,7 +161,13 @@ def gauge_check(
     """
     if bases < 1:
         raise DataError("try at least one basis")
-    expected = _numbers(metric(model))
+    dtype, precise = model.cfg.dtype, copy.deepcopy(model)
+    precise.to(torch.float64, print_details=False)
+    try:  # so that the rounding of a large number is no change of a small one
+        expected = _numbers(metric(precise))
+        model = precise
+    except RuntimeError:  # a metric with tensors of its own in the model's dtype
+        expected = _numbers(metric(model))
     worst: MeasuredError | None = None
     for index in range(bases):
         found = _numbers(metric(random_gauge(model, kind=kind, seed=seed + index)))
@@ -168,7 +175,7 @@ def gauge_check(
             raise DataError(
                 f"the metric gave {list(expected.shape)}, then {list(found.shape)} numbers"
             )
-        error = _change(found, expected, model.cfg.dtype)
+        error = _change(found, expected, dtype)
         worst = error if worst is None or not error.relative <= worst.relative else worst
     assert worst is not None
     return GaugeReport(worst, bases, kind)
@@ -183,10 +190,10 @@ def _change(found: Tensor, expected: Tensor, dtype: torch.dtype) -> MeasuredErro
         return MeasuredError(float(changed), float(changed), torch.float64)
     found, expected = found.double(), expected.double()
     size = expected.abs()
-    # Rounding of the largest reaches every number that was added up beside it.
-    rounding = size.max() * TOLERANCE[dtype]
+    # Below this share of the largest, what is left of a number is rounding.
+    floor = size.max() * TOLERANCE[dtype]
     change = (found - expected).abs()
-    relative = torch.where(change <= rounding, 0.0, change / torch.maximum(size, rounding))
+    relative = torch.where(change == 0, 0.0, change / torch.maximum(size, floor))
     return MeasuredError(change.max().item(), relative.max().item(), dtype)
 
 

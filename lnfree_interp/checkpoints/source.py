@@ -290,6 +290,16 @@ def _require_files(folder: Path, tokenizer_needed: bool) -> None:
         )
 
 
+def has_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> bool:
+    """Whether a checkpoint brings a tokenizer.
+
+    Raises:
+        CheckpointError: as `locate`.
+    """
+    folder = locate(source, revision)
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
 def weight_shapes(file: Path) -> dict[str, list[int]]:
     """Names and shapes of the tensors in a safetensors file, from its header.
 

@@ -23,7 +23,8 @@ def report(
     """Everything about a run or a model on one HTML page that needs no network.
 
     Args:
-        source: A run's folder, what lnfree demo wrote, or a model: hub id or local folder.
+        source: A run's folder, what lnfree demo wrote, or a model: hub id (ID@REVISION),
+            or local folder.
         out: The page; must not exist yet.
         against: The original. Default: what a run says it started from.
         data: Text to evaluate on, as for lnfree evaluate.

@@ -260,7 +260,7 @@ def _of_batch(
     _, cache = run_and_keep(model, tokens, wanted, n_layers)
     resid, logits = cache[resid_name][:, :-1].double(), _target_logits(model, tokens[:, 1:])
     before = logits(resid)
-    measured = torch.empty_like(heads)
+    measured = heads.new_empty(heads.shape, dtype=torch.float64)
     for layer, block in enumerate(model.blocks):
         z, W_O = cache[f"blocks.{layer}.attn.hook_z"][:, :-1].double(), block.attn.W_O.double()
         for head in range(n_heads):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from jaxtyping import Int
 from torch import Tensor
@@ -22,7 +22,7 @@ from lnfree_interp.evaluation.patching import (
     ioi_pairs,
     patch_residual,
 )
-from lnfree_interp.evaluation.results import Evaluation, ModelEvaluation
+from lnfree_interp.evaluation.results import Evaluation, ModelEvaluation, Pairs
 from lnfree_interp.evaluation.summaries import (
     distribution,
     residual_norms,
@@ -49,7 +49,7 @@ def evaluate(
     effects: bool = True,
     neurons: int = 3,
     pairs: int = 16,
-    pairs_of: Literal["text", "ioi"] = "text",
+    pairs_of: Pairs = "text",
     tasks: str | Sequence[str] = (),
     include: Path | None = None,
     limit: int | None = None,
@@ -112,6 +112,8 @@ def evaluate(
     if isinstance(models, HookedTransformer):
         models = {"model": models}
     tokens = read_for_all(models, tokens, original, precision)
+    if pairs_of not in get_args(Pairs):
+        raise DataError(f"pairs_of is {' or '.join(get_args(Pairs))}, not {pairs_of!r}")
     if min(neurons, pairs) < 0 or not threshold >= 0:
         raise DataError("neurons, pairs and the threshold in nats cannot be negative")
     sample = spread(tokens, SAMPLE)
@@ -123,11 +125,11 @@ def evaluate(
         chosen |= dict.fromkeys(same, chosen[original])
     if effects:
         read_blocks(next(iter(models.values())), sample)  # a row of padding would be no text
-    corrupted = None
-    if pairs and pairs_of == "ioi":
-        corrupted = _indirect_objects(models, pairs, seed)
-    elif pairs:
-        corrupted = _corrupted(sample, pairs, seed)
+    corrupted = {
+        name: _corrupted(sample, pairs, seed) if pairs_of == "text"
+        else _indirect_objects(name, model, pairs, seed)
+        for name, model in models.items()
+    }  # fmt: skip
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     if tasks:
         names, manager = open_tasks(tasks, include, limit)
@@ -140,7 +142,7 @@ def evaluate(
     found = {}
     for name, model in models.items():
         inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
-        measures, picked = measured[name], chosen[name]
+        measures, picked, prompts = measured[name], chosen[name], corrupted[name]
         found[name] = ModelEvaluation(
             CrossEntropy(measures.loss),
             distribution(measures),
@@ -148,11 +150,15 @@ def evaluate(
             sinks(measures),
             _effects(model, sample, inner, progress) if effects else None,
             None if picked is None else ablate_neurons(model, sample, picked, inner),
-            None if corrupted is None else patch_residual(model, *corrupted, progress=progress),
+            None if prompts is None else patch_residual(model, *prompts, progress=progress),
             scores[name],
         )
-    policy = bos_policy(next(iter(models.values()))) if tasks else None
-    return Evaluation(found, original, threshold, text, tokens[:, 1:].numel(), policy)
+    policy = None
+    if tasks:
+        policies = {name: bos_policy(model) for name, model in models.items()}
+        policy = "; ".join(f"{name}: {one}" for name, one in policies.items())
+    n_targets = tokens[:, 1:].numel()
+    return Evaluation(found, original, threshold, text, n_targets, policy, pairs_of)
 
 
 def _width(model: HookedTransformer) -> tuple[int, int | None]:
@@ -179,16 +185,17 @@ def _chosen(model: HookedTransformer, n: int) -> list[int] | None:
 
 
 def _indirect_objects(
-    models: Mapping[str, HookedTransformer], n: int, seed: int
-) -> tuple[Tensor, ...]:
-    tokenizer = next((m.tokenizer for m in models.values() if m.tokenizer is not None), None)
-    if tokenizer is None:
-        raise DataError("prompts about an indirect object need a tokenizer")
-    return ioi_pairs(tokenizer, n, seed)
+    name: str, model: HookedTransformer, n: int, seed: int
+) -> tuple[Tensor, ...] | None:
+    if n == 0:
+        return None
+    if model.tokenizer is None:
+        raise DataError(f"{name} has no tokenizer to read prompts about an indirect object with")
+    return ioi_pairs(model.tokenizer, n, seed)
 
 
 def _corrupted(sample: Tensor, n: int, seed: int) -> tuple[Tensor, ...] | None:
     length = min(32, sample.shape[1] - 1)
-    if length < 2 or len(sample.unique()) == 1:
+    if n == 0 or length < 2 or len(sample.unique()) == 1:
         return None
     return corrupted_pairs(sample, n, length, seed)

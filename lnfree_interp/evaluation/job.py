@@ -66,8 +66,7 @@ def evaluate_checkpoints(
     for source in dict.fromkeys(wanted):
         say(f"loading {source}")
         run = sources[0] if source == recorded else None
-        where = subjects[source].model if source in subjects else source
-        models[source] = load_named(where, own, recorded_by=run)
+        models[source] = load_named(find_subject(source).model, own, recorded_by=run)
     require_same_tokenizer(models)
     names = dict(zip(models, _short([*models]), strict=True))
     contexts = [model.cfg.n_ctx for model in models.values()]

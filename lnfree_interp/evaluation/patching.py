@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.analysis.questions import read_blocks
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.running import run_and_keep
 
 _NAMES = (
@@ -132,6 +133,7 @@ def ioi_pairs(
     """Prompts about an indirect object, the same with the two names swapped, and both answers.
 
     TransformerLens' `IOIDataset`, with names that are one token each and prompts of equal length.
+    They begin with a beginning-of-sequence token if the checkpoint's tokenizer adds one.
 
     Args:
         tokenizer: The model's.
@@ -154,6 +156,9 @@ def ioi_pairs(
         >>> lf.patch_residual(gpt2, *prompts).error  # doctest: +SKIP
     """
 
+    tokenizer = original_tokenizer(tokenizer)
+    bos = tokenizer.encode("a")[: -len(tokenizer.encode("a", add_special_tokens=False))]
+
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
@@ -172,8 +177,8 @@ def ioi_pairs(
         random.setstate(state)
     rows = [
         (
-            ids(clean["text"].removesuffix(clean["IO"])),
-            ids(swapped["text"].removesuffix(swapped["IO"])),
+            bos + ids(clean["text"].removesuffix(clean["IO"])),
+            bos + ids(swapped["text"].removesuffix(swapped["IO"])),
             ids(clean["IO"])[0],
             ids(clean["S"])[0],
         )
@@ -181,6 +186,8 @@ def ioi_pairs(
     ]
     length = Counter(len(row[0]) for row in rows).most_common(1)[0][0]
     kept = [row for row in rows if len(row[0]) == len(row[1]) == length][:n]
+    if len(kept) < n:
+        raise DataError(f"only {len(kept)} prompts of {length} tokens each, not {n}")
     clean, corrupted, targets, foils = (torch.tensor(column) for column in zip(*kept, strict=True))
     return clean, corrupted, targets, foils
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -14,6 +14,8 @@ from lnfree_interp.evaluation.loss import CrossEntropy
 from lnfree_interp.evaluation.patching import Patching
 from lnfree_interp.evaluation.summaries import Distribution, ResidualNorms, Sinks
 from lnfree_interp.tables import Table
+
+Pairs = Literal["text", "ioi"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,8 @@ class Evaluation:
         threshold: In nats, for the share of tokens that got worse by more.
         text: What it was, in words.
         tokens: How many were predicted.
-        bos_policy: Of the tasks, in words; None without tasks.
+        bos_policy: Of the tasks, by model, in words; None without tasks.
+        pairs_of: What attribution patching was measured on, see `evaluate`.
     """
 
     models: Mapping[str, ModelEvaluation]
@@ -57,6 +60,7 @@ class Evaluation:
     text: str
     tokens: int
     bos_policy: str | None = None
+    pairs_of: Pairs = "text"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per figure, one column per model; figures that were not asked for are left out.
@@ -113,8 +117,9 @@ class Evaluation:
             figures["attribution error per head (NMAE)"] = model.direct_effects.nmae
             figures["attribution error pooled (NMAE)"] = model.direct_effects.pooled_nmae
         if model.patching is not None:
-            figures["attribution patching error"] = model.patching.error
-            figures["attribution patching error, standard error"] = model.patching.standard_error
+            label = f"attribution patching error, {self.pairs_of}"
+            figures[label] = model.patching.error
+            figures[f"{label}, standard error"] = model.patching.standard_error
         if model.confidence_neurons is not None:
             ablation = model.confidence_neurons
             figures["entropy without confidence neurons, change"] = ablation.total_entropy_change
@@ -131,6 +136,7 @@ class Evaluation:
             "original": self.original,
             "threshold_nats": self.threshold,
             "bos_policy_of_tasks": self.bos_policy,
+            "patching_pairs_of": self.pairs_of,
             "models": {},
         }
         for name, model in self.models.items():

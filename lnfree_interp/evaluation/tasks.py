@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints.hub import first_line
-from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.errors import DataError, LnfreeError, UnsupportedModelError
 from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.running import run
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 _MISSING = "tasks need the lm-evaluation-harness: pip install 'lnfree_interp[tasks]'"
+
+
+_GENERATES = "this task generates text: export the model and run the harness on the folder"
 
 
 class _Causal(nn.Module):
@@ -54,6 +57,14 @@ class _Causal(nn.Module):
         """Rows are padded on the right, which a causal model does not see."""
         logits: Float[Tensor, "batch pos d_vocab"] = run(self.hooked, input_ids)
         return SimpleNamespace(logits=logits)
+
+    def generate(self, *arguments: Any, **settings: Any) -> Tensor:
+        """Not here.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(_GENERATES)
 
 
 def as_harness_model(
@@ -137,12 +148,12 @@ def open_tasks(
         raise DataError(f"the harness knows no task {unknown[0]!r}{own}")
     try:
         found = manager.load(names)["tasks"]
+    except (LnfreeError, MemoryError):
+        raise
     except Exception as error:  # whatever a task's own code and the hub raise
         raise DataError(f"{', '.join(names)} cannot be opened: {first_line(error)}") from error
     if texts := [name for name, task in found.items() if task.OUTPUT_TYPE == "generate_until"]:
-        raise UnsupportedModelError(
-            f"{texts[0]} generates text: export the model and run the harness on the folder"
-        )
+        raise UnsupportedModelError(f"{texts[0]}: {_GENERATES}")
     return names, manager
 
 
@@ -202,6 +213,8 @@ def score_tasks(
             model=adapter, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0,
             log_samples=False,
         )  # fmt: skip
+    except (LnfreeError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # of a task's own code and templates
         raise DataError(f"{', '.join(names)} cannot be run: {first_line(error)}") from error
     assert found is not None

@@ -18,7 +18,7 @@ from lnfree_interp.data.blocks import TokenBlocks
 from lnfree_interp.data.prefetch import Prefetched
 from lnfree_interp.data.sources import STDLIB, open_blocks
 from lnfree_interp.errors import CheckpointError, RecipeError
-from lnfree_interp.files import require_writable
+from lnfree_interp.files import anywhere, require_writable
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.forms import fold
 from lnfree_interp.models.sites import list_norm_sites, live_sites
@@ -170,8 +170,8 @@ def _from_anywhere(job: Job) -> dict[str, Any]:
     """What `run.json` keeps: local paths are absolute, so that it is read from any folder."""
     about = asdict(job)
     for key in ("model", "text"):
-        if about[key] is not None and about[key] != STDLIB and Path(about[key]).exists():
-            about[key] = str(Path(about[key]).resolve())
+        if about[key] is not None and about[key] != STDLIB:
+            about[key] = anywhere(about[key])
     return about
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.loading import load
+from lnfree_interp.checkpoints.source import has_tokenizer
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.removal.run import StepRecord
 from lnfree_interp.removal.rundir import RunFolder
@@ -47,8 +48,11 @@ def find_subject(source: str | os.PathLike[str]) -> Subject:
         text = about.get("text") if about else None
         return Subject(str(folder / "model"), _started_from(about), run.records(), text)
     if (folder / "metrics.json").is_file() and (folder / "model").is_dir():
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        about = {"model": metrics["source"]} if "source" in metrics else None
+        try:
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            about = {"model": metrics["source"]} if "source" in metrics else None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder}/metrics.json cannot be read: {error}") from error
         return Subject(str(folder / "model"), _started_from(about))
     return Subject(os.fspath(source))
 
@@ -70,7 +74,7 @@ def load_named(
 
     Args:
         name: What to load.
-        tokenizer: For a checkpoint without one.
+        tokenizer: For a checkpoint without one; any other keeps its own.
         recorded_by: The run that says so, for the message if it is not there.
 
     Raises:
@@ -79,10 +83,12 @@ def load_named(
     """
     if not name.strip():
         raise CheckpointError("a model without a name: give a hub id or a folder")
-    source, at, revision = name.rpartition("@")
+    source, _, revision = name.rpartition("@")
+    if not source or os.path.exists(name):
+        source, revision = name, None
     try:
-        if not at or Path(name).exists():
-            return load(name, tokenizer=tokenizer)
+        if tokenizer is not None and has_tokenizer(source, revision):
+            tokenizer = None
         return load(source, revision=revision, tokenizer=tokenizer)
     except CheckpointError as error:
         if recorded_by is None:
