@@ -87,7 +87,7 @@ def test_attribution_is_the_measured_effect_without_norms_only(folded, live, tok
     ]
     ablated = folded.run_with_hooks(tokens, fwd_hooks=hooks)
     effect = (folded(tokens) - ablated)[:, :-1].gather(-1, tokens[:, 1:, None]).flatten()
-    torch.testing.assert_close(free.measured[layer, head], effect, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(free.measured[layer, head].to(dtype), effect, rtol=1e-3, atol=1e-4)
 
 
 def test_a_dead_head_has_no_error():
