@@ -42,10 +42,10 @@ lnfree-demo/report.html: | $(INSTALLED)
 	$(BIN)/lnfree demo
 
 notebooks: lnfree-demo/report.html
-	$(BIN)/python tests/run_notebooks.py
+	$(BIN)/python tests/support/run_notebooks.py
 
 check-notebooks: lnfree-demo/report.html
-	$(BIN)/python tests/run_notebooks.py --check
+	$(BIN)/python tests/support/run_notebooks.py --check
 
 types: $(INSTALLED)
 	$(BIN)/pyright
@@ -62,8 +62,8 @@ bench: $(INSTALLED)
 
 bridge: $(INSTALLED) .venv-bridge/installed
 	rm -rf .venv-bridge/models && mkdir .venv-bridge/models
-	$(BIN)/python tests/bridge_smoke.py write .venv-bridge/models
-	.venv-bridge/bin/python tests/bridge_smoke.py read .venv-bridge/models
+	$(BIN)/python tests/support/bridge.py write .venv-bridge/models
+	.venv-bridge/bin/python tests/support/bridge.py read .venv-bridge/models
 
 clean:
 	rm -rf .venv .venv-bridge lnfree-demo build

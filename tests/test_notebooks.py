@@ -1,4 +1,4 @@
-"""Notebooks hold what their sources say, with outputs; CI runs them (`tests/run_notebooks.py`)."""
+"""Notebooks hold what their sources say, with outputs."""
 
 from pathlib import Path
 

@@ -4,10 +4,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from architectures import CONFIGS, lnfree_model, make_model
-from conftest import freeze_all
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from support.architectures import CONFIGS, lnfree_model, make_model
+from support.models import freeze_all
 from transformers import GPT2LMHeadModel
 
 import lnfree_interp as lf

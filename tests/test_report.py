@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import freeze_all
+from support.models import freeze_all
 
 import lnfree_interp as lf
 from lnfree_interp.errors import CheckpointError, DataError, OutputError

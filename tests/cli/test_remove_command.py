@@ -1,0 +1,213 @@
+"""`lnfree remove`, end to end: GPT-2, GPT-NeoX and Llama, from files, resumed, and refused."""
+
+import json
+import sys
+
+import pytest
+import torch
+from support.architectures import make_model
+from support.models import make_gpt2
+from transformers import AutoModelForCausalLM
+
+import lnfree_interp as lf
+from lnfree_interp import cli
+from lnfree_interp.data.sources import open_blocks
+from lnfree_interp.removal.job import make_recipe
+from lnfree_interp.removal.rundir import RunFolder
+
+
+def lnfree(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lnfree", *map(str, arguments)])
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rows = [{"text": f"def f{i}(x):\n    return x + {i}\n" * 6} for i in range(60)]
+    file = folder / "code.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(params=["gpt2", "neox", "llama-grouped"])
+def folder(request, tmp_path, tokenizer):
+    """A checkpoint in the real format, of an architecture whose norms are LN or RMSNorm, whose
+    blocks are sequential or parallel."""
+    model = make_model(request.param)
+    with torch.no_grad():  # tokens whose norms differ as little as in a trained model
+        for W in model.parameters():
+            W *= 0.5
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+QUICK = ("--steps", 14, "--batch", 4, "--block", 32, "--lr", "1e-4", "--heldout", 4,
+         "--evaluate-every", 5, "--checkpoint-every", 6)  # fmt: skip
+
+
+def test_from_a_folder_and_a_file_to_an_lnfree_model(monkeypatch, tmp_path, folder, text, capsys):
+    out = tmp_path / "run"
+    lnfree(monkeypatch, "remove", folder, "--out", out, "--data", text, *QUICK)
+    printed = capsys.readouterr().out
+    assert "all gone at step" in printed
+    assert "largest logit difference from transformers" in printed
+    assert f"wrote {out}/model" in printed
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(14))
+    assert sum(len(record["frozen"]) for record in records) == 10
+    assert [r["step"] for r in records if r["heldout"] is not None] == [4, 9, 13]
+    probes = records[10]["probes"]
+    assert len(probes["resid_norm_max"]) == 3
+    assert probes["drift"]
+    assert probes["largest_activation"] > 0
+    # What was written is LN-free, for us and for plain transformers, and they agree.
+    free = lf.load(out / "model")
+    assert free.cfg.normalization_type is None
+    hf = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    lf.compare_logits(free, hf).require("exported", 1e-4)
+    heldout = lf.evaluate_loss(free, _heldout(free, text)).mean
+    assert heldout == pytest.approx(records[-1]["heldout"], rel=2e-3)  # bfloat16 while training
+    sidecar = lf.read_sidecar(out / "model")
+    assert sidecar.recipe["steps"] == 14
+    assert sidecar.source == "source"
+
+
+def _heldout(model, text):
+    return open_blocks(text, model.tokenizer, 32).take(4)
+
+
+def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    lnfree(monkeypatch, "remove", folder, "--out", whole, "--data", text, *QUICK)
+    right = RunFolder.save
+
+    def interrupted(self, checkpoint):
+        right(self, checkpoint)
+        if checkpoint.step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            lnfree(patch, "remove", folder, "--out", cut, "--data", text, *QUICK)
+        assert stopped.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+    lnfree(monkeypatch, "remove", "--resume", cut)
+    files = ("model.safetensors", "config.json")
+    for name in files:
+        assert (cut / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+    with pytest.raises(SystemExit):
+        lnfree(monkeypatch, "remove", "--resume", cut)
+    assert "this run is finished" in capsys.readouterr().err
+
+
+def test_the_control_is_written_with_its_norms(monkeypatch, tmp_path, folder, text):
+    out = tmp_path / "run"
+    lnfree(monkeypatch, "remove", folder, "--out", out, "--data", text, "--vanilla", *QUICK)
+    assert lf.read_sidecar(out / "model").form == "live"
+    control = lf.load(out / "model")
+    assert lf.live_sites(control) == lf.list_norm_sites(control)
+    assert lf.compare_logits(control, lf.load(folder)).relative > 1e-3  # it was trained
+
+
+def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, capsys):
+    out = tmp_path / "run"
+    lnfree(monkeypatch, "remove", gpt2_folder, "--out", out, "--plan", "--recipe", "taper")
+    printed = capsys.readouterr().out
+    assert "recipe: taper" in printed
+    assert "each fading over" in printed
+    assert "nothing was trained" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "gpt3"), "no recipe 'gpt3'; there are distilled"),
+        (("--recipe", "gpt2-small"), "no norm site 'blocks.3.ln2'"),
+        (("--patience", "0"), "patience must be positive"),
+        (("--steps", "3"), "3 steps are too few for 10 norm sites"),
+        (("--data", "./nothing.jsonl"), "nothing.jsonl"),
+        (("--column", "body"), "no column 'body'"),
+        (("--block", "4096"), "the model's context is 48"),
+        (("--block", "1"), "block"),
+        (("--distillation", "2"), "distillation must lie in 0..1"),
+        (("--track", "tensorboard"), "tensorboard is not installed"),
+        (("--checkpoint-every", "0"), "checkpoint_every must be positive"),
+    ],
+)
+def test_wrong_input_is_refused_by_name(
+    monkeypatch, tmp_path, gpt2_folder, text, capsys, arguments, message
+):
+    if arguments[0] == "--track":
+        monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: None)
+    settings = [] if arguments[0] == "--data" else ["--data", text]
+    settings += [] if arguments[0] == "--block" else ["--block", 32]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        lnfree(monkeypatch, "remove", gpt2_folder, "--out", out, *settings, *arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_resuming_what_is_no_run(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        lnfree(monkeypatch, "remove", "--resume", tmp_path)
+    assert stopped.value.code == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_run_of_the_library_is_not_resumed_by_the_command(monkeypatch, tmp_path, capsys):
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    data = torch.randint(300, (16, 24))
+    recipe = make_recipe("distilled", model, steps=8, vanilla=True, batch=4)
+    lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False)
+    with pytest.raises(SystemExit):
+        lnfree(monkeypatch, "remove", "--resume", tmp_path / "run")
+    assert "not started on the command line" in capsys.readouterr().err
+
+
+def test_wandb_itself_takes_the_numbers(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    recipe = make_recipe("distilled", model, steps=8, batch=4)
+    data = torch.randint(300, (16, 24))
+    lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False, trackers=["wandb"])
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
+    """Through Accelerate's tracker; the package itself is not needed for that."""
+    seen = {}
+
+    class Tracker:
+        def __init__(self, name, logging_dir):
+            seen["folder"] = logging_dir
+
+        def start(self):
+            seen["started"] = True
+
+        def log(self, values, step):
+            assert seen["started"]
+            seen[step] = values
+
+        def finish(self):
+            seen["finished"] = True
+
+    monkeypatch.setattr("lnfree_interp.removal.tracking.TensorBoardTracker", Tracker)
+    monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: object())
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    recipe = make_recipe("distilled", model, steps=12, vanilla=False, batch=4)
+    data = torch.randint(300, (16, 24))
+    lf.remove_norms(model, recipe, data, progress=False, trackers=["tensorboard"], log_every=4)
+    assert seen["finished"]
+    assert seen[3]["loss"] > 0
+    assert any(name.startswith("sigma/") for name in seen[5])
+    assert "resid_norm_max/1" in seen[8]
+    assert "drift/ln_final" in seen[8] or "drift/blocks.0.ln2" in seen[8]

@@ -1,0 +1,61 @@
+"""Run every notebook from a clean kernel.
+
+    python tests/support/run_notebooks.py            # and keep the outputs
+    python tests/support/run_notebooks.py --check    # only run them
+    python tests/support/run_notebooks.py 6 7        # some of them
+
+Each `notebooks/*.py` is the source (jupytext, percent format); the `.ipynb` beside it is made from
+it, with outputs. A cell that fails, or a notebook that takes more than three minutes, is an error.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+SECONDS = 180
+
+
+def run(source: Path, keep: bool) -> float:
+    """Seconds that it took."""
+    notebook = jupytext.read(source)
+    began = time.monotonic()
+    NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+    ).execute()
+    seconds = time.monotonic() - began
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i}"
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":  # progress bars and warnings name the machine
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+    notebook.metadata.pop("language_info", None)
+    if keep:
+        nbformat.write(notebook, source.with_suffix(".ipynb"))
+    return seconds
+
+
+def main() -> None:
+    """Run them all."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("numbers", nargs="*", type=int, help="default: all")
+    parser.add_argument("--check", action="store_true", help="do not keep the outputs")
+    asked, slow = parser.parse_args(), []
+    for source in sorted(FOLDER.glob("*.py")):
+        if asked.numbers and int(source.name.partition("_")[0]) not in asked.numbers:
+            continue
+        seconds = run(source, keep=not asked.check)
+        sys.stdout.write(f"{source.name}: {seconds:.0f} s\n")
+        sys.stdout.flush()
+        slow += [source.name] if seconds > SECONDS else []
+    if slow:
+        sys.exit(f"more than {SECONDS} s: {', '.join(slow)}")
+
+
+if __name__ == "__main__":
+    main()
