@@ -54,16 +54,19 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/removal_quality.py --jobs 2
 
 # transformer-lens 4 has no HookedTransformer, so it cannot live in .venv.
-.venv-bridge/installed:
+.venv-bridge/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-bridge
+	@$(PYTHON) -c 'import tomllib; needs = tomllib.load(open("$<", "rb"))["project"]["dependencies"]; \
+	  print(*(x for x in needs if not x.startswith("transformer-lens")), sep="\n")' \
+	  > .venv-bridge/requirements.txt
 	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check \
-	  "torch==2.13.0" "transformer-lens>=4.3,<5"
+	  "torch==2.13.0" "transformer-lens>=4.3,<5" -r .venv-bridge/requirements.txt
 	@touch $@
 
 bridge: $(INSTALLED) .venv-bridge/installed
 	rm -rf .venv-bridge/models && mkdir .venv-bridge/models
-	$(BIN)/python tests/support/bridge.py write .venv-bridge/models
-	.venv-bridge/bin/python tests/support/bridge.py read .venv-bridge/models
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/support/bridge.py write .venv-bridge/models
+	PYTHONPATH=. .venv-bridge/bin/python -W ignore tests/support/bridge.py read .venv-bridge/models
 
 clean:
 	rm -rf .venv .venv-bridge lnfree-demo build

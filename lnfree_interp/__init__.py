@@ -15,20 +15,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lnfree_interp import errors, plots
+    from lnfree_interp.analysis import parts
     from lnfree_interp.analysis.affine import AffineMap, affine_map
-    from lnfree_interp.analysis.attention import attribute_scores
+    from lnfree_interp.analysis.attribute import (
+        attribute,
+        attribute_logits,
+        attribute_neuron,
+        attribute_next_tokens,
+    )
     from lnfree_interp.analysis.averages import MeanContributions, mean_next_token_attribution
     from lnfree_interp.analysis.certificates import Certificate, certificate_table
-    from lnfree_interp.analysis.contributions import Component, Contributions
+    from lnfree_interp.analysis.components import Component
     from lnfree_interp.analysis.counterfactual import CounterfactualPattern, counterfactual_pattern
     from lnfree_interp.analysis.flow import FlowGraph, flow_graph
     from lnfree_interp.analysis.gauge import GaugeReport, gauge_check, random_gauge
+    from lnfree_interp.analysis.interventions import Effects, Intervention, ablate
     from lnfree_interp.analysis.lens import Lens, logit_lens
-    from lnfree_interp.analysis.logits import attribute_logits, attribute_next_tokens
-    from lnfree_interp.analysis.neurons import Flips, attribute_neuron, flip_distances
+    from lnfree_interp.analysis.levels import Level, level
+    from lnfree_interp.analysis.neurons import Flips, flip_distances
     from lnfree_interp.analysis.paths import expand_paths
     from lnfree_interp.analysis.residual import decompose_residual
-    from lnfree_interp.analysis.scores import ScoreAttribution
+    from lnfree_interp.analysis.results import Contributions, load_result
+    from lnfree_interp.analysis.scores import ScoreAttribution, attribute_scores
+    from lnfree_interp.analysis.targets import (
+        Logit,
+        LogitDifference,
+        LogOdds,
+        Neuron,
+        NextTokens,
+        Probe,
+        Score,
+        Target,
+    )
+    from lnfree_interp.analysis.trace import Trace, trace
+    from lnfree_interp.analysis.view import Place
     from lnfree_interp.analysis.weights import (
         TokenTable,
         bigram_table,
@@ -91,30 +111,48 @@ if TYPE_CHECKING:
 _HOME = {
     "AffineMap": "lnfree_interp.analysis.affine",
     "affine_map": "lnfree_interp.analysis.affine",
-    "CounterfactualPattern": "lnfree_interp.analysis.counterfactual",
-    "ScoreAttribution": "lnfree_interp.analysis.scores",
-    "attribute_scores": "lnfree_interp.analysis.attention",
-    "counterfactual_pattern": "lnfree_interp.analysis.counterfactual",
+    "attribute": "lnfree_interp.analysis.attribute",
+    "attribute_logits": "lnfree_interp.analysis.attribute",
+    "attribute_neuron": "lnfree_interp.analysis.attribute",
+    "attribute_next_tokens": "lnfree_interp.analysis.attribute",
+    "MeanContributions": "lnfree_interp.analysis.averages",
+    "mean_next_token_attribution": "lnfree_interp.analysis.averages",
     "Certificate": "lnfree_interp.analysis.certificates",
     "certificate_table": "lnfree_interp.analysis.certificates",
-    "Component": "lnfree_interp.analysis.contributions",
-    "Contributions": "lnfree_interp.analysis.contributions",
+    "Component": "lnfree_interp.analysis.components",
+    "CounterfactualPattern": "lnfree_interp.analysis.counterfactual",
+    "counterfactual_pattern": "lnfree_interp.analysis.counterfactual",
     "FlowGraph": "lnfree_interp.analysis.flow",
     "flow_graph": "lnfree_interp.analysis.flow",
     "GaugeReport": "lnfree_interp.analysis.gauge",
     "gauge_check": "lnfree_interp.analysis.gauge",
     "random_gauge": "lnfree_interp.analysis.gauge",
+    "Effects": "lnfree_interp.analysis.interventions",
+    "Intervention": "lnfree_interp.analysis.interventions",
+    "ablate": "lnfree_interp.analysis.interventions",
     "Lens": "lnfree_interp.analysis.lens",
     "logit_lens": "lnfree_interp.analysis.lens",
-    "MeanContributions": "lnfree_interp.analysis.averages",
-    "attribute_logits": "lnfree_interp.analysis.logits",
-    "attribute_next_tokens": "lnfree_interp.analysis.logits",
-    "mean_next_token_attribution": "lnfree_interp.analysis.averages",
+    "Level": "lnfree_interp.analysis.levels",
+    "level": "lnfree_interp.analysis.levels",
     "Flips": "lnfree_interp.analysis.neurons",
-    "attribute_neuron": "lnfree_interp.analysis.neurons",
     "flip_distances": "lnfree_interp.analysis.neurons",
     "expand_paths": "lnfree_interp.analysis.paths",
     "decompose_residual": "lnfree_interp.analysis.residual",
+    "Contributions": "lnfree_interp.analysis.results",
+    "load_result": "lnfree_interp.analysis.results",
+    "ScoreAttribution": "lnfree_interp.analysis.scores",
+    "attribute_scores": "lnfree_interp.analysis.scores",
+    "Logit": "lnfree_interp.analysis.targets",
+    "LogitDifference": "lnfree_interp.analysis.targets",
+    "LogOdds": "lnfree_interp.analysis.targets",
+    "Neuron": "lnfree_interp.analysis.targets",
+    "NextTokens": "lnfree_interp.analysis.targets",
+    "Probe": "lnfree_interp.analysis.targets",
+    "Score": "lnfree_interp.analysis.targets",
+    "Target": "lnfree_interp.analysis.targets",
+    "Trace": "lnfree_interp.analysis.trace",
+    "trace": "lnfree_interp.analysis.trace",
+    "Place": "lnfree_interp.analysis.view",
     "TokenTable": "lnfree_interp.analysis.weights",
     "bigram_table": "lnfree_interp.analysis.weights",
     "neuron_input_table": "lnfree_interp.analysis.weights",
@@ -174,6 +212,7 @@ _HOME = {
 
 _MODULES = {
     "errors": "lnfree_interp.errors",
+    "parts": "lnfree_interp.analysis.parts",
     "plots": "lnfree_interp.plots",
     "recipes": "lnfree_interp.removal.recipes",
 }

@@ -13,8 +13,8 @@ import torch
 from transformer_lens import HookedTransformer
 
 from lnfree_interp import plots
-from lnfree_interp.analysis.contributions import Contributions, Level
-from lnfree_interp.analysis.logits import attribute_logits
+from lnfree_interp.analysis.attribute import attribute_logits
+from lnfree_interp.analysis.results import Contributions
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.loading import load, load_checkpoint
 from lnfree_interp.checkpoints.source import open_in_transformers
@@ -36,7 +36,7 @@ from lnfree_interp.removal.remove import remove_norms
 from lnfree_interp.removal.run import Run
 from lnfree_interp.tables import Table
 
-LEVELS: tuple[Level, ...] = ("block", "head", "neuron")
+LEVELS = ("sublayer", "head", "neuron")
 
 PROMPTS: tuple[tuple[str, str, str], ...] = (
     ("for i in", " range", " self"),
@@ -64,7 +64,7 @@ class Demo:
     lnfree: HookedTransformer
     losses: dict[str, CrossEntropy]
     effects: dict[str, DirectEffects]
-    attributions: dict[Level, Contributions]
+    attributions: dict[str, Contributions]
     errors: dict[str, MeasuredError]
     """Of loading, folding and decomposing; in float32, and in float64 where named so."""
     seconds: float
@@ -165,7 +165,7 @@ def run_demo(
     sample = spread(text["heldout"], DIRECT_EFFECT_BLOCKS)
     effects = {name: direct_effects(model, sample) for name, model in models.items()}
 
-    say(f"5/6 taking {len(questions)} logit differences apart by block, head and neuron")
+    say(f"5/6 taking {len(questions)} logit differences apart by sublayer, head and neuron")
     attributions = decompose_prompts(lnfree, questions)
     errors["decomposition"] = _worst(attributions)
     frozen64 = copy.deepcopy(run.model).to(torch.float64, print_details=False)
@@ -215,7 +215,7 @@ def readable_prompts(model: HookedTransformer) -> list[tuple[str, int, int]]:
 
 def decompose_prompts(
     model: HookedTransformer, questions: list[tuple[str, int, int]]
-) -> dict[Level, Contributions]:
+) -> dict[str, Contributions]:
     """Logit differences taken apart at each level, each sum verified.
 
     Args:
@@ -236,7 +236,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.001 else f"{100 * share:.1f} %"
 
 
-def _worst(attributions: dict[Level, Contributions]) -> MeasuredError:
+def _worst(attributions: dict[str, Contributions]) -> MeasuredError:
     return max((result.error for result in attributions.values()), key=lambda e: e.relative)
 
 
@@ -275,7 +275,7 @@ def report(demo: Demo) -> str:
     """The demo's findings as one self-contained HTML page."""
     tables = demo.tables()
     figures = []
-    for prompt in range(len(demo.attributions["block"].of)):
+    for prompt in range(len(demo.attributions["sublayer"].of)):
         for level in LEVELS:
             figures.append(plots.attribution(demo.attributions[level].select(prompt)))
     n_sites, recipe = len(demo.run.recipe.events), demo.run.recipe

@@ -40,3 +40,7 @@ class OutputError(LnfreeError):
 
 class TrainingError(LnfreeError):
     """A run that cannot go on."""
+
+
+class HeldWarning(UserWarning):
+    """A sum that adds up while something that is not affine was held: it is not exact."""

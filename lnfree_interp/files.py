@@ -55,24 +55,24 @@ def anywhere(name: str | os.PathLike[str]) -> str:
     return text
 
 
-def write_new_file(out: str | os.PathLike[str], text: str) -> Path:
-    """Write a text under a name that nothing has, in one piece.
+def write_new_file(out: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a text, or bytes, under a name that nothing has, in one piece.
 
     Raises:
         OutputError: as `require_new_file`, or if the disk refuses.
     """
-    path = require_new_file(out)
+    path, data = require_new_file(out), content.encode() if isinstance(content, str) else content
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             written = Path(folder) / "text"
-            written.write_text(text, encoding="utf-8")
+            written.write_bytes(data)
             try:
                 os.link(written, path)  # fails where something has appeared in the meantime
             except FileExistsError:
                 raise
             except OSError:  # a file system without links
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(text)
+                with path.open("xb") as file:
+                    file.write(data)
     except FileExistsError as error:
         raise OutputError(f"{out} has appeared in the meantime: it was left alone") from error
     except OSError as error:

@@ -12,14 +12,13 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp import plots
 from lnfree_interp.analysis.affine import affine_map
-from lnfree_interp.analysis.attention import attribute_scores
-from lnfree_interp.analysis.contributions import Contributions
+from lnfree_interp.analysis.attribute import attribute_logits
 from lnfree_interp.analysis.flow import flow_graph
 from lnfree_interp.analysis.lens import logit_lens
-from lnfree_interp.analysis.logit_reading import read_logit
-from lnfree_interp.analysis.logits import attribute_logits
-from lnfree_interp.analysis.questions import read_one_prompt
-from lnfree_interp.analysis.reads import held
+from lnfree_interp.analysis.results import Contributions
+from lnfree_interp.analysis.scores import attribute_scores
+from lnfree_interp.analysis.trace import Trace, trace
+from lnfree_interp.analysis.view import view_of
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.data.named import evaluation_text
 from lnfree_interp.demo import readable_prompts
@@ -88,7 +87,7 @@ def write_report(
     asked = list(questions) or _default_questions(model)
     for question in asked:  # before the long part
         with suppress(UnsupportedModelError):
-            read_logit(model, question.prompt, question.answer, question.foil, None)
+            attribute_logits(_traced(model, question), question.answer, question.foil)
     block = min(256, *(one.cfg.n_ctx for one in models.values()))
     tokens = evaluation_text(text, model.tokenizer, block, blocks)
     say(f"evaluating on {tokens.numel():,} tokens of {text}")
@@ -103,7 +102,7 @@ def write_report(
             sections.append(_explained(model, question))
         except UnsupportedModelError as error:
             sections.append(Section(f"After “{question.prompt[-60:]}”", f"Not explained: {error}."))
-    if not held(model, True):
+    if not _holds(model):
         say("checking every identity")
         sections.append(_certified(model))
     norms = "no norms" if not live_sites(model) else f"{len(live_sites(model))} live norms"
@@ -113,7 +112,7 @@ def write_report(
         (f"Compared with {_shown(original)}. " if original else "")
         + f"A model of {cfg.n_layers} layers x {cfg.d_model}, {cfg.n_heads} heads, {norms}. "
         "Sums on this page were checked against the numbers that the model itself computed"
-        + (", with what is not linear held." if held(model, True) else "."),
+        + (", with what is not linear held." if _holds(model) else "."),
         sections,
         footer=f"lnfree_interp; torch {torch.__version__}; {text}, {tokens.numel():,} tokens",
     )
@@ -166,24 +165,35 @@ def _quality(evaluation: Evaluation) -> list[Section]:
 
 def _explained(model: HookedTransformer, question: Question) -> Section:
     """One logit by block, head, source token and input token, and how it flows."""
-    hold = bool(held(model, True))
-    ask = (model, question.prompt, question.answer, question.foil)
-    by_source = attribute_logits(*ask, by="source", frozen_scale=hold).verify()
-    figures = [
-        plots.attribution(attribute_logits(*ask, by="block", frozen_scale=hold).verify()),
-        plots.attribution(attribute_logits(*ask, by="head", frozen_scale=hold).verify()),
-        plots.attribution(by_source),
-        plots.attribution(affine_map(*ask, frozen_scale=hold).verify()),
-        plots.flow(flow_graph(*ask, top_k=30, frozen_scale=hold).verify()),
-    ]
-    tokens = read_one_prompt(model, question.prompt)
+    one = _traced(model, question)
+    ask = (one, question.answer, question.foil)
+    by_source = attribute_logits(*ask, by="source")
+    results = [
+        attribute_logits(*ask, by="sublayer"), attribute_logits(*ask, by="head"), by_source,
+        affine_map(*ask), flow_graph(*ask, top_k=30),
+    ]  # fmt: skip
     layer, head = _largest_head(by_source)
     if layer > 0 and not model.cfg.use_qk_norm:
-        scores = attribute_scores(model, question.prompt, layer, head, frozen_scale=hold)
-        figures.append(plots.scores(scores.verify()))
-    if tokens.shape[1] > 1:
-        figures.append(plots.lens(logit_lens(model, tokens, frozen_scale=hold)))
+        results.append(attribute_scores(one, layer, head))
+    results.append(logit_lens(one))
+    for result in results:
+        result.certificate.require()
+    figures = [_DRAWN.get(type(result).__name__, plots.attribution)(result) for result in results]
     return Section(f"Why {by_source.of[0]} after “{question.prompt[-60:]}”?", "", figures)
+
+
+_DRAWN = {"FlowGraph": plots.flow, "ScoreAttribution": plots.scores, "Lens": plots.lens}
+
+
+def _holds(model: HookedTransformer) -> bool:
+    """Whether something in the model is not affine, so that questions have to hold it."""
+    view = view_of(model)
+    sites = [str(site) for site in live_sites(model)]
+    return bool(sites or view.logit_cap or view.score_cap)
+
+
+def _traced(model: HookedTransformer, question: Question) -> Trace:
+    return trace(model, question.prompt, hold=_holds(model))
 
 
 def _largest_head(by_source: Contributions) -> tuple[int, int]:

@@ -1,79 +1,81 @@
 """What a component writes, measured: the difference that it makes in a run of the model.
 
-Independent of how `writes` takes the stream apart, and so a check on it.
+Independent of how levels take the stream apart, and of the weights: a check on both.
 """
-
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens.utilities import get_act_name
 
-from lnfree_interp.analysis.contributions import Component
-from lnfree_interp.models.running import run_and_keep
+from lnfree_interp.analysis.components import Component
+from lnfree_interp.analysis.view import View
+from lnfree_interp.models.running import Edit
 
 
 @torch.no_grad()
 def by_ablation(
-    model: HookedTransformer, tokens: Int[Tensor, "1 pos"], component: Component
-) -> Float[Tensor, "1 pos d_model"]:
+    view: View, tokens: Int[Tensor, "batch pos"], component: Component
+) -> Float[Tensor, "batch pos d_model"]:
     """What a component adds to the stream, by leaving it out.
 
     Args:
-        model: Any form.
-        tokens: [1, pos].
+        view: Of the model, in any form.
+        tokens: [batch, pos].
         component: Embedding, head (of one source token too), neuron, sublayer, layer or bias.
     """
     kind, layer, index = component.kind, component.layer, component.index
     if layer is None:
-        return _activation(model, tokens, f"hook_{kind}", 1)
-    prefix, stop = f"blocks.{layer}", layer + 1
-    block: Any = model.blocks[layer]
-    if kind in ("b_O", "b_out"):
-        b = block.attn.b_O if kind == "b_O" else block.mlp.b_out
-        return b.expand(1, tokens.shape[1], -1)
+        return _kept(view, tokens, f"hook_{kind}", 0)
     if kind in ("attn_out", "mlp_out"):
-        return _activation(model, tokens, f"{prefix}.hook_{kind}", stop)
+        return _kept(view, tokens, get_act_name(kind, layer), layer)
     if kind == "layer":
-        after, before = (
-            _activation(model, tokens, f"{prefix}.hook_resid_{x}", stop) for x in ("post", "pre")
-        )
+        after, before = (_kept(view, tokens, get_act_name(f"resid_{x}", layer), layer)
+                         for x in ("post", "pre"))  # fmt: skip
         return after - before
-    if kind == "neuron":
-        changed, written = f"{prefix}.mlp.hook_post", f"{prefix}.hook_mlp_out"
-    else:
-        changed, written = f"{prefix}.attn.hook_z", f"{prefix}.hook_attn_out"
-    moved = None
+    within = "post" if kind in ("neuron", "b_out") else "z"
+    changed = get_act_name(within, layer)
+    written = get_act_name("mlp_out" if within == "post" else "attn_out", layer)
+    if kind in ("b_O", "b_out"):  # what is written when nothing is active
+        return _kept(view, tokens, written, layer, {changed: torch.zeros_like})
+    moved: Tensor | None = None
     if kind == "b_V":
-        moved = block.attn.b_V[index]
+        moved = _value_bias(view, tokens, layer)[index]
     elif component.pos is not None:
-        moved = _moved(model, tokens, component)
+        moved = _moved(view, tokens, component)
 
-    def leave_out(x: Tensor, hook: object) -> Tensor:
+    def leave_out(x: Tensor) -> Tensor:
         x = x.clone()
         x[:, :, index] = 0 if moved is None else x[:, :, index] - moved
         return x
 
-    whole = _activation(model, tokens, written, stop)
-    with model.hooks([(changed, leave_out)]):
-        return whole - _activation(model, tokens, written, stop)
+    whole = _kept(view, tokens, written, layer)
+    return whole - _kept(view, tokens, written, layer, {changed: leave_out})
 
 
-def _activation(model: HookedTransformer, tokens: Tensor, name: str, stop: int) -> Tensor:
-    return run_and_keep(model, tokens, [name], stop)[1][name]
+def _kept(
+    view: View, tokens: Tensor, name: str, layer: int, edits: dict[str, Edit] | None = None
+) -> Tensor:
+    return view.run(tokens, [name], stop=layer + 1, edits=edits)[1][name]
+
+
+def _value_bias(view: View, tokens: Tensor, layer: int) -> Float[Tensor, "head d_head"]:
+    """The values of a stream that is zero."""
+    name = get_act_name("v", layer)
+    nothing = torch.zeros_like(_kept(view, tokens, "hook_embed", 0))[:1, :1]
+    _, found = view.run(nothing, [name], start=layer, stop=layer + 1)
+    v = found[name][0, 0]
+    return v.repeat_interleave(view.cfg.n_heads // len(v), dim=0)
 
 
 def _moved(
-    model: HookedTransformer, tokens: Int[Tensor, "1 pos"], head: Component
-) -> Float[Tensor, "pos d_head"]:
+    view: View, tokens: Int[Tensor, "batch pos"], head: Component
+) -> Float[Tensor, "batch pos d_head"]:
     """What a head moves from one token to every position, its value bias apart."""
     assert head.layer is not None
     assert head.index is not None
-    v, pattern = (
-        _activation(model, tokens, f"blocks.{head.layer}.attn.hook_{x}", head.layer + 1)[0]
-        for x in ("v", "pattern")
-    )
-    value = v[head.pos, head.index * v.shape[1] // len(pattern)]
-    value = value - model.blocks[head.layer].attn.b_V[head.index]
-    return pattern[head.index, :, head.pos, None] * value
+    v, pattern = (_kept(view, tokens, get_act_name(x, head.layer), head.layer)
+                  for x in ("v", "pattern"))  # fmt: skip
+    value = v[:, head.pos, head.index * v.shape[2] // pattern.shape[1]]
+    value = value - _value_bias(view, tokens, head.layer)[head.index]
+    return pattern[:, head.index, :, head.pos, None] * value[:, None]

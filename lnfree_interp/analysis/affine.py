@@ -1,102 +1,209 @@
-"""The whole network, patterns and gates held, as one affine map from its tokens to a logit."""
+"""The whole network, patterns and gates given, as one affine map from its tokens to a target."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.contributions import Component, Contributions
+from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.gaps import token_gap
-from lnfree_interp.analysis.gates import HeldLayer, hold
-from lnfree_interp.analysis.logit_reading import read_logit
-from lnfree_interp.analysis.questions import Answer, Prompt
-from lnfree_interp.analysis.reads import held
+from lnfree_interp.analysis.prompts import Answers
+from lnfree_interp.analysis.results import CertifiedResult, Contributions
+from lnfree_interp.analysis.targets import Logit, LogitDifference, Reading, Target
+from lnfree_interp.analysis.trace import GivenBlock, Trace, question
+from lnfree_interp.analysis.view import Place, Stream
+from lnfree_interp.errors import DataError
+from lnfree_interp.numerics import MeasuredError
+
+Biases = list[tuple[Component, Float[Tensor, " batch"]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """A target carried back to the tokens."""
+
+    trace: Trace
+    reading: Reading
+    held: tuple[str, ...]
+    """What is not affine on the way, and was held."""
+    through_mlps: bool
+    steps: tuple[tuple[GivenBlock, Stream | None, Stream, Stream], ...]
+    """As `Trace.back` gives them."""
+    start: Stream
+    """The direction where the target reads."""
+
+    @property
+    def u(self) -> Stream:
+        """The direction at the embeddings."""
+        return self.steps[-1][-1] if self.steps else self.start
+
+    def at(self, place: Place) -> Stream:
+        """The direction of the stream at a place, all that lies behind it counted."""
+        if place == self.reading.place:
+            return self.start
+        for block, behind, at_attn, before in self.steps:
+            if place == Place(block.layer + 1) and behind is not None:
+                return behind
+            if place == Place(block.layer, mid=True):
+                return at_attn
+            if place == Place(block.layer):
+                return before
+        raise DataError(
+            f"{place.hook} lies behind {self.reading.place.hook}, where the target reads"
+        )
+
+    @property
+    def gap(self) -> MeasuredError | None:
+        """What holding misses; None where nothing is held."""
+        if not self.held:
+            return None
+        return token_gap(self.trace, self.reading, self.u, self.through_mlps)
+
+    def biases(self) -> Biases:
+        """What biases add, in the order of computation."""
+        found: Biases = []
+        for block, behind, at_attn, _ in self.steps:
+            found += layer_biases(block, behind, at_attn)
+        constants = [(component, value[:, 0]) for component, value in self.constants()]
+        return [*reversed(found), *constants]
+
+    def constants(self) -> Sequence[tuple[Component, Float[Tensor, "batch one"]]]:
+        """What biases behind the place add."""
+        if not self.reading.summed:
+            return self.reading.constants
+        return [(c, value.sum(1, keepdim=True)) for c, value in self.reading.constants]
+
+
+def carry_back(
+    trace: Trace, answer: Answers | Target, foil: Answers | None, through_mlps: bool = True
+) -> Backward:
+    """A logit, a difference of two, or any target, carried back to the embeddings.
+
+    Args:
+        trace: The forward pass.
+        answer: A token, or a target.
+        foil: The token whose logit is subtracted.
+        through_mlps: False: what MLPs write is given, too.
+
+    Raises:
+        DataError: for several answers at once.
+    """
+    if isinstance(answer, Target):
+        target = answer
+    else:
+        target = Logit(answer) if foil is None else LogitDifference(answer, foil)
+    if isinstance(answer, Target) and foil is not None:
+        raise DataError("a target has its foil in itself: give lf.LogitDifference(answer, foil)")
+    place, names = target.needs(trace)
+    sites = trace.sites_back(place, through_mlps)
+    trace.need(*names, *trace.block_names(place), *trace.scale_names(sites))
+    held = trace.require_affine(sites)
+    reading = target.read(trace)
+    if reading.total.shape[1] != 1:
+        raise DataError("several answers or positions: carry back one at a time")
+    start = trace.spread(reading.direction, reading.at)
+    steps = tuple(trace.back(start, place, through_mlps))
+    held = tuple(dict.fromkeys((*held, *reading.held)))
+    return Backward(trace, reading, held, through_mlps, steps, start)
+
+
+def layer_biases(block: GivenBlock, behind: Stream | None, at_attn: Stream) -> Biases:
+    """What a block's biases add, the last of them first."""
+    found: Biases = []
+    if block.mlp is not None and behind is not None:
+        mlp = block.mlp
+        b_in = (mlp.onto_post(behind) * mlp.b_in).sum((1, 2))
+        found.append((Component("b_out", block.layer), (behind @ mlp.weights.b_out).sum(1)))
+        found.append((Component("b_in", block.layer), b_in))
+    onto_z = block.attention.onto_z(at_attn)
+    found.append((Component("b_O", block.layer), (at_attn @ block.attention.b_O).sum(1)))
+    found.append((Component("b_V", block.layer), (onto_z * block.b_V).sum((1, 2, 3))))
+    return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AffineMap:
-    """A logit as sum over tokens of J_t (embedding + position), plus biases.
+class AffineMap(CertifiedResult):
+    """A target as sum over tokens of J_t (embedding + position), plus biases.
 
     Attributes:
-        jacobian: [pos, d_model], J_t: what the logit reads from the stream before block 0, in
-            logits per unit of the stream.
+        jacobian: [*batch, pos, d_model], J_t: what the target reads from the stream before block
+            0, in its unit per unit of the stream.
         contributions: `embed@t` and `pos_embed@t` for every token, then biases layer by layer, in
-            logits.
+            the target's unit.
     """
 
-    jacobian: Float[Tensor, "pos d_model"]
+    jacobian: Float[Tensor, "*batch pos d_model"]
     contributions: Contributions
 
     @property
-    def by_token(self) -> Float[Tensor, " pos"]:
-        """[pos], what each token adds, its position included, in logits."""
+    def by_token(self) -> Float[Tensor, "*batch pos"]:
+        """[*batch, pos], what each token adds, its position included."""
         found = [self.contributions.of_kind(kind) for kind in ("embed", "pos_embed")]
-        return torch.stack([values for values in found if len(values)]).sum(0)
+        return torch.stack([values for values in found if len(values)]).sum(0).movedim(0, -1)
 
     @property
-    def biases(self) -> Float[Tensor, ""]:
-        """What does not come from any token, in logits."""
-        return self.contributions.total - self.by_token.sum()
+    def biases(self) -> Float[Tensor, "*batch"]:
+        """What does not come from any token."""
+        return self.contributions.total - self.by_token.sum(-1)
 
     @property
     def certificate(self) -> Certificate:
-        """Tokens and biases against the model's logit."""
+        """Tokens and biases against the model's own number."""
         return self.contributions.certificate
 
-    def verify(self, tolerance: float | None = None) -> "AffineMap":
-        """Return self if tokens and biases add up to the logit.
-
-        Args:
-            tolerance: As in `Contributions.verify`.
+    def select(self, index: SupportsIndex | None = None, /, **named: SupportsIndex) -> "AffineMap":
+        """The map of one prompt of a batch.
 
         Raises:
-            InexactError: if they do not.
+            DataError: if there is no such prompt, or no batch.
         """
-        self.certificate.require(tolerance)
-        return self
+        chosen = self.contributions.select(index, **named)
+        number = index if index is not None else named["prompt"]
+        return AffineMap(self.jacobian[number], chosen)
+
+    def to_frame(self) -> Any:
+        """As `Contributions.to_frame`: one row per token's embedding and position, and per bias."""
+        return self.contributions.to_frame()
+
+    def top(self, k: SupportsIndex = 10) -> Any:
+        """As `Contributions.top`: the k largest of them."""
+        return self.contributions.top(k)
 
     def __repr__(self) -> str:
-        return (
-            f"AffineMap({len(self.jacobian)} tokens, of the logit {self.by_token.sum().item():+.3f}"
-            f" from tokens and {self.biases.item():+.3f} from biases, "
-            f"error {self.contributions.error})"
+        if self.contributions.dims:
+            return self._line(f"jacobians {list(self.jacobian.shape)}")
+        whole, biases = self.by_token.sum().item(), self.biases.item()
+        tokens = self.by_token.shape[0]
+        return self._line(
+            f"{tokens} tokens, {whole:+.3f} from tokens and {biases:+.3f} from biases"
         )
 
 
-@torch.no_grad()
-def affine_map(
-    model: HookedTransformer,
-    prompt: Prompt,
-    answer: Answer,
-    against: Answer | None = None,
-    *,
-    prepend_bos: bool | None = None,
-    frozen_scale: bool = False,
-) -> AffineMap:
-    """What each input token adds to a logit, with attention patterns and neuron gates held.
+@question
+def affine_map(trace: Trace, answer: Answers | Target, foil: Answers | None = None) -> AffineMap:
+    """What each input token adds to a logit, attention patterns and neuron gates given.
 
-    What is held is named: patterns, gates, and no norm. Biases, which are no token's, stand apart:
+    What is given is named: patterns, gates, and no norm. Biases, which are no token's, stand apart:
     they are often a large share. (Detached Jacobians hold norms as well: identities only.)
 
     Args:
-        model: LN-free.
-        prompt: One prompt.
-        answer: As in `attribute_logits`, one.
-        against: As in `attribute_logits`, one.
-        prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales too; `contributions.gap` measures what that misses,
-            by taking out the tokens that claim most, patterns and gates still held.
+        trace: A trace; or a model and a prompt, as two arguments.
+        answer: The next token, as in `attribute_logits`, one for each prompt; or any target.
+        foil: Subtract this token's logit.
 
     Returns:
-        What each token adds, [pos], and biases, in logits; with the Jacobian, [pos, d_model].
+        What each token adds, [pos], and biases, in logits; with the Jacobian, [pos, d_model]. For
+        several prompts with a first dimension [prompt].
 
     Raises:
-        InexactError: if a norm is live or the logits are capped, and `frozen_scale` is False.
-        DataError: as `attribute_logits`, and for more than one prompt or answer.
-        UnsupportedModelError: as `attribute_logits`.
+        InexactError: if a norm on the way is live or the logits are capped, and the trace does not
+            hold.
+        DataError: as `attribute_logits`, and for more than one answer.
+        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
 
     Source:
         Ours: with patterns given the logit is a sum over tokens in an attention-only model (Elhage
@@ -110,39 +217,19 @@ def affine_map(
         >>> tokens_add.contributions.labels[-4:]
         ['3_b_O', '3_b_in', '3_b_out', 'b_U']
     """
-    nonlinear = held(model, frozen_scale)
-    reading = read_logit(model, prompt, answer, against, prepend_bos)
-    network = hold(model, reading.tokens)
-    values: list[Tensor] = []
-    components: list[Component] = []
-    u = start = reading.spread(network.streams[-1])
-    biases: list[tuple[Component, Tensor]] = []
-    for layer, behind, at_attn, before in network.back(start):
-        biases += layer_biases(layer, behind, at_attn)
-        u = before
-    for kind, x in network.embeds.items():
-        values.append(torch.linalg.vecdot(x, u)[0])
+    way = carry_back(trace, answer, foil)
+    reading, values, components = way.reading, [], []
+    for kind, x in trace.embeds().items():
+        values.append(torch.linalg.vecdot(x, way.u).T)
         components += [Component(kind, pos=pos) for pos in range(x.shape[1])]
-    biases = [*reversed(biases), *reading.constants]
-    values.append(torch.stack([value for _, value in biases]))
-    components += [component for component, _ in biases]
+    for component, value in way.biases():
+        values.append(value[None])
+        components.append(component)
+    what = reading.identity.removeprefix("parts = ")
     contributions = Contributions(
-        torch.cat(values), tuple(components), reading.total, "token", reading.of, reading.prompts,
-        bool(nonlinear), "tokens + biases = the model's logits, patterns and gates held",
-        token_gap(model, network, reading) if nonlinear else None,
+        torch.cat(values), tuple(components), reading.total[:, 0], "token", ("prompt",), reading.of,
+        trace.prompts, unit=reading.unit, held=way.held, gap=way.gap, scale=reading.scale,
+        identity=f"tokens + biases = {what}, patterns and gates given",
     )  # fmt: skip
-    return AffineMap(u[0], contributions)
-
-
-def layer_biases(
-    layer: HeldLayer, behind: Tensor, at_attn: Tensor
-) -> list[tuple[Component, Tensor]]:
-    """What a block's biases add, the last of them first."""
-    found = []
-    if layer.mlp is not None:
-        b_in = (layer.mlp.onto_post(behind) * layer.mlp.b_in).sum()
-        found.append((Component("b_out", layer.layer), (behind @ layer.mlp.b_out).sum()))
-        found.append((Component("b_in", layer.layer), b_in))
-    found.append((Component("b_O", layer.layer), (at_attn @ layer.b_O).sum()))
-    found.append((Component("b_V", layer.layer), (layer.onto_z(at_attn) * layer.b_V).sum()))
-    return found
+    whole = AffineMap(way.u, contributions)
+    return whole.select(prompt=0) if trace.single else whole

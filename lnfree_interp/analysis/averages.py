@@ -2,28 +2,27 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.contributions import (
-    Component,
-    Contributions,
-    Level,
-    find_components,
-)
-from lnfree_interp.analysis.logits import attribute_next_tokens
-from lnfree_interp.analysis.questions import split
+from lnfree_interp.analysis.attribute import attribute_next_tokens
+from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.analysis.components import Component, find_components
+from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.results import Contributions, Result
+from lnfree_interp.analysis.trace import trace
+from lnfree_interp.analysis.view import Model
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MeanContributions:
+class MeanContributions(Result):
     """Attribution over many tokens, accumulated without keeping them.
 
     Attributes:
@@ -34,8 +33,9 @@ class MeanContributions:
         total: Mean logit of the true next token.
         count: Tokens that were predicted, rows x (pos - 1).
         level: How finely the model was taken apart.
-        error: The largest error of any batch.
-        frozen_scale: As in `Contributions`.
+        worst: The largest error of any batch.
+        held: What is not affine and was held.
+        gap: Then, the largest gap of any batch.
     """
 
     mean: Float[Tensor, " component"]
@@ -44,30 +44,29 @@ class MeanContributions:
     components: tuple[Component, ...]
     total: float
     count: int
-    level: Level
-    error: MeasuredError
-    frozen_scale: bool = False
+    level: str
+    worst: MeasuredError
+    held: tuple[str, ...] = ()
+    gap: MeasuredError | None = None
 
     def as_contributions(self) -> Contributions:
         """The means as a labelled sum."""
         total = torch.tensor(self.total, dtype=torch.float64)
         return Contributions(
             self.mean, self.components, total, self.level,
-            of=(f"the next token, mean of {self.count:,}",), frozen_scale=self.frozen_scale,
-            dtype=self.error.dtype,
+            of=(f"the next token, mean of {self.count:,}",), held=self.held, gap=self.gap,
+            dtype=self.worst.dtype,
         )  # fmt: skip
 
-    def verify(self, tolerance: float | None = None) -> "MeanContributions":
-        """Return self if the means add up to the mean logit; each batch has been verified too.
+    @property
+    def certificate(self) -> Certificate:
+        """The means add up to the mean logit; each batch has been verified on its way."""
+        return self.as_contributions().certificate
 
-        Args:
-            tolerance: As in `Contributions.verify`.
-
-        Raises:
-            InexactError: if they do not.
-        """
-        self.as_contributions().verify(tolerance)
-        return self
+    def to_frame(self) -> pd.DataFrame:
+        """As `Contributions.to_frame`, with `mean_abs` and `std`, in logits."""
+        frame = self.as_contributions().to_frame()
+        return frame.assign(mean_abs=self.mean_abs.tolist(), std=self.std.tolist())
 
     def __getitem__(self, component: str | Component) -> float:
         """One component's mean contribution, by label.
@@ -77,7 +76,7 @@ class MeanContributions:
         """
         return self.as_contributions()[component].item()
 
-    def top(self, k: int = 10) -> pd.DataFrame:
+    def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
         """The k components of largest absolute mean: `component`, `value`, `mean_abs`, `std`.
 
         Raises:
@@ -90,17 +89,18 @@ class MeanContributions:
     def __repr__(self) -> str:
         return (
             f"MeanContributions({self.level} level, {len(self.components)} components, mean of "
-            f"{self.count:,} tokens, error {self.error})"
+            f"{self.count:,} tokens, largest error of a batch {self.worst})"
         )
 
 
+@torch.no_grad()
 def mean_next_token_attribution(
-    model: HookedTransformer,
-    blocks: Int[Tensor, "blocks pos"] | Iterable[Int[Tensor, "_ pos"]],
+    model: Model,
+    sequences: Int[Tensor, "sequence pos"] | Iterable[Int[Tensor, "_ pos"]],
     *,
-    by: Level = "head",
+    by: str | Level = "head",
     biases: bool = False,
-    frozen_scale: bool = False,
+    hold: bool = False,
     batch: int = 8,
     progress: bool = False,
 ) -> MeanContributions:
@@ -109,43 +109,53 @@ def mean_next_token_attribution(
     Every batch is verified on its way; sums are kept in float64.
 
     Args:
-        model: As for `attribute_logits`.
-        blocks: Token ids [blocks, pos]; or batches of them, from anywhere.
-        by: As for `attribute_logits`; not `"source"`, whose parts differ from prompt to prompt.
-        biases: As for `attribute_logits`.
-        frozen_scale: As for `attribute_logits`.
-        batch: Rows at once, where `blocks` is one tensor.
+        model: A `HookedTransformer` in any form, or a `TransformerBridge`.
+        sequences: Token ids [sequence, pos], none of them padded; or batches of them, from
+            anywhere.
+        by: How finely, as in `attribute_logits`; not `"source"`, whose parts differ from prompt to
+            prompt.
+        biases: Each head's value bias as a part of its own, by head and by neuron.
+        hold: Hold a live final norm's scale, and a soft cap's slope.
+        batch: Rows at once, where `sequences` is one tensor.
         progress: Whether to show a progress bar.
 
     Returns:
         Mean, mean absolute value and standard deviation over tokens, each [component], in logits.
 
     Raises:
-        InexactError: as `attribute_logits`, and if the parts of a batch do not add up.
-        DataError: as `attribute_next_tokens`; for `by="source"`, an empty batch or no text.
-        UnsupportedModelError: as `attribute_logits`.
+        InexactError: if the final norm is live and `hold` is False, or the parts of a batch do not
+            add up.
+        DataError: if the model cannot read the rows, or they have no next token; for
+            `by="source"`, an empty batch or no text.
+        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
 
     Source:
         Ours: `attribute_next_tokens`, averaged, so that it runs over more text than fits into
         memory.
 
     Examples:
-        >>> mean = lf.mean_next_token_attribution(free, tokens, by="block").verify()
+        >>> mean = lf.mean_next_token_attribution(free, tokens, by="sublayer").verify()
         >>> mean.count, mean.mean.shape
         (252, torch.Size([11]))
         >>> list(mean.top(3).columns)
         ['component', 'value', 'mean_abs', 'std']
     """
-    if by == "source":
+    chosen = level(by)
+    if chosen.name == "source":
         raise DataError("the mean over positions of a source token says nothing: choose by='head'")
-    chunks = split(blocks, batch) if isinstance(blocks, Tensor) else blocks
+    if batch < 1:
+        raise DataError(f"batch={batch}: a batch has at least one row")
+    chunks = sequences.split(batch) if isinstance(sequences, Tensor) else sequences
     sums: Tensor | None = None
-    total, count, worst, last = 0.0, 0, None, None
+    total, count, last = 0.0, 0, None
+    errors: list[MeasuredError] = []
+    gaps: list[MeasuredError] = []
     for tokens in tqdm(chunks, desc="attribution", unit="batch", disable=not progress):
-        part = attribute_next_tokens(
-            model, tokens, by=by, biases=biases, frozen_scale=frozen_scale
-        ).verify()
-        values = part.values.flatten(1)
+        rows = trace(model, tokens, attention_mask=torch.ones_like(tokens), hold=hold, keep="asked")
+        last = attribute_next_tokens(rows, by=chosen, biases=biases)
+        errors.append(last.certificate.require().error)
+        gaps += [] if last.gap is None else [last.gap]
+        values = last.values.flatten(1)
         moments = torch.stack(
             [
                 values.sum(1, dtype=torch.float64),
@@ -154,15 +164,15 @@ def mean_next_token_attribution(
             ]
         )
         sums = moments if sums is None else sums + moments
-        total += part.total.double().sum().item()
+        total += last.total.double().sum().item()
         count += values.shape[1]
-        if worst is None or not part.error.relative <= worst.relative:
-            worst = part.error
-        last = part
-    if sums is None or last is None or worst is None:
-        raise DataError("there is no text")
+    if sums is None or last is None:
+        raise DataError("there is no text: give at least one sequence")
     mean, mean_abs, mean_square = sums / count
     std = (mean_square - mean.square()).clamp(min=0).sqrt()
+    worst = max(errors, key=lambda error: error.relative)
+    gap = max(gaps, key=lambda error: error.relative, default=None)
     return MeanContributions(
-        mean, mean_abs, std, last.components, total / count, count, by, worst, last.frozen_scale
-    )
+        mean, mean_abs, std, last.components, total / count, count, last.level, worst, last.held,
+        gap,
+    )  # fmt: skip

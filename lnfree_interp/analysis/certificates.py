@@ -16,6 +16,10 @@ class Certificate:
     """What equals what."""
     error: MeasuredError
     """Largest absolute and relative difference, and the dtype it must be judged by."""
+    held: tuple[str, ...] = ()
+    """What is not affine and was held for it; empty for an exact answer."""
+    gap: MeasuredError | None = None
+    """What holding misses: claims against measured effects."""
 
     @property
     def holds(self) -> bool:
@@ -32,13 +36,23 @@ class Certificate:
         Raises:
             InexactError: if it does not.
         """
-        self.error.require(self.identity, tolerance)
+        self.error.require(self.identity + describe_held(self.held, self.gap), tolerance)
         return self
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "FAILS"
         dtype = str(self.error.dtype).removeprefix("torch.")
-        return f"{verdict}: {self.identity}; {self.error}, {dtype}"
+        held = describe_held(self.held, self.gap)
+        return f"{verdict}{held}: {self.identity}; {self.error}, {dtype}"
+
+
+def describe_held(held: tuple[str, ...], gap: MeasuredError | None) -> str:
+    """What was held, and what that misses, as the end of a sentence; nothing where nothing was."""
+    if not held:
+        return ""
+    named = held[0] if len(held) == 1 else f"{held[0]} and {len(held) - 1} more"
+    missed = "" if gap is None else f", which misses {gap.relative:.2g} of the largest effect"
+    return f" with {named} held{missed}"
 
 
 def certificate_table(certificates: Iterable[Certificate]) -> pd.DataFrame:
@@ -49,7 +63,8 @@ def certificate_table(certificates: Iterable[Certificate]) -> pd.DataFrame:
 
     Returns:
         One row per certificate with the columns `identity`, `absolute` (in the unit of what was
-        compared), `relative`, `dtype`, `tolerance` (relative) and `holds`.
+        compared), `relative`, `dtype`, `tolerance` (relative), `holds`, `held` (empty for an exact
+        answer) and `gap` (what holding misses, relative).
 
     Source:
         Ours: every decomposition states the identity behind it and by how much it is missed.
@@ -69,6 +84,8 @@ def certificate_table(certificates: Iterable[Certificate]) -> pd.DataFrame:
                 "dtype": str(certificate.error.dtype).removeprefix("torch."),
                 "tolerance": certificate.error.tolerance,
                 "holds": certificate.holds,
+                "held": ", ".join(certificate.held),
+                "gap": None if certificate.gap is None else certificate.gap.relative,
             }
             for certificate in certificates
         ]

@@ -6,35 +6,32 @@ softmax, the new pattern: no second run of the model. The certificate makes that
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
+import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.ablation import by_ablation
-from lnfree_interp.analysis.attention import (
-    cache_input,
-    projected,
-    queries_and_keys,
-    query_key_hooks,
-    require_head,
-    run_attention,
-)
 from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.contributions import Component, Level, find_components
-from lnfree_interp.analysis.questions import Prompt, read_one_prompt, strings
-from lnfree_interp.analysis.reads import held
-from lnfree_interp.analysis.writes import Place
+from lnfree_interp.analysis.components import KINDS, Component, as_labels, find_components
+from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.parts import expand
+from lnfree_interp.analysis.results import CertifiedResult, largest_rows
+from lnfree_interp.analysis.scores import project_side
+from lnfree_interp.analysis.targets import ScoreParts, require_head
+from lnfree_interp.analysis.trace import Positions, Trace, question
+from lnfree_interp.analysis.view import Place, Stream
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 
-Side = Literal["both", "query", "key"]
+Sides = Literal["both", "query", "key"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CounterfactualPattern:
+class CounterfactualPattern(CertifiedResult):
     """A head's attention pattern without some components of what it reads.
 
     Attributes:
@@ -42,10 +39,11 @@ class CounterfactualPattern:
         scores: [query, key], the same before the softmax; -inf where a query does not look.
         original: [query, key], the model's own.
         certificate: The closed form against a run of the model in which the components were
-            subtracted from what the head reads.
+            subtracted from what the head reads; where a live norm is held, the gap is what the
+            closed form misses.
         without: Their labels.
         head: As in `L2H5`.
-        tokens: The prompt, as strings.
+        prompts: The prompt, as strings.
     """
 
     pattern: Float[Tensor, "query key"]
@@ -54,7 +52,33 @@ class CounterfactualPattern:
     certificate: Certificate
     without: tuple[str, ...]
     head: Component
-    tokens: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The prompt's tokens, as strings."""
+        return self.prompts[0]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per pair of positions that the head looks at: `query`, `key`, `original`,
+        `without`, `change`, in attention weights."""
+        where = self.scores.isfinite().nonzero().tolist()
+        rows = [
+            {"query": q, "key": k, "original": self.original[q, k].item(),
+             "without": self.pattern[q, k].item()}
+            for q, k in where
+        ]  # fmt: skip
+        frame = pd.DataFrame(rows)
+        return frame.assign(change=frame["without"] - frame["original"])
+
+    def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
+        """The k weights that change most.
+
+        Raises:
+            DataError: if k is less than one.
+        """
+        frame = self.to_frame()
+        return largest_rows(frame, "change", k)
 
     def __repr__(self) -> str:
         moved = (self.pattern - self.original).abs().max().item()
@@ -63,31 +87,16 @@ class CounterfactualPattern:
             f"move by up to {moved:.3f}; {self.certificate})"
         )
 
-    def verify(self, tolerance: float | None = None) -> "CounterfactualPattern":
-        """Return self if the closed form equals the patched run.
 
-        Args:
-            tolerance: As in `Contributions.verify`.
-
-        Raises:
-            InexactError: if it does not.
-        """
-        self.certificate.require(tolerance)
-        return self
-
-
-@torch.no_grad()
+@question
 def counterfactual_pattern(
-    model: HookedTransformer,
-    prompt: Prompt,
-    layer: int,
-    head: int,
+    trace: Trace,
+    layer: SupportsIndex,
+    head: SupportsIndex,
     without: str | Component | Sequence[str | Component],
     *,
-    side: Side = "both",
-    by: Level = "head",
-    prepend_bos: bool | None = None,
-    frozen_scale: bool = False,
+    side: Sides = "both",
+    by: str | Level = "head",
 ) -> CounterfactualPattern:
     """The pattern that a head would have if components were missing from what it reads.
 
@@ -95,16 +104,12 @@ def counterfactual_pattern(
     on scores is applied, not held.
 
     Args:
-        model: As in `attribute_scores`.
-        prompt: One prompt.
+        trace: A trace of one prompt; or a model and a prompt, as two arguments.
         layer: Of the head.
         head: Its index.
         without: Labels of components of the level, `"L0H3"`, `"pos_embed"`, `"0_mlp_out"`.
         side: Missing from queries, from keys, or from both.
-        by: As in `attribute_logits`.
-        prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales. The certificate then shows by how much the answer
-            differs from a run in which the norm sees that something is missing.
+        by: The level at which they are components, as in `attribute_logits`.
 
     Returns:
         Patterns with and without the components, each [query, key], in attention weights.
@@ -113,9 +118,10 @@ def counterfactual_pattern(
         DataError: for a component that does not exist at that level before this layer; the nearest
             are named. For a head, level or side that does not exist, no component, a bias that is
             no part of the stream, or more than one prompt.
-        InexactError: if the norm that queries and keys read through is live and `frozen_scale` is
-            False.
-        UnsupportedModelError: as `attribute_scores`.
+        InexactError: if the norm that queries and keys read through is live and the trace does not
+            hold.
+        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
+            and keys.
 
     Source:
         Ours: components are subtracted in the QK circuit (Elhage et al. 2021,
@@ -128,62 +134,82 @@ def counterfactual_pattern(
         >>> without.head.label, without.without
         ('L2H5', ('L0H3',))
     """
-    require_head(model, layer, head)
-    tokens = read_one_prompt(model, prompt, prepend_bos)
-    if side not in get_args(Side):
-        raise DataError(f"side={side!r} is not one of {', '.join(get_args(Side))}")
-    site, prefix = f"blocks.{layer}.ln1.qk", f"blocks.{layer}.attn"
-    held(model, frozen_scale, [site])
-    more = [f"{prefix}.hook_attn_scores", f"{prefix}.hook_pattern", Place(layer).hook]
-    more += query_key_hooks(model, layer)
-    cache = cache_input(model, tokens, layer, by, site, more)
-    given = [without] if isinstance(without, str | Component) else list(without)
-    if not given:
+    layer, head = require_head(trace.view, layer, head)
+    if trace.batch > 1:
+        raise DataError(f"one prompt at a time, not {trace.batch}: take one with trace.select(i)")
+    if side not in get_args(Sides):
+        raise DataError(f"side={side!r} is not one of {', '.join(get_args(Sides))}")
+    wanted = as_labels(without)
+    if not wanted:
         raise DataError("name at least one component to take away")
-    wanted = [one if isinstance(one, str) else one.label for one in given]
-    if biases := [one for one in wanted if one in ("b_Q", "b_K") or one.endswith("ln1.b")]:
+    if biases := [one for one in wanted if not _in_stream(one)]:
         raise DataError(f"{biases[0]} is no part of the stream: it cannot be missing from it")
-    attn = model.blocks[layer].attn
-    q, k = queries_and_keys(model, cache, layer, head)
-    everywhere = list(range(tokens.shape[1]))
-    parts, components = projected(model, cache, layer, head, by, "Q", everywhere)
+    parts, chosen, place = ScoreParts(trace, layer, head), level(by), Place(layer)
+    trace.need(*parts.needs(), *chosen.needs(trace.view, place))
+    held = trace.require_affine([parts.site])
+    q, k, everywhere = parts.met("q")[0], parts.met("k")[0], Positions(slice(None))
+    values, components = project_side(parts, chosen, "query", everywhere)
     rows = find_components(wanted, components)
     if side != "key":
-        q = q - parts[rows].sum(0)
+        q = q - values[rows].sum(0)[0]
     if side != "query":
-        q_and_k = projected(model, cache, layer, head, by, "K", everywhere)
-        k = k - q_and_k[0][find_components(wanted, q_and_k[1])].sum(0)
-    scores = q @ k.T / attn.attn_scale
-    cap = model.cfg.attn_scores_soft_cap
+        values, components = project_side(parts, chosen, "key", everywhere)
+        k = k - values[find_components(wanted, components)].sum(0)[0]
+    scores = q @ k.T / trace.view.attention(layer).scale
+    cap = trace.view.score_cap
     scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
-    looks = cache[f"{prefix}.hook_attn_scores"][0, head] > torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~looks, -torch.inf)
+    scores = scores.masked_fill(~parts.sees[0], -torch.inf)
     pattern = scores.softmax(-1)
-    patched = _patched_pattern(model, tokens, cache, layer, head, wanted, side)
-    name = f"closed form = patched pattern of {Component('head', layer, head).label}"
+    patched = _patched_pattern(parts, chosen, wanted, side)
+    error = measure_error(pattern, patched)
+    name = f"closed form = patched pattern of {parts.name}"
+    gap = None
+    if held:  # a run in which the norm sees that something is missing is what the gap is about
+        gap, error = error, measure_error(*_recomputed(parts))
+        name = f"closed form = pattern of {parts.name}, nothing missing"
     return CounterfactualPattern(
-        pattern, scores, cache[f"{prefix}.hook_pattern"][0, head],
-        Certificate(name, measure_error(pattern, patched)),
-        tuple(wanted),
-        Component("head", layer, head), tuple(strings(model, tokens[0].tolist())),
+        pattern, scores, trace.act("pattern", layer)[0, head], Certificate(name, error, held, gap),
+        tuple(wanted), Component("head", layer, head), trace.prompts,
     )  # fmt: skip
 
 
+def _in_stream(label: str) -> bool:
+    try:
+        return Component.parse(label).in_stream
+    except DataError:  # of a level of the caller's own
+        return True
+
+
+def _recomputed(parts: ScoreParts) -> tuple[Tensor, Tensor]:
+    """The model's own pattern in closed form, and as it is."""
+    q, k, view = parts.met("q")[0], parts.met("k")[0], parts.trace.view
+    scores, cap = q @ k.T / view.attention(parts.layer).scale, view.score_cap
+    scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
+    pattern = scores.masked_fill(~parts.sees[0], -torch.inf).softmax(-1)
+    return pattern, parts.trace.act("pattern", parts.layer)[0, parts.head]
+
+
 def _patched_pattern(
-    model: HookedTransformer,
-    tokens: Int[Tensor, "1 pos"],
-    cache: dict[str, Tensor],
-    layer: int,
-    head: int,
-    without: Sequence[str],
-    side: Side,
+    parts: ScoreParts, by: Level, without: Sequence[str], side: Sides
 ) -> Float[Tensor, "query key"]:
     """The same from the model's own block, run on a stream from which the components are gone."""
-    resid = cache[Place(layer).hook]
-    gone = torch.stack([by_ablation(model, tokens, Component.parse(x)) for x in without]).sum(0)
-    kept = {}
+    trace, layer = parts.trace, parts.layer
+    gone = torch.stack([_written(trace, by, one, Place(layer)) for one in without]).sum(0)
+    kept, hook = {}, get_act_name("pattern", layer)
     if side != "both":
-        other = f"blocks.{layer}.attn.hook_{'k' if side == 'query' else 'q'}"
-        kept = {other: run_attention(model, resid, layer)[other]}
-    patched = run_attention(model, resid - gone, layer, kept)
-    return patched[f"blocks.{layer}.attn.hook_pattern"][0, head]
+        other = parts.hook("k" if side == "query" else "q")
+        kept = {other: lambda x: trace[other]}
+    stream = trace.stream(Place(layer)) - gone
+    _, found = trace.view.run(stream, [hook], start=layer, stop=layer + 1, edits=kept)
+    return found[hook][0, parts.head]
+
+
+def _written(trace: Trace, by: Level, label: str, place: Place) -> Stream:
+    """What a component writes: measured by ablation, where it is one of the model's own parts."""
+    try:
+        component = Component.parse(label)
+    except DataError:
+        component = None
+    if component is None or component.kind not in KINDS:
+        return expand(by.parts(trace, place), [label])[0][0]
+    return by_ablation(trace.view, trace.tokens, component)

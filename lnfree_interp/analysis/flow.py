@@ -1,31 +1,40 @@
-"""The flow from tokens through heads and neurons to a logit, conserved at every node.
+"""The flow from tokens through heads and neurons to a target, conserved at every node.
 
-Patterns and gates held, each part of the model passes on to the logit exactly what it got: what
-flows into a head through the tokens that it looks at, and its bias, is what it adds to the logit on
-all ways. The graph shows the nodes through which most flows; what the others carry is stated at
+Patterns and gates given, each part of the model passes on to the target exactly what it got: what
+flows into a head through the tokens that it looks at, and its bias, is what it adds to the target
+on all ways. The graph shows the nodes through which most flows; what the others carry is stated at
 every node, so that nothing is lost without being counted.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import pandas as pd
 import torch
-from transformer_lens import HookedTransformer
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.contributions import nearest
-from lnfree_interp.analysis.flow_parts import Unit, bias_flow, flow_parts, inflow_of
-from lnfree_interp.analysis.gaps import token_gap
-from lnfree_interp.analysis.gates import hold
-from lnfree_interp.analysis.logit_reading import read_logit
-from lnfree_interp.analysis.questions import Answer, Prompt
-from lnfree_interp.analysis.reads import held
+from lnfree_interp.analysis.affine import Backward, carry_back
+from lnfree_interp.analysis.certificates import Certificate, describe_held
+from lnfree_interp.analysis.components import Component, nearest
+from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.parts import Constant, Dense, Part
+from lnfree_interp.analysis.prompts import Answers, whole_number
+from lnfree_interp.analysis.results import CertifiedResult, read_top
+from lnfree_interp.analysis.targets import Target
+from lnfree_interp.analysis.trace import GivenMLP, Trace, question, read_number
+from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
-from lnfree_interp.numerics import MeasuredError, measure_error
+from lnfree_interp.numerics import measure_error
 
 if TYPE_CHECKING:
     import networkx
+
+_ALWAYS_SHOWN = ("embed", "pos_embed")
+_READERS = ("head", "attn_out", "mlp_out", "neuron")
+"""Kinds that pass on what they read; what is of another kind is where flow starts."""
+Terms = list[tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch d_model"]]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class FlowNode:
     layer: int | None
     pos: int | None
     flow: float
-    """What passes through it on its way to the logit, in logits."""
+    """What passes through it on its way to the target, in the target's unit."""
     from_biases: float
     """The share of it that comes from biases, its own and the stream's."""
     from_rest: float
@@ -49,49 +58,84 @@ class FlowNode:
 
 @dataclass(frozen=True)
 class FlowEdge:
-    """What one node gets from another, in logits."""
+    """What one node gets from another, in the target's unit."""
 
     source: str
     target: str
     flow: float
 
 
-@dataclass(frozen=True, repr=False)
-class FlowGraph:
+@dataclass(frozen=True, eq=False, repr=False)
+class FlowGraph(CertifiedResult):
     """Nodes and edges, and what they leave out.
 
     Attributes:
-        nodes: Shown nodes, tokens first, the logit last.
-        edges: All edges between them of more than `smallest` logits.
+        components: What each node is, tokens first, the target last.
+        positions: Where each node is; the target is None.
+        flow: [node, *batch], what passes through it on its way to the target.
+        from_biases: [node, *batch], the share that comes from biases, its own and the stream's.
+        from_rest: [node, *batch], the share that comes from nodes that are not shown.
+        to_rest: [node, *batch], the share that goes on through nodes that are not shown.
+        ends: [edge, 2], from which node to which.
+        edge_flow: [edge, *batch], what each edge carries.
         certificate: At every node that is shown, what it reads, computed from the stream, against
             what it passes on, computed from what it writes.
-        of: What flows, e.g. `' self' - ' cls'`.
-        tokens: The prompt, as strings.
-        total: The logit, or the difference of two.
-        frozen_scale: True if live norms or a soft cap were held.
-        gap: Then, what the largest tokens' flows miss; see `affine_map`.
+        of: What flows, for each prompt, e.g. `' self' - ' cls'`.
+        prompts: The prompts, as strings.
+        total: [*batch], the target.
+        unit: Of all flows.
+        dims: `()` for one prompt, `("prompt",)` for a batch.
     """
 
-    nodes: tuple[FlowNode, ...]
-    edges: tuple[FlowEdge, ...]
+    components: tuple[Component, ...]
+    positions: tuple[int | None, ...]
+    flow: Float[Tensor, "node *batch"]
+    from_biases: Float[Tensor, "node *batch"]
+    from_rest: Float[Tensor, "node *batch"]
+    to_rest: Float[Tensor, "node *batch"]
+    ends: Int[Tensor, "edge two"]
+    edge_flow: Float[Tensor, "edge *batch"]
     certificate: Certificate
-    of: str
-    tokens: tuple[str, ...]
-    total: float
-    frozen_scale: bool = False
-    gap: MeasuredError | None = None
+    of: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+    total: Float[Tensor, "*batch"]
+    unit: str = "logit"
+    dims: tuple[str, ...] = ()
 
-    def verify(self, tolerance: float | None = None) -> "FlowGraph":
-        """Return self if flow is conserved at every node.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The nodes' names."""
+        last = len(self.components) - 1
+        return tuple(
+            self.unit if i == last else f"{c.label}@{pos}"
+            for i, (c, pos) in enumerate(zip(self.components, self.positions, strict=True))
+        )
 
-        Args:
-            tolerance: As in `Contributions.verify`.
+    def _one(self) -> None:
+        if self.dims:
+            raise DataError("nodes and edges of one prompt: take it with select(prompt=i)")
 
-        Raises:
-            InexactError: if it is not.
-        """
-        self.certificate.require(tolerance)
-        return self
+    @property
+    def nodes(self) -> tuple[FlowNode, ...]:
+        """The nodes of one prompt's graph, tokens first, the target last."""
+        self._one()
+        columns = (self.flow, self.from_biases, self.from_rest, self.to_rest)
+        last = len(self.components) - 1
+        numbers = zip(*(x.tolist() for x in columns), strict=True)
+        return tuple(
+            FlowNode(name, self.unit if i == last else c.kind, c.layer, pos, *row)
+            for i, (name, c, pos, row) in enumerate(
+                zip(self.names, self.components, self.positions, numbers, strict=True)
+            )
+        )
+
+    @property
+    def edges(self) -> tuple[FlowEdge, ...]:
+        """The edges of one prompt's graph."""
+        self._one()
+        names = self.names
+        pairs = zip(self.ends.tolist(), self.edge_flow.tolist(), strict=True)
+        return tuple(FlowEdge(names[i], names[j], flow) for (i, j), flow in pairs)
 
     def node(self, name: str) -> FlowNode:
         """A node by name.
@@ -99,35 +143,68 @@ class FlowGraph:
         Raises:
             DataError: if it is not shown.
         """
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        names = [node.name for node in self.nodes]
-        raise DataError(f"no node {name!r} is shown{nearest(name, names)}")
+        if name not in self.names:
+            raise DataError(f"no node {name!r} is shown{nearest(name, self.names)}")
+        return self.nodes[self.names.index(name)]
 
     @property
-    def lost(self) -> float:
-        """What reaches the logit through nodes that are not shown, in logits."""
-        return self.node("logit").from_rest
+    def lost(self) -> Float[Tensor, "*batch"]:
+        """[*batch], what reaches the target through nodes that are not shown."""
+        return self.from_rest[-1]
+
+    def select(self, index: SupportsIndex | None = None, /, **named: SupportsIndex) -> "FlowGraph":
+        """The graph of one prompt of a batch.
+
+        Raises:
+            DataError: if there is no such prompt, or no batch.
+        """
+        if not self.dims or set(named) - {"prompt"}:
+            raise DataError(f"there is no dimension to select from but {self.dims or 'none'}")
+        row = read_number(named["prompt"] if index is None else index, len(self.total), "prompt")
+        columns = ("flow", "from_biases", "from_rest", "to_rest", "edge_flow")
+        chosen = {name: getattr(self, name)[:, row] for name in columns}
+        one = slice(row, row + 1)
+        return replace(
+            self, **chosen, total=self.total[row], of=self.of[one], prompts=self.prompts[one],
+            dims=(),
+        )  # fmt: skip
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per node of one prompt's graph, every field a column; `held` where something
+        was held."""
+        frame = pd.DataFrame([asdict(node) for node in self.nodes])
+        if self.held:
+            frame["held"] = describe_held(self.held, self.gap).removeprefix(" with ")
+        return frame
+
+    def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
+        """The k edges that carry most: `source`, `target`, `flow`.
+
+        Raises:
+            DataError: for a batch, or if k is less than one.
+        """
+        edges = sorted(self.edges, key=lambda edge: -abs(edge.flow))
+        return pd.DataFrame([asdict(edge) for edge in edges[: read_top(k, len(edges))]])
 
     def __repr__(self) -> str:
-        return (
-            f"FlowGraph({self.of}: {self.total:+.3f}, of which {self.lost:+.3f} through nodes that "
-            f"are not shown; {len(self.nodes)} nodes, {len(self.edges)} edges, "
-            f"error {self.certificate.error})"
-        )
+        what = f"{len(self.components)} nodes, {len(self.ends)} edges"
+        if not self.dims:
+            total, lost = self.total.item(), self.lost.item()
+            what = f"{self.of[0]}: {total:+.3f}, {lost:+.3f} through nodes not shown; {what}"
+        return self._line(what)
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
+        """Everything about one prompt's graph, as JSON."""
         plain: dict[str, Any] = {
-            "of": self.of,
-            "tokens": list(self.tokens),
-            "total": self.total,
-            "lost": self.lost,
-            "frozen_scale": self.frozen_scale,
+            "of": self.of[0],
+            "unit": self.unit,
+            "tokens": list(self.prompts[0]),
+            "total": self.total.item(),
+            "lost": self.lost.item(),
+            "held": list(self.held),
             "gap": None if self.gap is None else self.gap.relative,
-            "conservation": asdict(self.certificate.error) | {
-                "dtype": str(self.certificate.error.dtype).removeprefix("torch."),
+            "conservation": asdict(self.error) | {
+                "dtype": str(self.error.dtype).removeprefix("torch."),
                 "holds": self.certificate.holds,
             },
             "nodes": [asdict(node) for node in self.nodes],
@@ -136,10 +213,11 @@ class FlowGraph:
         return json.dumps(plain, indent=1)
 
     def to_networkx(self) -> "networkx.DiGraph":
-        """As a networkx graph, every field an attribute; an edge's `flow` is its weight."""
+        """One prompt's graph for networkx, every field an attribute; an edge's `flow` is its
+        weight."""
         import networkx
 
-        graph = networkx.DiGraph(of=self.of, total=self.total, lost=self.lost)
+        graph = networkx.DiGraph(of=self.of[0], total=self.total.item(), lost=self.lost.item())
         for node in self.nodes:
             graph.add_node(node.name, **{k: v for k, v in asdict(node).items() if k != "name"})
         for edge in self.edges:
@@ -147,44 +225,62 @@ class FlowGraph:
         return graph
 
 
-@torch.no_grad()
-def flow_graph(
-    model: HookedTransformer,
-    prompt: Prompt,
-    answer: Answer,
-    against: Answer | None = None,
-    *,
-    top_k: int | None = 40,
-    unit: Unit = "mlp",
-    smallest: float = 0.0,
-    prepend_bos: bool | None = None,
-    frozen_scale: bool = False,
-) -> FlowGraph:
-    """How a logit flows from the tokens through heads and neurons.
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """A node with its vectors."""
 
-    Patterns and gates are held. A node's flow is what it adds to the logit on all ways; biases are
+    component: Component
+    pos: int | None
+    flow: Float[Tensor, " batch"]
+    writes: Float[Tensor, "batch d_model"] | None
+    """What it adds to the stream at its position."""
+    written: float
+    """Where, in the order of computation."""
+    reads: Terms
+    """Directions that it reads, with a weight for every position; its output's share of the target
+    is the sum, plus `own_bias`."""
+    reads_at: Place | None
+    """The stream that it reads; None for a source."""
+    own_bias: Float[Tensor, " batch"]
+
+
+@question
+def flow_graph(
+    trace: Trace,
+    answer: Answers | Target,
+    foil: Answers | None = None,
+    *,
+    by: str | Level = "head",
+    top_k: int | None = 40,
+    smallest: float = 0.0,
+) -> FlowGraph:
+    """How a logit flows from the tokens through heads and MLPs or neurons.
+
+    Patterns and gates are given. A node's flow is what it adds to the logit on all ways; biases are
     not nodes, each node states what it gets from them.
 
     Args:
-        model: LN-free.
-        prompt: One prompt.
-        answer: As in `attribute_logits`, one.
-        against: As in `attribute_logits`, one.
-        top_k: Nodes to show, those through which most flows, besides the tokens and the logit.
+        trace: A trace; or a model and a prompt, as two arguments.
+        answer: The next token, as in `attribute_logits`, one for each prompt; or any target.
+        foil: Subtract this token's logit.
+        by: What the nodes are: `"sublayer"`, `"head"` (with whole MLPs), `"neuron"`, `"source"`;
+            or a level of your own, whose parts are where flow starts, unless they are heads, MLPs
+            or neurons.
+        top_k: Nodes to show, those through which most flows, besides the tokens and the target.
             None: all, which is for small models and short prompts.
-        unit: Whole MLPs as nodes, or neurons.
-        smallest: Leave out edges that carry no more, in logits; nodes count them as rest.
-        prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales; `.gap` measures what that misses.
+        smallest: Leave out edges that carry no more, in the target's unit; nodes count them as
+            rest.
 
     Returns:
-        Nodes [node] and edges [edge], each with its flow, in logits.
+        Nodes [node] and edges [edge], each with its flow, in logits; for several prompts with a
+        last dimension [prompt].
 
     Raises:
-        InexactError: if a norm is live or the logits are capped, and `frozen_scale` is False.
-        DataError: as `attribute_logits`; for more than one prompt or answer, an unknown `unit`, or
+        InexactError: if a norm on the way is live or the logits are capped, and the trace does not
+            hold.
+        DataError: as `attribute_logits`; for more than one answer, a level without such nodes, or
             a negative `top_k` or `smallest`.
-        UnsupportedModelError: as `attribute_logits`.
+        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
 
     Source:
         Graphs of information flow: arXiv 2403.00824, where an edge is the proximity of a part to
@@ -197,51 +293,223 @@ def flow_graph(
         >>> graph.nodes[0].name, graph.nodes[-1].name
         ('embed@0', 'logit')
     """
-    if unit not in get_args(Unit) or smallest < 0 or (top_k is not None and top_k < 0):
-        raise DataError(f"unit={unit!r}, top_k={top_k}, smallest={smallest}: see flow_graph's help")
-    nonlinear = held(model, frozen_scale)
-    reading = read_logit(model, prompt, answer, against, prepend_bos)
-    network = hold(model, reading.tokens)
-    parts, all_biases = flow_parts(network, reading, unit, top_k)
-    reads_of = torch.stack([part.reads for part in parts])
-    weights = torch.stack([part.weights for part in parts])
-    reads_at = torch.tensor([part.reads_at for part in parts], dtype=torch.float64)
-    n = len(parts)
-    flow = torch.tensor([part.flow for part in parts], dtype=torch.float64)
-    edges = torch.zeros(n, n, dtype=torch.float64)
-    for i, part in enumerate(parts):
-        if part.writes is None or part.pos is None:
+    chosen = level(by)
+    if chosen.name == "layer":
+        raise DataError("by='layer': a whole layer reads what it wrote itself; take 'sublayer'")
+    if smallest < 0 or (top_k is not None and whole_number(top_k, "top_k") < 0):
+        raise DataError(f"top_k={top_k} and smallest={smallest}: neither can be negative")
+    way = carry_back(trace, answer, foil)
+    trace.need(*chosen.needs(trace.view, way.reading.place))
+    nodes, biases, started = _nodes(way, chosen, top_k)
+    return _graph(way, nodes, biases, started, smallest)
+
+
+def _order(place: Place) -> float:
+    return place.layer + 0.5 * place.mid
+
+
+def _nodes(
+    way: Backward, by: Level, top_k: int | None
+) -> tuple[list[_Node], list[tuple[float, Tensor]], Float[Tensor, " batch"]]:
+    """Tokens, the nodes of largest flow in the order of computation, and the target; the stream's
+    biases; and what starts somewhere, at tokens, other sources or biases."""
+    trace, reading = way.trace, way.reading
+    biases: list[tuple[float, Tensor]] = []
+    groups: list[tuple[Part, Float[Tensor, "batch pos part"]]] = []
+    started = torch.zeros_like(reading.total[:, 0])
+    for _, value in way.constants():
+        started = started + value[:, 0]
+    for part in by.parts(trace, reading.place):
+        u, written = way.at(part.written), _order(part.written)
+        apart, part = _biases_apart(trace, part)
+        for bias in apart:
+            biases.append((written, bias))
+            started = started + (u @ bias).sum(1)
+        if part is None:
             continue
-        carried = (reads_of @ part.writes) * weights[:, part.pos]
-        edges[i] = torch.where(reads_at > part.place, carried.double().cpu(), 0)
-    shown = edges.abs() > smallest if smallest > 0 else edges != 0
-    edges = torch.where(shown, edges, 0)
-    biases = torch.tensor([bias_flow(network, part) for part in parts], dtype=torch.float64)
-    inflow = torch.tensor([inflow_of(network, part) for part in parts], dtype=torch.float64)
-    is_token = reads_at == -1
-    rest_in = torch.where(is_token, 0.0, inflow - edges.sum(0) - biases)
-    nodes = tuple(
-        FlowNode(
-            part.name, "logit" if part.name == "logit" else part.component.kind,
-            part.component.layer, part.pos, flow[i].item(),
-            0.0 if is_token[i] else biases[i].item(), rest_in[i].item(),
-            0.0 if part.name == "logit" else (flow[i] - edges[i].sum()).item(),
-        )
-        for i, part in enumerate(parts)
-    )  # fmt: skip
-    found = tuple(
-        FlowEdge(parts[i].name, parts[j].name, edges[i, j].item())
-        for i, j in shown.nonzero().tolist()
+        flow = u.new_empty(*u.shape[:2], len(part.components))
+        part.onto(u, flow)
+        groups.append((part, flow))
+        kind = part.components[0].kind
+        if kind in _READERS:
+            started = started + _own_biases(way, part, flow).sum((1, 2))
+        else:
+            started = started + flow.sum((1, 2))
+    always = [kind in _ALWAYS_SHOWN for kind in (part.components[0].kind for part, _ in groups)]
+    sizes = [
+        torch.full_like(flow[0].flatten(), -1) if shown else flow.abs().mean(0).flatten()
+        for (_, flow), shown in zip(groups, always, strict=True)
+    ]
+    n_free = sum(
+        flow[0].numel() for (_, flow), shown in zip(groups, always, strict=True) if not shown
     )
+    count = n_free if top_k is None else min(top_k, n_free)
+    chosen = torch.cat(sizes).topk(count).indices if count else torch.empty(0, dtype=torch.long)
+    starts = torch.tensor([0, *(len(size) for size in sizes)]).cumsum(0)
+    picked: list[tuple[int, int, int]] = []
+    for number, shown in enumerate(always):
+        if shown:
+            n_pos, n = groups[number][1].shape[1:]
+            picked += [(number, pos, i) for pos in range(n_pos) for i in range(n)]
+    for index in chosen.tolist():
+        number = int(torch.searchsorted(starts, index, right=True)) - 1
+        pos, i = divmod(index - int(starts[number]), groups[number][1].shape[2])
+        picked.append((number, pos, i))
+    made = [_node(way, *groups[number], pos, i) for number, pos, i in picked]
+    tokens = [node for node in made if node.component.kind in _ALWAYS_SHOWN]
+    others = [node for node in made if node.component.kind not in _ALWAYS_SHOWN]
+    tokens.sort(key=lambda node: node.pos or 0)
+    others.sort(key=lambda node: (node.written, node.pos or 0, node.component.index or 0))
+    return [*tokens, *others, _target(way)], biases, started
+
+
+def _biases_apart(trace: Trace, part: Part) -> tuple[list[Tensor], Part | None]:
+    """The biases in a group of parts, and the group without them."""
+    component = part.components[0]
+    if isinstance(part, Constant):
+        return list(part.biases), None
+    layer = component.layer
+    if not isinstance(part, Dense) or layer is None:
+        return [], part
+    if component.kind == "mlp_out":
+        bias = trace.view.mlp(layer).b_out
+    elif component.kind == "attn_out":
+        bias = trace.view.attention(layer).b_O
+    else:
+        return [], part
+    return [bias], replace(part, x=part.x - bias)
+
+
+def _own_biases(way: Backward, part: Part, like: Tensor) -> Float[Tensor, "batch pos part"]:
+    """What each part of a group has from its own biases."""
+    component, u = part.components[0], way.at(part.written)
+    layer = component.layer
+    assert layer is not None
+    block = way.trace.block(layer)
+    if component.kind == "head" and component.pos is not None:
+        return torch.zeros_like(like)  # b_V stands apart there
+    if component.kind in ("head", "attn_out"):
+        by_head = (block.attention.onto_z(u) * block.b_V).sum(-1)
+        return by_head if component.kind == "head" else by_head.sum(-1, keepdim=True)
+    assert block.mlp is not None
+    by_neuron = block.mlp.onto_post(u) * block.mlp.b_in
+    return by_neuron if component.kind == "neuron" else by_neuron.sum(-1, keepdim=True)
+
+
+def _node(way: Backward, part: Part, flow: Tensor, pos: int, i: int) -> _Node:
+    """One part at one position, with what it writes and reads."""
+    component = part.components[i]
+    writes = part.vectors([i])[:, pos, 0]
+    nothing = torch.zeros_like(flow[:, 0, 0])
+    if component.kind not in _READERS:
+        return _Node(
+            component, pos, flow[:, pos, i], writes, _order(part.written), [], None, nothing
+        )
+    reads, reads_at = _reads(way, component, part.written, pos)
+    own = _own_biases(way, part, flow)[:, pos, i]
+    return _Node(
+        component, pos, flow[:, pos, i], writes, _order(part.written), reads, reads_at, own
+    )
+
+
+def _reads(way: Backward, component: Component, written: Place, pos: int) -> tuple[Terms, Place]:
+    """What a head, an attention, an MLP or a neuron reads on behalf of the target."""
+    trace, layer = way.trace, component.layer
+    assert layer is not None
+    block, u = trace.block(layer), way.at(written)[:, pos]
+    if component.kind in ("head", "attn_out"):
+        ahead, terms = block.attention.onto_z(u), []
+        n_heads = ahead.shape[1]
+        heads = range(n_heads) if component.index is None else [component.index]
+        for head in heads:
+            weights = block.pattern[:, head, pos]
+            if component.pos is not None:
+                weights = torch.zeros_like(weights).index_copy(
+                    1, torch.tensor([component.pos]), weights[:, [component.pos]]
+                )
+            W = block.attention.W_V[head]
+            terms.append(block.before.back_weighted(weights, ahead[:, head] @ W.T))
+        return terms, Place(layer)
+    mlp = block.mlp
+    assert mlp is not None
+    weights = torch.zeros_like(way.u[..., 0])
+    weights[:, pos] = 1
+    share = _through_gates(mlp, u, pos, component.index)
+    return [mlp.before.back_weighted(weights, share)], trace.view.mlp_place(layer)
+
+
+def _through_gates(mlp: GivenMLP, u: Tensor, pos: int, index: SupportsIndex | None) -> Tensor:
+    """A direction at one position behind an MLP, or one neuron, in front of it."""
+    if index is None:
+        share = (u @ mlp.weights.W_out.T) * mlp.gate[:, pos]
+        return share @ mlp.weights.W_in.T
+    share = (u @ mlp.weights.W_out[index]) * mlp.gate[:, pos, index]
+    return share[:, None] * mlp.weights.W_in[:, index]
+
+
+def _target(way: Backward) -> _Node:
+    """What everything flows into."""
+    reading, trace = way.reading, way.trace
+    numbers = reading.at.numbers(trace.n_pos, trace.batch).to(reading.direction.device)
+    terms: Terms = [
+        (torch.nn.functional.one_hot(at, trace.n_pos).to(way.u), reading.direction[:, column])
+        for column, at in enumerate(numbers.T)
+    ]
+    own = sum((value[:, 0] for _, value in way.constants()), torch.zeros_like(reading.total[:, 0]))
+    return _Node(
+        Component("b_U"), None, reading.total[:, 0], None, float("inf"), terms, reading.place, own
+    )
+
+
+def _graph(
+    way: Backward,
+    nodes: list[_Node],
+    biases: list[tuple[float, Tensor]],
+    started: Float[Tensor, " batch"],
+    smallest: float,
+) -> FlowGraph:
+    reading, trace, n = way.reading, way.trace, len(nodes)
     dtype = reading.total.dtype
-    through = ~is_token
-    # All that starts somewhere, tokens and biases, ends in the logit.
-    started = flow[is_token].sum() + all_biases
-    found_in = torch.cat([inflow[through], started[None]])
-    found_out = torch.cat([flow[through], flow[-1:]])
-    error = measure_error(found_in.to(dtype), found_out.to(dtype), flow.abs().max().item())
-    return FlowGraph(
-        nodes, found, Certificate("what flows into a node = what flows out of it", error),
-        reading.of[0], reading.prompts[0], reading.total.item(), bool(nonlinear),
-        token_gap(model, network, reading) if nonlinear else None,
+    flow = torch.stack([node.flow for node in nodes]).double()
+    edges = torch.zeros(n, n, trace.batch, dtype=torch.float64, device=flow.device)
+    writers = [i for i, node in enumerate(nodes) if node.writes is not None]
+    written = torch.tensor([nodes[i].written for i in writers], device=flow.device)
+    vectors = torch.stack([w for node in nodes if (w := node.writes) is not None])
+    at = torch.tensor([node.pos or 0 for node in nodes if node.writes is not None])
+    into = torch.zeros_like(flow)
+    from_biases = torch.zeros_like(flow)
+    for j, node in enumerate(nodes):
+        if node.reads_at is None:
+            continue
+        seen = _order(node.reads_at)
+        stream = trace.stream(node.reads_at)
+        from_biases[j], into[j] = node.own_bias, node.own_bias
+        for weights, direction in node.reads:
+            carried = torch.einsum("nbd,bd->nb", vectors, direction) * weights[:, at].T
+            before = written <= seen
+            edges[writers, j] += torch.where(before[:, None], carried, 0.0).double()
+            for place, bias in biases:
+                if place <= seen:
+                    from_biases[j] += weights.sum(1) * (direction @ bias)
+            into[j] += (weights * torch.einsum("bpd,bd->bp", stream, direction)).sum(1)
+    shown = (edges.abs() > smallest).any(-1)
+    edges = torch.where(shown[..., None], edges, 0.0)
+    is_source = torch.tensor([node.reads_at is None for node in nodes], device=flow.device)
+    from_rest = torch.where(is_source[:, None], 0.0, into - edges.sum(0) - from_biases)
+    to_rest = flow - edges.sum(1)
+    to_rest[-1] = 0
+    # All that starts somewhere ends in the target.
+    found_in = torch.cat([into[~is_source], started[None].double()]).to(dtype)
+    found_out = torch.cat([flow[~is_source], flow[-1:]]).to(dtype)
+    error = measure_error(found_in, found_out, max(flow.abs().max().item(), reading.scale))
+    certificate = Certificate(
+        "what flows into a node = what flows out of it", error, way.held, way.gap
+    )
+    ends = shown.nonzero()
+    graph = FlowGraph(
+        tuple(node.component for node in nodes), tuple(node.pos for node in nodes), flow,
+        torch.where(is_source[:, None], 0.0, from_biases), from_rest, to_rest, ends,
+        edges[ends[:, 0], ends[:, 1]], certificate, reading.of, trace.prompts,
+        reading.total[:, 0], reading.unit, ("prompt",),
     )  # fmt: skip
+    return graph.select(prompt=0) if trace.single else graph

@@ -1,95 +1,118 @@
-"""What holding something that is not linear costs: claims against measured effects.
+"""What holding something that is not affine costs: claims against measured effects.
 
 With a live norm's scale held, parts add up to the whole and yet say nothing exact about it:
 without a part, the scale would be another. So the largest parts are taken out and the model is
 asked. On an LN-free model the same measurement is zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
-from lnfree_interp.analysis.contributions import Component
-from lnfree_interp.analysis.gates import Held, HeldLayer
-from lnfree_interp.analysis.logit_reading import LogitReading
-from lnfree_interp.models.running import run_hooked
+from lnfree_interp.analysis.components import Component
+from lnfree_interp.analysis.parts import Part, expand
+from lnfree_interp.analysis.targets import POSITIONS, Reading
+from lnfree_interp.analysis.trace import GivenBlock, Trace
+from lnfree_interp.analysis.view import Stream
+from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 MEASURED = 4
 """Parts whose effect is measured."""
-_NOT_IN_STREAM = ("ln1.b", "ln2.b", "ln_final.b", "b_Q", "b_K", "b_U", "b_in")
 
 
-def largest(
-    values: Float[Tensor, "component *batch"], components: Sequence[Component]
-) -> list[int]:
-    """The rows of the parts of the stream that claim most on average, in their own order."""
-    in_stream = [i for i, one in enumerate(components) if one.kind not in _NOT_IN_STREAM]
-    size = values[in_stream].abs().flatten(1).mean(1)
-    chosen = size.topk(min(MEASURED, len(size))).indices.tolist()
-    return sorted(in_stream[i] for i in chosen)
-
-
-@torch.no_grad()
-def token_gap(
-    model: HookedTransformer, network: Held, reading: LogitReading, through_mlps: bool = True
+def measured_gap(
+    parts: Sequence[Part],
+    stream: Stream,
+    claims: Float[Tensor, "component batch number"],
+    components: Sequence[Component],
+    lost: Callable[[Stream], Float[Tensor, "batch number"]],
 ) -> MeasuredError:
-    """What tokens claim of a logit, carried back with everything held, against what it loses.
-
-    The embeddings of the tokens that claim most are set to zero in turn. Patterns and gates are
-    held in that run as well, norms are not: the gap is theirs alone.
+    """What the largest parts claim against what the numbers lose without them.
 
     Args:
-        model: In any form.
-        network: Its held run.
-        reading: The logit.
-        through_mlps: False: what MLPs write is held too.
+        parts: Of the stream, at the positions that are read.
+        stream: There.
+        claims: Of every component.
+        components: What each row of the claims is.
+        lost: What the numbers lose when another stream is read there.
     """
-    u = reading.spread(network.streams[-1])
-    for *_, before in network.back(u, through_mlps):
-        u = before
-    claims = torch.stack([torch.linalg.vecdot(x, u)[0] for x in network.embeds.values()]).sum(0)
-    gone = claims.abs().topk(min(MEASURED, len(claims))).indices
-    rows = torch.arange(len(gone), device=gone.device)
-
-    def leave_out(x: Tensor, hook: HookPoint) -> Tensor:
-        x = x.clone()
-        x[rows, gone] = 0
-        return x
-
-    hooks = [(f"hook_{name}", leave_out) for name in network.embeds]
-    for layer in network.layers:
-        hooks += _hold(layer, through_mlps)
-    tokens = reading.tokens.expand(len(gone), -1)
-    stream = run_hooked(model, tokens, hooks, model.cfg.n_layers)
-    logits = model(stream[:, -1:], start_at_layer=model.cfg.n_layers)[:, -1]
-    left = logits[:, reading.answer]
-    if reading.foil is not None:
-        left = left - logits[:, reading.foil]
-    return measure_error(claims[gone], reading.total - left)
+    in_stream = [i for i, one in enumerate(components) if one.in_stream]
+    size = claims[in_stream].abs().flatten(1).mean(1)
+    largest = size.topk(min(MEASURED, len(size))).indices.tolist()
+    rows = sorted(in_stream[i] for i in largest)
+    vectors, _ = expand(parts, [components[row] for row in rows])
+    return measure_error(claims[rows], torch.stack([lost(stream - v) for v in vectors]))
 
 
-def _hold(layer: HeldLayer, through_mlps: bool) -> list[tuple]:
-    """Hooks that hold a block's pattern, and its gates or all that its MLP writes."""
-    prefix = f"blocks.{layer.layer}"
-    hooks: list[tuple] = [
-        (f"{prefix}.attn.hook_pattern", lambda x, hook: layer.pattern.expand_as(x))
-    ]
-    mlp = layer.mlp
+def target_gap(
+    reading: Reading,
+    parts: Sequence[Part],
+    stream: Stream,
+    claims: Float[Tensor, "component batch kept"],
+    components: Sequence[Component],
+) -> MeasuredError:
+    """The gap of an attribution; of much text, at some of its positions."""
+    n = stream.shape[1]
+    some = slice(None) if n <= POSITIONS else slice(0, None, n // 64)
+
+    def lost(changed: Stream) -> Float[Tensor, "batch number"]:
+        return reading.total[:, some] - reading.again(changed[:, some], some)
+
+    return measured_gap(parts, stream, claims[..., some], components, lost)
+
+
+def token_gap(
+    trace: Trace, reading: Reading, u: Stream, through_mlps: bool = True
+) -> MeasuredError:
+    """What tokens claim of a target, carried back to them, against what it loses without them.
+
+    The embeddings of the tokens that claim most are set to zero in turn. Patterns and gates are
+    given in that run as well, norms are not held: the gap is theirs alone.
+
+    Args:
+        trace: The forward pass.
+        reading: What the target reads.
+        u: The direction that it reads, carried back to the embeddings.
+        through_mlps: False: what MLPs write is given, too.
+    """
+    claims = torch.stack([torch.linalg.vecdot(x, u) for x in trace.embeds().values()]).sum(0)
+    gone = claims.abs().topk(min(MEASURED, claims.shape[1])).indices
+    edits: dict[str, Edit] = {}
+    for layer in range(reading.place.layer + reading.place.mid):
+        edits |= _given_edits(trace.block(layer), through_mlps)
+    rows, losses = torch.arange(trace.batch, device=gone.device), []
+    for at in gone.T:
+
+        def leave_out(x: Tensor, at: Tensor = at) -> Tensor:
+            return x.index_put((rows, at), torch.zeros((), dtype=x.dtype, device=x.device))
+
+        without = {f"hook_{name}": leave_out for name in trace.embeds()}
+        stop = min(reading.place.layer + 1, trace.view.n_layers)
+        hook = reading.place.hook
+        _, found = trace.view.run(trace.tokens, [hook], stop=stop, edits={**edits, **without})
+        left = reading.again(reading.at.of(found[hook]), slice(None))
+        losses.append((reading.total - left)[:, 0])
+    return measure_error(claims.gather(1, gone), torch.stack(losses, dim=1))
+
+
+def _given_edits(block: GivenBlock, through_mlps: bool) -> dict[str, Edit]:
+    """What gives a block's pattern, and its gates or all that its MLP writes."""
+    prefix = f"blocks.{block.layer}"
+    edits: dict[str, Edit] = {f"{prefix}.attn.hook_pattern": lambda x: block.pattern}
+    mlp = block.mlp
     if mlp is None:
-        return hooks
+        return edits
     if not through_mlps:
-        return [*hooks, (f"{prefix}.mlp.hook_post", lambda x, hook: mlp.post.repeat(len(x), 1, 1))]
+        return {**edits, f"{prefix}.mlp.hook_post": lambda x: mlp.post}
     linear: dict[str, Tensor] = {}
 
-    def look(x: Tensor, hook: HookPoint) -> None:
+    def look(x: Tensor) -> None:
         linear["input"] = x
 
-    def gate(x: Tensor, hook: HookPoint) -> Tensor:
+    def gate(x: Tensor) -> Tensor:
         return linear["input"] * mlp.gate + mlp.b_post
 
-    return [*hooks, (mlp.linear, look), (f"{prefix}.mlp.hook_post", gate)]
+    return {**edits, mlp.linear: look, f"{prefix}.mlp.hook_post": gate}

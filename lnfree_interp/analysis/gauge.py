@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.writes import require_decomposable
+from lnfree_interp.analysis.view import view_of
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.norm_conversions import reads_stream, writes_to_stream
 from lnfree_interp.numerics import TOLERANCE, MeasuredError
 
 Metric = Callable[[HookedTransformer], float | int | Tensor]
@@ -59,7 +60,7 @@ def random_gauge(
         False
         >>> _ = lf.compare_logits(turned, free).require("the same logits")
     """
-    require_decomposable(model)
+    view_of(model)
     if model.cfg.normalization_type is not None:
         raise UnsupportedModelError(
             "a model with norms, even constant ones, has no such symmetry: call fold(model) first"
@@ -83,10 +84,9 @@ def random_gauge(
     back = (right.T / stretch @ left.T).to(model.W_E.device)
     turned = copy.deepcopy(model)
     for name, W in turned.named_parameters():
-        leaf = name.rpartition(".")[2].lstrip("_")
-        if leaf in ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out"):
+        if writes_to_stream(name):
             W.copy_(W.double() @ M)
-        elif leaf in ("W_Q", "W_K", "W_V", "W_in", "W_gate", "W_U"):
+        elif reads_stream(name):
             W.copy_(back @ W.double())
     compare_logits(turned, model).require("the model in another basis against itself")
     return turned

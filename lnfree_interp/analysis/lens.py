@@ -6,86 +6,124 @@ lens(l + 1) - lens(l) is block l's direct logit attribution.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.logit_reading import target_logits
-from lnfree_interp.analysis.logits import attribute_next_tokens
-from lnfree_interp.analysis.questions import read_blocks, strings
-from lnfree_interp.analysis.reads import held
-from lnfree_interp.analysis.writes import Place
-from lnfree_interp.models.running import run_and_keep
+from lnfree_interp.analysis.levels import level
+from lnfree_interp.analysis.parts import project
+from lnfree_interp.analysis.results import CertifiedResult, read_top
+from lnfree_interp.analysis.targets import logits_of_targets, read_logits
+from lnfree_interp.analysis.trace import Positions, Trace, question, read_number
+from lnfree_interp.analysis.view import Place
+from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Lens:
-    """The logit of the true next token, as it builds up.
+class Lens(CertifiedResult):
+    """The logit of the true next token, as it builds up; at the last position, which has none,
+    that of the token that the model predicts.
 
     Attributes:
-        values: [layer + 1, batch, pos - 1], in logits; the first row is before block 0, the last
+        values: [layer + 1, prompt, pos], in logits; the first row is before block 0, the last
             the logit.
-        increments: [layer, batch, pos - 1], what each block added, in logits.
-        top: [layer + 1, batch, pos - 1], the id of the token that would be predicted there.
-        tokens: The prompts, as strings.
-        names: Each token of `top`, as a string.
-        certificate: Steps of the lens against direct attribution by layer.
+        increments: [layer, prompt, pos], what each block added, in logits.
+        targets: [prompt, pos], the id of the token whose logit is read there.
+        predicted: [layer + 1, prompt, pos], the id of the token that would be predicted there.
+        prompts: The prompts, as strings.
+        names: Each token of `predicted` and `targets`, as a string.
+        certificate: Steps of the lens against direct attribution by layer. Where a live norm is
+            held, steps with its final scale at every layer; the gap is what each layer's own scale
+            makes of them.
     """
 
-    values: Float[Tensor, "place batch target"]
-    top: Int[Tensor, "place batch target"]
-    tokens: tuple[tuple[str, ...], ...]
+    values: Float[Tensor, "place prompt pos"]
+    targets: Int[Tensor, "prompt pos"]
+    predicted: Int[Tensor, "place prompt pos"]
+    prompts: tuple[tuple[str, ...], ...]
     names: Mapping[int, str]
     certificate: Certificate
 
     @property
-    def increments(self) -> Float[Tensor, "layer batch target"]:
-        """[layer, batch, pos - 1], what each block added, in logits."""
+    def increments(self) -> Float[Tensor, "layer prompt pos"]:
+        """[layer, prompt, pos], what each block added, in logits."""
         return self.values.diff(dim=0)
 
-    def __repr__(self) -> str:
-        shape = ", ".join(map(str, self.values.shape))
-        return f"Lens(values [{shape}], {self.certificate})"
-
-    def verify(self, tolerance: float | None = None) -> "Lens":
-        """Return self if the steps are the blocks' attributions.
-
-        Args:
-            tolerance: As in `Contributions.verify`.
+    def select(self, prompt: SupportsIndex) -> "Lens":
+        """The lens of one prompt, as a batch of one.
 
         Raises:
-            InexactError: if they are not.
+            DataError: if there is no such prompt.
         """
-        self.certificate.require(tolerance)
-        return self
+        row = read_number(prompt, len(self.prompts), "prompt")
+        one = slice(row, row + 1)
+        return replace(
+            self, values=self.values[:, one], targets=self.targets[one],
+            predicted=self.predicted[:, one], prompts=self.prompts[one],
+        )  # fmt: skip
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, position and place: `prompt`, `pos`, `token`, `target`, `place`,
+        `value` in logits, `predicted`."""
+        rows = [
+            {
+                "prompt": i, "pos": pos, "token": token,
+                "target": self.names[int(self.targets[i, pos])], "place": place,
+                "value": self.values[place, i, pos].item(),
+                "predicted": self.names[int(self.predicted[place, i, pos])],
+            }
+            for i, tokens in enumerate(self.prompts)
+            for pos, token in enumerate(tokens)
+            for place in range(len(self.values))
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
+        """The k steps of largest absolute value: `prompt`, `pos`, `layer`, `value`.
+
+        Raises:
+            DataError: if k is less than one.
+        """
+        flat = self.increments.abs().flatten()
+        places = flat.topk(read_top(k, flat.numel())).indices
+        layer, prompt, pos = torch.unravel_index(places, self.increments.shape)
+        return pd.DataFrame(
+            {
+                "prompt": prompt.tolist(), "pos": pos.tolist(), "layer": layer.tolist(),
+                "value": self.increments.flatten()[places].tolist(),
+            }
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Lens(values [{', '.join(map(str, self.values.shape))}], {self.certificate})"
 
 
-@torch.no_grad()
-def logit_lens(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], *, frozen_scale: bool = False
-) -> Lens:
+@question
+def logit_lens(trace: Trace) -> Lens:
     """The stream at every layer through the final norm and the unembedding.
 
-    Read at the logit of the true next token, at every position but the last.
+    Read at the logit of the true next token; at the last position at that of the token which the
+    model predicts.
 
     Args:
-        model: LN-free; or any, with `frozen_scale`, for the certificate that fails.
-        tokens: [batch, pos].
-        frozen_scale: Answer for a live final norm too. Each layer is then divided by its own
-            scale, as logit lenses are, and the certificate shows that steps are no attribution.
+        trace: A trace; or a model and a prompt, or tokens [sequence, pos], as two arguments. With
+            a live final norm each layer is divided by its own scale, as logit lenses are, and the
+            trace must hold.
 
     Returns:
-        Values [layer + 1, batch, pos - 1], in logits; the first row is before block 0.
+        Values [layer + 1, prompt, pos], in logits; the first row is before block 0.
 
     Raises:
-        InexactError: if the final norm is live or the logits are capped, and `frozen_scale` is
-            False.
-        DataError, UnsupportedModelError: as `attribute_next_tokens`.
+        InexactError: if the final norm is live or the logits are capped, and the trace does not
+            hold.
+        DataError: if prompts differ in length, or the model cannot read them.
+        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
 
     Source:
         nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru. Ours: that its
@@ -94,23 +132,37 @@ def logit_lens(
     Examples:
         >>> lens = lf.logit_lens(free, tokens).verify()
         >>> lens.values.shape
-        torch.Size([5, 4, 63])
+        torch.Size([5, 4, 64])
         >>> lens.increments.shape
-        torch.Size([4, 4, 63])
+        torch.Size([4, 4, 64])
     """
-    held(model, frozen_scale, ["ln_final"])
-    tokens = read_blocks(model, tokens)
-    by_layer = attribute_next_tokens(model, tokens, by="layer", frozen_scale=frozen_scale)
-    n_layers = model.cfg.n_layers
-    hooks = [Place(layer).hook for layer in range(n_layers + 1)]
-    _, cache = run_and_keep(model, tokens, hooks, n_layers)
-    found = [target_logits(model, cache[hook][:, :-1], tokens[:, 1:]) for hook in hooks]
+    view, by_layer = trace.view, level("layer")
+    if len(set(trace.lengths)) > 1:
+        raise DataError("prompts differ in length: a lens is for prompts of one length")
+    places = [Place(layer) for layer in range(view.n_layers + 1)]
+    trace.require_affine(["ln_final"], logits=True)
+    trace.need(*(place.hook for place in places), *by_layer.needs(view, view.last))
+    streams = [trace.stream(place) for place in places]
+    last = view.logits(streams[-1][:, -1:])[0].argmax(-1)
+    targets = torch.cat([trace.tokens[:, 1:], last], dim=1)
+    if targets.max() >= view.cfg.d_vocab_out:
+        raise DataError(f"the model has logits for tokens 0 to {view.cfg.d_vocab_out - 1} only")
+    found = [logits_of_targets(view, stream, targets) for stream in streams]
     lens, top = (torch.stack(each) for each in zip(*found, strict=True))
-    largest = max(by_layer.values.abs().max().item(), lens.abs().max().item())
-    error = measure_error(lens.diff(dim=0), by_layer.of_kind("layer"), largest)
-    ids = top.unique().tolist()
+    everywhere = Positions(slice(None))
+    reading = read_logits(trace, everywhere, targets, None, (), ("prompt", "target"))
+    values, components = project(by_layer.parts(trace, view.last, everywhere), reading.direction)
+    rows = [i for i, component in enumerate(components) if component.kind == "layer"]
+    added, steps = values[rows], lens.diff(dim=0)
+    largest = max(values.abs().max().item(), lens.abs().max().item())
+    gap, identity = None, "lens(l + 1) - lens(l) = attribution of block l"
+    if reading.held:
+        gap = measure_error(steps, added)
+        held = [torch.linalg.vecdot(stream, reading.direction) for stream in streams]
+        steps = torch.stack(held).diff(dim=0)
+    error = measure_error(steps, added, largest)
+    ids = torch.cat([top.flatten(), targets.flatten()]).unique().tolist()
     return Lens(
-        lens, top, tuple(tuple(strings(model, row.tolist())) for row in tokens),
-        dict(zip(ids, strings(model, ids), strict=True)),
-        Certificate("lens(l + 1) - lens(l) = attribution of block l", error),
+        lens, targets, top, trace.prompts, dict(zip(ids, view.strings(ids), strict=True)),
+        Certificate(identity, error, reading.held, gap),
     )  # fmt: skip

@@ -5,16 +5,17 @@ weights and meets the activations there, and a matrix that reads the stream is m
 weights first.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from lnfree_interp.analysis.contributions import Component, ComponentKind, find_components
+from lnfree_interp.analysis.components import Component, find_components
+from lnfree_interp.analysis.view import Attention, Place
 
 Direction = Float[Tensor, "batch pos d_model"]
 Values = Float[Tensor, "batch pos part"]
@@ -22,158 +23,177 @@ Vectors = Float[Tensor, "batch pos part d_model"]
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
-    """One part that is there in full."""
+class Part(ABC):
+    """A group of parts of the stream that one set of weights writes."""
 
     components: tuple[Component, ...]
+    """What each is."""
+    written: Place
+    """Where the stream first holds them."""
+
+    @abstractmethod
+    def onto(self, direction: Direction, out: Values) -> None:
+        """Each part's share of a direction per position, written to `out`."""
+
+    @abstractmethod
+    def along(self, direction: Float[Tensor, "batch d_model"]) -> Values:
+        """Each part's share of one direction for all positions."""
+
+    @abstractmethod
+    def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
+        """Each part times a matrix that reads the stream."""
+
+    @abstractmethod
+    def vectors(self, rows: list[int]) -> Vectors:
+        """Some of the parts in full."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Part):
+    """One part that is there in full."""
+
     x: Float[Tensor, "batch pos d_model"]
 
     def onto(self, direction: Direction, out: Values) -> None:
-        """Each part's share of a direction per position, written to `out`."""
+        """As `Part.onto`."""
         torch.linalg.vecdot(self.x, direction, out=out[..., 0])
 
+    def along(self, direction: Float[Tensor, "batch d_model"]) -> Values:
+        """As `Part.along`."""
+        return self.x @ direction[..., None]
+
     def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
-        """Each part times a matrix that reads the stream."""
+        """As `Part.through`."""
         return (self.x @ W)[:, :, None]
 
     def vectors(self, rows: list[int]) -> Vectors:
-        """Some of the parts in full."""
+        """As `Part.vectors`."""
         return self.x[:, :, None].expand(-1, -1, len(rows), -1)
 
 
 @dataclass(frozen=True, eq=False)
-class Constant:
+class Constant(Part):
     """Biases, the same for every token."""
 
-    components: tuple[Component, ...]
     biases: Float[Tensor, "part d_model"]
     shape: tuple[int, int]
     """Batch and positions."""
 
     def onto(self, direction: Direction, out: Values) -> None:
-        """Each part's share of a direction per position, written to `out`."""
+        """As `Part.onto`."""
         out.copy_(direction @ self.biases.T)
 
+    def along(self, direction: Float[Tensor, "batch d_model"]) -> Values:
+        """As `Part.along`."""
+        return (direction @ self.biases.T)[:, None].expand(-1, self.shape[1], -1)
+
     def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
-        """Each part times a matrix that reads the stream."""
+        """As `Part.through`."""
         parts = self.biases @ W
         return parts.expand(*self.shape, *parts.shape)
 
     def vectors(self, rows: list[int]) -> Vectors:
-        """Some of the parts in full."""
+        """As `Part.vectors`."""
         return self.biases[rows].expand(*self.shape, -1, -1)
 
 
 @dataclass(frozen=True, eq=False)
-class Heads:
-    """Heads, or what they add before their biases."""
+class Rows(Part):
+    """Activations times rows: the neurons of an MLP, the features of a dictionary."""
 
-    components: tuple[Component, ...]
-    z: Float[Tensor, "batch pos head d_head"]
-    W_O: Float[Tensor, "head d_head d_model"]
+    acts: Float[Tensor, "batch pos part"]
+    W: Float[Tensor, "part d_model"]
 
     def onto(self, direction: Direction, out: Values) -> None:
-        """Each part's share of a direction per position, written to `out`."""
-        torch.linalg.vecdot(self.z, onto_z(direction, self.W_O), out=out)
+        """As `Part.onto`."""
+        torch.mul(direction @ self.W.T, self.acts, out=out)
+
+    def along(self, direction: Float[Tensor, "batch d_model"]) -> Values:
+        """As `Part.along`."""
+        return self.acts * (direction @ self.W.T)[:, None]
 
     def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
-        """Each part times a matrix that reads the stream."""
-        return einsum(
-            self.z, self.W_O @ W, "batch pos head d_head, head d_head m -> batch pos head m"
-        )
+        """As `Part.through`."""
+        return self.acts[..., None] * (self.W @ W)
 
     def vectors(self, rows: list[int]) -> Vectors:
-        """Some of the parts in full."""
-        return einsum(self.z[:, :, rows], self.W_O[rows], "b p h k, h k d -> b p h d")
+        """As `Part.vectors`."""
+        return self.acts[..., rows, None] * self.W[rows]
 
 
 @dataclass(frozen=True, eq=False)
-class Sources:
-    """Each head split by the token that it reads; head by head, then token by token."""
+class Heads(Part):
+    """Heads, or what they add before their biases."""
 
-    components: tuple[Component, ...]
-    pattern: Float[Tensor, "batch head pos source"]
-    v: Float[Tensor, "batch source head d_head"]
-    W_O: Float[Tensor, "head d_head d_model"]
+    z: Float[Tensor, "batch pos head d_head"]
+    attention: Attention
 
     def onto(self, direction: Direction, out: Values) -> None:
-        """Each part's share of a direction per position, written to `out`."""
-        moved = einsum(
-            onto_z(direction, self.W_O), self.v,
-            "batch pos head d_head, batch source head d_head -> batch head pos source",
-        ).mul_(self.pattern)  # fmt: skip
-        out.unflatten(-1, (self.v.shape[2], -1)).copy_(moved.transpose(1, 2))
+        """As `Part.onto`."""
+        torch.linalg.vecdot(self.z, self.attention.onto_z(direction), out=out)
+
+    def along(self, direction: Float[Tensor, "batch d_model"]) -> Values:
+        """As `Part.along`."""
+        return torch.linalg.vecdot(self.z, self.attention.onto_z(direction)[:, None])
 
     def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
-        """Each part times a matrix that reads the stream."""
-        read = einsum(
-            self.v, self.W_O @ W, "batch source head d_head, head d_head m -> batch source head m"
+        """As `Part.through`."""
+        return einsum(
+            self.z, self.attention.onto_matrix(W), "b pos head k, head k m -> b pos head m"
         )
+
+    def vectors(self, rows: list[int]) -> Vectors:
+        """As `Part.vectors`."""
+        return self.attention.write(self.z[:, :, rows], rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Sources(Part):
+    """Each head split by the token that it reads; head by head, then token by token."""
+
+    pattern: Float[Tensor, "batch head pos source"]
+    v: Float[Tensor, "batch source head d_head"]
+    attention: Attention
+
+    def _moved(
+        self, ahead: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head source"]:
+        """Through the pattern: a direction per position as heads' outputs see it."""
+        moved = einsum(ahead, self.v, "b pos head k, b source head k -> b head pos source")
+        return moved.mul_(self.pattern).transpose(1, 2)
+
+    def onto(self, direction: Direction, out: Values) -> None:
+        """As `Part.onto`."""
+        moved = self._moved(self.attention.onto_z(direction))
+        out.unflatten(-1, (self.v.shape[2], -1)).copy_(moved)
+
+    def along(self, direction: Float[Tensor, "batch d_model"]) -> Values:
+        """As `Part.along`."""
+        ahead = self.attention.onto_z(direction)[:, None].expand(-1, self.pattern.shape[2], -1, -1)
+        return self._moved(ahead).flatten(2)
+
+    def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
+        """As `Part.through`."""
+        onto = self.attention.onto_matrix(W)
+        read = einsum(self.v, onto, "b source head k, head k m -> b source head m")
         moved = einsum(
-            self.pattern,
-            read,
-            "batch head pos source, batch source head m -> batch pos head source m",
+            self.pattern, read, "b head pos source, b source head m -> b pos head source m"
         )
         return moved.flatten(2, 3)
 
     def vectors(self, rows: list[int]) -> Vectors:
-        """Some of the parts in full."""
-        n_sources = self.v.shape[1]
-        found = []
+        """As `Part.vectors`."""
+        n_sources, found = self.v.shape[1], []
         for row in rows:
             head, source = divmod(row, n_sources)
-            whole = self.v[:, source, head] @ self.W_O[head]
-            found.append(self.pattern[:, head, :, source, None] * whole[:, None])
+            whole = self.attention.write(self.v[:, source, [head]], [head])
+            found.append(self.pattern[:, head, :, source, None] * whole)
         return torch.stack(found, dim=2)
 
 
-@dataclass(frozen=True, eq=False)
-class Neurons:
-    """The neurons of an MLP."""
-
-    components: tuple[Component, ...]
-    post: Float[Tensor, "batch pos neuron"]
-    W_out: Float[Tensor, "neuron d_model"]
-
-    def onto(self, direction: Direction, out: Values) -> None:
-        """Each part's share of a direction per position, written to `out`."""
-        torch.mul(direction @ self.W_out.T, self.post, out=out)
-
-    def through(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "batch pos part m"]:
-        """Each part times a matrix that reads the stream."""
-        return self.post[..., None] * (self.W_out @ W)
-
-    def vectors(self, rows: list[int]) -> Vectors:
-        """Some of the parts in full."""
-        return self.post[..., rows, None] * self.W_out[rows]
-
-
-@lru_cache(maxsize=256)
-def labels(kind: ComponentKind, layer: int, n: int) -> tuple[Component, ...]:
-    """Heads or neurons of a layer; made once, since there are many."""
-    return tuple(Component(kind, layer, index) for index in range(n))
-
-
-@lru_cache(maxsize=24)
-def source_labels(layer: int, n_heads: int, sources: int) -> tuple[Component, ...]:
-    """Heads of a layer by source token; few are kept, since every length has its own."""
-    return tuple(Component("head", layer, i, pos) for i in range(n_heads) for pos in range(sources))
-
-
-Write = Dense | Constant | Heads | Sources | Neurons
-"""A group of parts that one set of weights writes."""
-
-
-def onto_z(
-    direction: Float[Tensor, "batch pos d_model"], W_O: Float[Tensor, "head d_head d_model"]
-) -> Float[Tensor, "batch pos head d_head"]:
-    """A direction of the stream, as heads' outputs see it."""
-    return (direction @ W_O.flatten(0, 1).T).unflatten(-1, W_O.shape[:2])
-
-
 def project(
-    parts: Iterable[Write],
-    direction: Float[Tensor, "batch pos d_model"],
+    parts: Iterable[Part],
+    direction: Direction,
     constants: Sequence[tuple[Component, Float[Tensor, "batch pos"]]] = (),
 ) -> tuple[Float[Tensor, "component batch pos"], tuple[Component, ...]]:
     """Every part, projected onto a direction per position.
@@ -202,7 +222,7 @@ def project(
 
 
 def expand(
-    parts: Iterable[Write], wanted: Sequence[str | Component] | None = None
+    parts: Iterable[Part], wanted: Sequence[str | Component] | None = None
 ) -> tuple[Float[Tensor, "component batch pos d_model"], tuple[Component, ...]]:
     """Parts in full, d_model and all.
 
@@ -226,7 +246,7 @@ def expand(
 
 
 def transform(
-    parts: Iterable[Write], W: Float[Tensor, "d_model m"]
+    parts: Iterable[Part], W: Float[Tensor, "d_model m"]
 ) -> tuple[Float[Tensor, "component batch pos m"], tuple[Component, ...]]:
     """Every part, through a matrix that reads the stream."""
     values, components = [], []

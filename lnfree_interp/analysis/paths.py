@@ -1,71 +1,102 @@
-"""Paths through attention: every way from a source to a logit, patterns given.
+"""Paths through attention: every way from a source to a target, patterns given.
 
-The logit is a sum over sources (embeddings, MLP outputs, biases); what a head adds is again a sum
-over the sources that it read, moved by its pattern and by W_V W_O. Applied head by head this is the
-path expansion of the circuits framework (Elhage et al. 2021), which without norms has no
+A target is a sum over sources (embeddings, MLP outputs, biases); what a head adds is again a sum
+over the sources that it read, moved by its pattern and by W_V and W_O. Applied head by head this is
+the path expansion of the circuits framework (Elhage et al. 2021), which without norms has no
 approximation in it. There are far too many paths to list, so the largest are opened first, and what
 was left closed stays in the sum with its exact value.
 """
 
 import heapq
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import count
+from typing import SupportsIndex
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.contributions import Component, Contributions
-from lnfree_interp.analysis.gaps import token_gap
-from lnfree_interp.analysis.gates import Held, hold
-from lnfree_interp.analysis.logit_reading import read_logit
-from lnfree_interp.analysis.questions import Answer, Prompt
-from lnfree_interp.analysis.reads import held
+from lnfree_interp.analysis.affine import Backward, carry_back
+from lnfree_interp.analysis.components import Component
+from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.parts import Constant
+from lnfree_interp.analysis.prompts import Answers, whole_number
+from lnfree_interp.analysis.results import Contributions
+from lnfree_interp.analysis.targets import Target
+from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
 
-Weights = Float[Tensor, " pos"]
+Weights = Float[Tensor, "batch pos"]
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """Sources that reached the target by one way: by position, unless they are biases."""
+
+    components: tuple[Component, ...]
+    via: tuple[Component, ...]
+    values: Float[Tensor, "batch pos part"]
+    by_position: bool
+
+    def named(self, index: int) -> Component:
+        pos, part = divmod(index, len(self.components))
+        found = self.components[part]
+        return replace(found, pos=pos if self.by_position else found.pos, through=self.via)
+
+
+@dataclass(frozen=True, eq=False)
+class _Closed:
+    """A head that was not opened yet."""
+
+    head: Component
+    via: tuple[Component, ...]
+    values: Float[Tensor, "batch pos"]
+    weights: Weights
+    direction: Float[Tensor, "batch d_model"]
+
+    def row(self) -> _Row:
+        return _Row((self.head,), self.via, self.values.sum(1)[:, None, None], False)
+
+
+@question
 def expand_paths(
-    model: HookedTransformer,
-    prompt: Prompt,
-    answer: Answer,
-    against: Answer | None = None,
+    trace: Trace,
+    answer: Answers | Target,
+    foil: Answers | None = None,
     *,
+    by: str | Level = "head",
     top_k: int | None = 20,
-    expansions: int = 200,
-    prepend_bos: bool | None = None,
-    frozen_scale: bool = False,
+    expansions: SupportsIndex = 200,
 ) -> Contributions:
-    """A logit by paths: a source, and the heads that carried it to the last position.
+    """A logit by paths: a source at its position, and the heads that carried it to the end.
 
-    Patterns and the outputs of MLPs are given. A path is labelled `embed > L0H1 > L2H5`.
+    Patterns and the outputs of MLPs are given. A path is labelled `embed@3 > L0H1 > L2H5`: the
+    embedding of token 3, moved by L0H1 and then by L2H5. Biases come from no position.
 
     Args:
-        model: LN-free. The outputs of MLPs are sources; in an attention-only model every path
-            starts at an embedding or a bias.
-        prompt: One prompt.
-        answer: As in `attribute_logits`, one.
-        against: As in `attribute_logits`, one.
+        trace: A trace; or a model and a prompt, as two arguments.
+        answer: The next token, as in `attribute_logits`, one for each prompt; or any target.
+        foil: Subtract this token's logit.
+        by: What the stream is a sum of; its heads are opened, everything else is a source. As in
+            `attribute_logits`, for levels that have heads or sources.
         top_k: Rows to list; the others are one row `rest`. None: all.
         expansions: Heads to open, those with the largest contribution first. One that was not
             opened is listed as a whole: `L0H1 > L2H5` is all that L2H5 got from L0H1. With enough
-            of them everything is open: there are about (1 + heads) ** layers paths.
-        prepend_bos: As in `attribute_logits`.
-        frozen_scale: Hold live norms' scales; `.gap` measures what that misses, by taking out the
-            tokens that claim most, patterns and the outputs of MLPs still held.
+            of them everything is open: there are about (1 + heads) ** layers ways.
 
     Returns:
-        Values [path], in logits, largest first, then `rest`; each is exact, and so is their sum.
-        Biases are rows too. Where all rows are listed there is no `rest`.
+        Values [path], or [path, prompt] for several prompts, in logits, largest first, then `rest`;
+        each is exact, and so is their sum. Where all rows are listed there is no `rest`.
 
     Raises:
-        InexactError: if a norm is live or the logits are capped, and `frozen_scale` is False.
-        DataError: as `attribute_logits`; for more than one prompt or answer, `top_k` less than one
-            or negative `expansions`.
-        UnsupportedModelError: as `attribute_logits`.
+        InexactError: if a norm that values are read through, or the final one, is live or the
+            logits are capped, and the trace does not hold.
+        DataError: as `attribute_logits`; for more than one answer, `top_k` less than one or
+            negative `expansions`.
+        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
 
     Source:
         Path expansion: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework. Ours:
@@ -76,80 +107,108 @@ def expand_paths(
         >>> len(paths), paths.labels[-1]
         (4, 'rest')
     """
-    if expansions < 0 or (top_k is not None and top_k < 1):
-        raise DataError("list at least one path, and open no less than none")
-    nonlinear = held(model, frozen_scale)
-    reading = read_logit(model, prompt, answer, against, prepend_bos)
-    network = hold(model, reading.tokens)
-    n_pos = reading.tokens.shape[1]
-    last = torch.zeros(n_pos, dtype=reading.direction.dtype, device=reading.direction.device)
-    last[-1] = 1
-    done: list[tuple[Component, Tensor]] = list(reading.constants)
-    closed: list[tuple[float, int, Component, Tensor, Weights, Tensor]] = []
+    if whole_number(expansions, "expansions") < 0:
+        raise DataError(f"expansions={expansions}: give how many heads to open, 0 or more")
+    if top_k is not None and whole_number(top_k, "top_k") < 1:
+        raise DataError(f"top_k={top_k}: give how many paths to list, at least 1, or None for all")
+    chosen = level(by)
+    way = carry_back(trace, answer, foil, through_mlps=False)
+    trace.need(*chosen.needs(trace.view, way.reading.place))
+    rows: list[_Row] = []
+    closed: list[tuple[float, int, _Closed]] = []
     order = count()
 
     def open_up(
-        weights: Weights, direction: Tensor, n_layers: int, via: tuple[Component, ...]
+        weights: Weights,
+        direction: Float[Tensor, "batch d_model"],
+        place: Place,
+        via: tuple[Component, ...],
     ) -> None:
-        for component, value in _sources(network, weights, direction, n_layers, via):
-            done.append((component, value))
-        for component, value, ahead in _heads(network, weights, direction, n_layers, via):
-            size = -abs(value.item())
-            heapq.heappush(closed, (size, next(order), component, value, weights, ahead))
+        for found in _sources(trace, chosen, weights, direction, place, via):
+            if isinstance(found, _Row):
+                rows.append(found)
+            else:
+                size = -found.values.sum(1).abs().sum().item()
+                heapq.heappush(closed, (size, next(order), found))
 
-    open_up(last, reading.direction, len(network.layers), ())
+    reading = way.reading
+    numbers = reading.at.numbers(trace.n_pos, trace.batch).to(reading.direction.device)
+    for column, at in enumerate(numbers.T):
+        weights = torch.nn.functional.one_hot(at, trace.n_pos).to(reading.direction)
+        open_up(weights, reading.direction[:, column], reading.place, ())
+    for component, value in way.constants():
+        rows.append(_Row((component,), (), value[..., None], False))
     for _ in range(expansions):
         if not closed:
             break
-        _, _, head, _, weights, ahead = heapq.heappop(closed)
-        assert head.layer is not None
-        assert head.index is not None
-        layer = network.layers[head.layer]
-        via = (Component("head", head.layer, head.index), *head.through)
-        # `ahead` is the direction as this head's output sees it.
-        bias = Component("b_V", head.layer, head.index, through=head.through)
-        done.append((bias, weights.sum() * (ahead @ layer.b_V[head.index])))
-        read_weights, direction = layer.before.back_weighted(
-            weights @ layer.pattern[0, head.index], layer.W_V[head.index] @ ahead
-        )
-        open_up(read_weights, direction, head.layer, via)
-    rows = [*done, *((component, value) for _, _, component, value, _, _ in closed)]
-    values = torch.stack([value for _, value in rows])
-    order_of_size = values.abs().argsort(descending=True)
-    listed = order_of_size if top_k is None else order_of_size[:top_k]
-    rest = order_of_size[len(listed) :]
-    components = [rows[i][0] for i in listed.tolist()]
-    values_listed = values[listed]
-    if len(rest):
-        values_listed = torch.cat([values_listed, values[rest].sum()[None]])
-        components.append(Component("rest"))
-    return Contributions(
-        values_listed, tuple(components), reading.total, "path", reading.of, reading.prompts,
-        bool(nonlinear), "paths + rest = the model's logits, patterns given",
-        token_gap(model, network, reading, through_mlps=False) if nonlinear else None,
-    )  # fmt: skip
+        _, _, one = heapq.heappop(closed)
+        open_up(*_opened(trace, one, rows))
+    rows += [one.row() for _, _, one in closed]
+    return _listed(trace, way, rows, top_k)
 
 
 def _sources(
-    network: Held, weights: Weights, direction: Tensor, n_layers: int, via: tuple[Component, ...]
-) -> Iterator[tuple[Component, Tensor]]:
-    """What lies in the stream before a block and is no head, by weight and direction."""
-    for kind, x in network.embeds.items():
-        yield Component(kind, through=via), weights @ (x[0] @ direction)
-    for layer in network.layers[:n_layers]:
-        yield Component("b_O", layer.layer, through=via), weights.sum() * (layer.b_O @ direction)
-        if (mlp := layer.mlp) is not None:
-            moved = weights @ mlp.post[0] @ (mlp.W_out @ direction)
-            moved = moved + weights.sum() * (mlp.b_out @ direction)
-            yield Component("mlp_out", layer.layer, through=via), moved
+    trace: Trace,
+    by: Level,
+    weights: Weights,
+    direction: Float[Tensor, "batch d_model"],
+    place: Place,
+    via: tuple[Component, ...],
+) -> Iterator[_Row | _Closed]:
+    """The stream at a place, read along one direction with a weight for every position."""
+    for part in by.parts(trace, place):
+        if isinstance(part, Constant):
+            once = replace(part, shape=(trace.batch, 1)).along(direction)
+            yield _Row(part.components, via, weights.sum(1)[:, None, None] * once, False)
+            continue
+        values = part.along(direction) * weights[..., None]
+        heads = [c.kind == "head" and c.pos is None for c in part.components]
+        if all(heads):
+            for column, head in enumerate(part.components):
+                yield _Closed(head, via, values[..., column], weights, direction)
+        elif any(c.pos is not None for c in part.components):  # they say where they come from
+            yield _Row(part.components, via, values.sum(1, keepdim=True), False)
+        else:
+            yield _Row(part.components, via, values, True)
 
 
-def _heads(
-    network: Held, weights: Weights, direction: Tensor, n_layers: int, via: tuple[Component, ...]
-) -> Iterator[tuple[Component, Tensor, Tensor]]:
-    """The heads before a block: what each adds, and the direction as its output sees it."""
-    for layer in network.layers[:n_layers]:
-        ahead = layer.W_O @ direction
-        values = torch.einsum("p,phk,hk->h", weights, layer.z[0], ahead)
-        for head in range(len(ahead)):
-            yield Component("head", layer.layer, head, through=via), values[head], ahead[head]
+def _opened(
+    trace: Trace, one: _Closed, rows: list[_Row]
+) -> tuple[Weights, Float[Tensor, "batch d_model"], Place, tuple[Component, ...]]:
+    """What a head read: its bias goes to the rows, the stream before it is still to be opened."""
+    layer, index = one.head.layer, one.head.index
+    assert layer is not None
+    assert index is not None
+    block = trace.block(layer)
+    ahead = block.attention.onto_z(one.direction)[:, index]
+    bias = one.weights.sum(1) * (ahead @ block.b_V[index])
+    rows.append(_Row((Component("b_V", layer, index),), one.via, bias[:, None, None], False))
+    moved = einsum(one.weights, block.pattern[:, index], "b query, b query key -> b key")
+    weights, direction = block.before.back_weighted(moved, ahead @ block.attention.W_V[index].T)
+    return weights, direction, Place(layer), (one.head, *one.via)
+
+
+def _listed(trace: Trace, way: Backward, rows: list[_Row], top_k: int | None) -> Contributions:
+    """The largest rows by name, and the sum of the others."""
+    values = torch.cat([row.values.flatten(1) for row in rows], dim=1)
+    starts = torch.tensor([row.values[0].numel() for row in rows]).cumsum(0)
+    size = values.abs().mean(0)
+    keep = len(size) if top_k is None else min(top_k, len(size))
+    largest = size.topk(keep).indices
+    components = []
+    for index in largest.tolist():
+        row = int(torch.searchsorted(starts, index, right=True))
+        components.append(rows[row].named(index - (int(starts[row - 1]) if row else 0)))
+    listed = values[:, largest].T
+    if keep < len(size):
+        left = values.sum(1, dtype=torch.float64) - listed.sum(0, dtype=torch.float64)
+        listed = torch.cat([listed, left.to(listed)[None]])
+        components.append(Component("rest"))
+    reading = way.reading
+    result = Contributions(
+        listed, tuple(components), reading.total[:, 0], "path", ("prompt",), reading.of,
+        trace.prompts, unit=reading.unit, held=way.held, gap=way.gap,
+        identity=f"paths + rest = {reading.identity.removeprefix('parts = ')}, patterns given",
+        scale=max(reading.scale, values.abs().max().item()),
+    )  # fmt: skip
+    return result.select(prompt=0) if trace.single else result

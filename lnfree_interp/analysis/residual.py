@@ -1,40 +1,23 @@
 """The residual stream at any place as a sum of what was written to it."""
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import Any, SupportsIndex
 
-from lnfree_interp.analysis.contributions import Contributions, Level
-from lnfree_interp.analysis.parts import expand, project
-from lnfree_interp.analysis.questions import (
-    Prompt,
-    read_position,
-    read_prompts,
-    strings,
-)
-from lnfree_interp.analysis.writes import (
-    Place,
-    require_decomposable,
-    require_level,
-    write_names,
-    writes,
-)
-from lnfree_interp.errors import DataError
-from lnfree_interp.models.running import run_and_keep
+from lnfree_interp.analysis.attribute import attribute
+from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.parts import expand
+from lnfree_interp.analysis.results import Contributions
+from lnfree_interp.analysis.targets import Probe
+from lnfree_interp.analysis.trace import Trace, question
 
 
-@torch.no_grad()
+@question
 def decompose_residual(
-    model: HookedTransformer,
-    prompt: Prompt,
+    trace: Trace,
     at: str | None = None,
     *,
-    pos: int | slice = -1,
-    by: Level = "head",
-    onto: Float[Tensor, "*batch d_model"] | None = None,
-    prepend_bos: bool | None = None,
-    attention_mask: Int[Tensor, "*prompt pos"] | Float[Tensor, "*prompt pos"] | None = None,
+    pos: SupportsIndex | slice = -1,
+    by: str | Level = "head",
+    onto: Any = None,
     biases: bool = False,
 ) -> Contributions:
     """The residual stream at one place, as the sum of embeddings, heads, neurons and biases.
@@ -42,17 +25,14 @@ def decompose_residual(
     Exact on every model, LN-free or not: norms act on what sublayers read, never on the stream.
 
     Args:
-        model: Any form.
-        prompt: One prompt or several of the same length.
+        trace: A trace; or a model and a prompt, as two arguments.
         at: A hook name such as `blocks.3.hook_resid_mid`. Default: the stream that the final norm
             reads.
-        pos: Positions of the stream: one, or a slice.
-        by: As in `attribute_logits`.
+        pos: Positions of the stream: one, from each prompt's own end if negative; or a slice.
+        by: How finely, as in `attribute_logits`.
         onto: Project onto this direction, [d_model], instead of expanding every part: [component]
             numbers instead of vectors. Or one direction for each position, [pos, d_model].
-        prepend_bos: As in `attribute_logits`.
-        attention_mask: As in `attribute_logits`.
-        biases: As in `attribute_logits`.
+        biases: Each head's value bias as a part of its own, by head and by neuron.
 
     Returns:
         Values [component, pos, d_model] for one prompt, [component, prompt, pos, d_model] for
@@ -60,9 +40,9 @@ def decompose_residual(
         stream's own units; with `onto`, times the direction's length.
 
     Raises:
-        DataError: if there is no such place, position or level, prompts differ in length, or the
-            direction is not [..., d_model].
-        UnsupportedModelError: for a model whose stream has other parts.
+        DataError: if there is no such place, position or level, a slice is asked of prompts that
+            differ in length, or the direction is not [..., d_model].
+        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
 
     Source:
         The residual stream as the sum of what is written to it: Elhage et al. 2021,
@@ -70,53 +50,23 @@ def decompose_residual(
 
     Examples:
         >>> at = "blocks.1.hook_resid_mid"
-        >>> parts = lf.decompose_residual(model, "for i in", at, by="block").verify()
+        >>> parts = lf.decompose_residual(model, "for i in", at, by="sublayer").verify()
         >>> parts.labels
         ['embed', 'pos_embed', '0_attn_out', '0_mlp_out', '1_attn_out']
         >>> parts.values.shape
         torch.Size([5, 192])
     """
-    require_level(by)
-    require_decomposable(model)
-    place = Place.last(model) if at is None else Place.parse(model, at)
-    prompts = read_prompts(model, prompt, prepend_bos, attention_mask)
-    groups = prompts.by_length()
-    if len(groups) > 1:
-        raise DataError("prompts differ in length: take the stream apart one prompt at a time")
-    tokens = groups[0][1]
-    n_pos = tokens.shape[1]
-    if isinstance(pos, slice) and (pos.step or 1) < 0:
-        raise DataError(f"{pos} runs backwards")
+    if onto is not None:
+        return attribute(trace, Probe(onto, at, pos), by, biases=biases)
+    trace.require_text()
+    chosen, place, positions = level(by), trace.view.place(at), trace.positions(pos)
+    trace.need(place.hook, *chosen.needs(trace.view, place))
+    values, components = expand(chosen.parts(trace, place, positions, biases))
+    total, dims = positions.of(trace.stream(place)), ("prompt", "pos", "d_model")
     if not isinstance(pos, slice):
-        pos = read_position(pos, n_pos)
-    positions = pos if isinstance(pos, slice) else slice(pos, pos + 1)
-    names = [*write_names(model, by, place), place.hook]
-    stop = min(place.layer + 1, model.cfg.n_layers)
-    _, cache = run_and_keep(model, tokens, names, stop)
-    total = cache[place.hook][:, positions]
-    if total.shape[1] == 0:
-        raise DataError(f"{pos} selects none of {n_pos} positions")
-    parts = writes(model, cache, by, place, positions, biases=biases)
-    if onto is None:
-        values, components = expand(parts)
-    else:
-        onto = torch.as_tensor(onto)
-        if onto.ndim == 0 or onto.shape[-1] != model.cfg.d_model:
-            raise DataError(f"a direction has {model.cfg.d_model} entries, not {list(onto.shape)}")
-        try:
-            direction = onto.to(total).expand(total.shape).contiguous()
-        except RuntimeError as error:
-            raise DataError(
-                f"directions {list(onto.shape)} do not fit a stream of {list(total.shape)}"
-            ) from error
-        values, components = project(parts, direction)
-        total = torch.linalg.vecdot(total, direction)
-    if isinstance(pos, int):
-        values, total = values[:, :, 0], total[:, 0]
+        values, total, dims = values[:, :, 0], total[:, 0], ("prompt", "d_model")
     whole = Contributions(
-        values, components, total, by,
-        of=(place.hook,) * len(tokens),
-        prompts=tuple(tuple(strings(model, row.tolist())) for row in tokens),
-        identity=f"parts = {place.hook}",
+        values, components, total, chosen.name, dims, (place.hook,) * trace.batch, trace.prompts,
+        unit="stream", identity=f"parts = {place.hook}",
     )  # fmt: skip
-    return whole.select(0) if prompts.single else whole
+    return whole.select(prompt=0) if trace.single else whole

@@ -8,86 +8,71 @@ Everything is kept factored: nothing of size d_vocab x d_vocab is formed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, SupportsIndex
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import FactoredMatrix, HookedTransformer
+from tqdm.auto import tqdm
+from transformer_lens import FactoredMatrix
 
-from lnfree_interp.analysis.attention import require_head
-from lnfree_interp.analysis.contributions import Component
-from lnfree_interp.analysis.questions import Answer, read_answers, strings
-from lnfree_interp.analysis.reads import Read, held, read
-from lnfree_interp.analysis.writes import require_decomposable
+from lnfree_interp.analysis.components import Component, as_component
+from lnfree_interp.analysis.prompts import Answer, read_answers, whole_number
+from lnfree_interp.analysis.results import read_top
+from lnfree_interp.analysis.targets import require_head
+from lnfree_interp.analysis.view import Model, Read, View, view_of
 from lnfree_interp.errors import DataError, UnsupportedModelError
 
 Input = Literal["Q", "K", "V"]
 
 
-@torch.no_grad()
-def writer_weights(
-    model: HookedTransformer, component: str | Component
-) -> Float[Tensor, "width d_model"]:
+def writer_weights(view: View, component: str | Component) -> Float[Tensor, "width d_model"]:
     """What a component writes with: W_O of a head, a row of W_out, all of W_E or W_pos, a bias.
 
     Raises:
         DataError: if the model has no such component, or it is none of these.
     """
-    return _writer_weights(model, component).detach()
-
-
-def _writer_weights(
-    model: HookedTransformer, component: str | Component
-) -> Float[Tensor, "width d_model"]:
-    one = component if isinstance(component, Component) else Component.parse(component)
-    layers = model.cfg.n_layers
+    one = as_component(component)
     if one.pos is not None or one.through:
         raise DataError(f"{one.label}: weights are the same at every position and on every path")
-    if one.layer is not None and not 0 <= one.layer < layers:
-        raise DataError(f"{one.label}: the model has layers 0 to {layers - 1}")
-    block: Any = None if one.layer is None else model.blocks[one.layer]
+    if one.layer is not None and not 0 <= one.layer < view.n_layers:
+        raise DataError(f"{one.label}: the model has layers 0 to {view.n_layers - 1}")
     if one.kind == "embed":
-        return model.W_E
-    if one.kind == "pos_embed" and model.cfg.positional_embedding_type == "standard":
-        return model.W_pos
-    if block is not None and one.kind == "head" and one.index is not None:
-        require_head(model, one.layer or 0, one.index)
-        return block.attn.W_O[one.index]
-    if block is not None and one.kind == "b_O":
-        return block.attn.b_O[None]
-    if block is not None and not model.cfg.attn_only:
+        return view.W_E
+    if one.kind == "pos_embed" and view.has_positions:
+        return view.W_pos
+    if one.layer is not None and one.kind == "head" and one.index is not None:
+        require_head(view, one.layer, one.index)
+        return view.attention(one.layer).W_O[one.index]
+    if one.layer is not None and one.kind == "b_O":
+        return view.attention(one.layer).b_O[None]
+    if one.layer is not None and view.has_mlps:
+        mlp = view.mlp(one.layer)
         if one.kind == "neuron" and one.index is not None:
-            n_neurons = block.mlp.W_out.shape[0]
+            n_neurons = mlp.W_out.shape[0]
             if not 0 <= one.index < n_neurons:
                 raise DataError(f"{one.label}: layer {one.layer} has neurons 0 to {n_neurons - 1}")
-            return block.mlp.W_out[one.index][None]
+            return mlp.W_out[one.index][None]
         if one.kind == "mlp_out":
-            return block.mlp.W_out
+            return mlp.W_out
         if one.kind == "b_out":
-            return block.mlp.b_out[None]
+            return mlp.b_out[None]
     raise DataError(f"{one.label} writes with no weights of its own in this model")
 
 
 def _through(norm: Read, W: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
     """A reader's weights with its norm, which is constant, merged in."""
-    return norm.weights_back(W.detach()) / norm.scale
+    return norm.weights_back(W) / norm.scale
 
 
-def _norm(model: HookedTransformer, name: str) -> Read:
-    held(model, False, [name])
-    return read(model, {}, name)
-
-
-@torch.no_grad()
 def reader_weights(
-    model: HookedTransformer, component: str | Component, which: Input | None = None
+    view: View, component: str | Component, which: Input | None = None
 ) -> Float[Tensor, "d_model width"]:
     """What a component reads the stream with, its norm merged in.
 
     Args:
-        model: LN-free.
+        view: Of an LN-free model.
         component: A head (`"L2H5"`, with `which`), a neuron (`"L2N310"`; the input of its
             activation function), a layer's MLP (`"2_mlp_out"`), or `"b_U"` for the unembedding.
         which: Of a head: `"Q"`, `"K"` or `"V"`.
@@ -96,29 +81,26 @@ def reader_weights(
         DataError: if the model has no such component, or it does not read.
         InexactError: if the norm is live.
     """
-    require_decomposable(model)
-    one = component if isinstance(component, Component) else Component.parse(component)
+    one = as_component(component)
     if one.kind == "b_U":
-        return _through(_norm(model, "ln_final"), model.W_U)
-    writer_weights(model, one)  # exists
-    assert one.layer is not None or one.kind in ("embed", "pos_embed")
-    if one.kind == "head" and one.layer is not None:
+        return _through(view.constant_read("ln_final", logits=True), view.W_U)
+    writer_weights(view, one)  # exists
+    if one.kind == "head" and one.layer is not None and one.index is not None:
         if which not in ("Q", "K", "V"):
             raise DataError(f"say with which of Q, K and V {one.label} reads")
         site = f"blocks.{one.layer}.ln1.{'v' if which == 'V' else 'qk'}"
-        W = getattr(model.blocks[one.layer].attn, f"W_{which}")[one.index]
-        return _through(_norm(model, site), W)
+        W = getattr(view.attention(one.layer), f"W_{which}")[one.index]
+        return _through(view.constant_read(site), W)
     if one.kind in ("neuron", "mlp_out") and one.layer is not None:
-        mlp: Any = model.blocks[one.layer].mlp
-        W = mlp.W_gate if model.cfg.gated_mlp else mlp.W_in
+        W, _ = view.mlp(one.layer).before_activation
         W = W if one.index is None else W[:, one.index][:, None]
-        return _through(_norm(model, f"blocks.{one.layer}.ln2"), W)
+        return _through(view.constant_read(f"blocks.{one.layer}.ln2"), W)
     raise DataError(f"{one.label} does not read the stream")
 
 
 @torch.no_grad()
 def virtual_weights(
-    model: HookedTransformer,
+    model: Model,
     writer: str | Component,
     reader: str | Component,
     which: Input | None = None,
@@ -130,7 +112,7 @@ def virtual_weights(
     or value there, before any rotation, is z times this. Biases are not in it.
 
     Args:
-        model: LN-free.
+        model: LN-free, a `HookedTransformer` or a `TransformerBridge`.
         writer: `"L0H3"`, `"L0N12"`, `"0_mlp_out"`, `"embed"`, `"pos_embed"`, `"0_b_O"`.
         reader: A head (`"L2H5"`, with `which`), a neuron (`"L2N310"`; the input of its activation
             function), a layer's MLP (`"2_mlp_out"`), or `"b_U"` for the unembedding.
@@ -157,15 +139,13 @@ def virtual_weights(
         >>> lf.virtual_weights(free, "L0N12", "b_U").AB.shape
         torch.Size([1, 4096])
     """
-    one, two = (
-        x if isinstance(x, Component) else Component.parse(x) for x in (writer, reader)
-    )  # fmt: skip
+    view, one, two = view_of(model), as_component(writer), as_component(reader)
     if one.layer is not None and two.layer is not None:
         same_block = one.layer == two.layer and two.kind in ("neuron", "mlp_out")
-        same_block = same_block and one.kind in ("head", "b_O") and not model.cfg.parallel_attn_mlp
+        same_block = same_block and one.kind in ("head", "b_O") and not view.parallel
         if not (one.layer < two.layer or same_block):
             raise DataError(f"{two.label} does not come after {one.label}: it cannot read it")
-    return FactoredMatrix(writer_weights(model, one), reader_weights(model, two, which))
+    return FactoredMatrix(writer_weights(view, one), reader_weights(view, two, which))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,7 +156,7 @@ class TokenTable:
         left: [row, rank], whose product with `right` is the table, in the unit of `what`.
         right: [rank, column].
         what: What an entry is, in words.
-        model: Whose tokens they are.
+        view: Of the model whose tokens they are.
         tokens_in_rows: Whether rows are tokens; else they are numbers.
         tokens_in_columns: The same of columns.
     """
@@ -184,7 +164,7 @@ class TokenTable:
     left: Float[Tensor, "row rank"]
     right: Float[Tensor, "rank column"]
     what: str
-    model: HookedTransformer
+    view: View
     tokens_in_rows: bool = True
     tokens_in_columns: bool = True
 
@@ -230,13 +210,19 @@ class TokenTable:
 
     def _index(self, name: Answer, tokens: bool, size: int) -> int:
         if tokens:
-            return int(read_answers(self.model, name, 1, True, "token")[0])
-        if not isinstance(name, int) or not -size <= name < size:
-            raise DataError(f"rows here are numbers from 0 to {size - 1}, not {name!r}")
-        return name
+            return int(read_answers(self.view, name, 1, True, "token")[0])
+        number = whole_number(name, "a row or column of this table")
+        if not -size <= number < size:
+            raise DataError(f"rows here are numbers from 0 to {size - 1}, not {number}")
+        return number
 
     def top(
-        self, k: int = 20, row: Answer | None = None, smallest: bool = False, chunk: int = 1024
+        self,
+        k: SupportsIndex = 20,
+        row: Answer | None = None,
+        smallest: bool = False,
+        chunk: SupportsIndex = 1024,
+        progress: bool = True,
     ) -> pd.DataFrame:
         """The largest entries, of one row or of the whole table: `row`, `column`, `value`.
 
@@ -245,42 +231,51 @@ class TokenTable:
             row: Only this one.
             smallest: The most negative instead.
             chunk: Rows formed at once.
+            progress: Whether to show a progress bar where it takes more than a second.
 
         Raises:
             DataError: if there is no such row, or `k` or `chunk` is less than one.
         """
-        if k < 1 or chunk < 1:
-            raise DataError(f"k={k} and chunk={chunk} must be positive")
-        chosen = range(len(self.left)) if row is None else [
-            self._index(row, self.tokens_in_rows, len(self.left)) % len(self.left)
-        ]  # fmt: skip
-        sign = -1 if smallest else 1
-        best_values = self.left.new_empty(0)
-        best_places = torch.empty(0, dtype=torch.long, device=self.left.device)
-        width = self.shape[1]
-        for start in range(0, len(chosen), chunk):
-            rows = torch.tensor(chosen[start : start + chunk], device=self.left.device)
-            values = sign * (self.left[rows] @ self.right).flatten()
-            found = values.topk(min(k, len(values)))
-            places = rows[found.indices // width] * width + found.indices % width
-            values = torch.cat([best_values, found.values])
-            order = values.topk(min(k, len(values))).indices
-            best_values, best_places = values[order], torch.cat([best_places, places])[order]
-        at = best_places.tolist()
+        k, chunk = read_top(k, self.shape[0] * self.shape[1]), whole_number(chunk, "chunk")
+        if chunk < 1:
+            raise DataError(f"chunk={chunk}: give how many rows to form at once, at least 1")
+        first, n_rows = 0, len(self.left)
+        if row is not None:
+            first, n_rows = self._index(row, self.tokens_in_rows, len(self.left)) % n_rows, 1
+        sign, width = (-1 if smallest else 1), self.shape[1]
+        best = self.left.new_empty(0)
+        places = torch.empty(0, dtype=torch.long, device=self.left.device)
+        starts = range(first, first + n_rows, chunk)
+        for start in tqdm(starts, desc="table", unit="chunk", delay=1, disable=not progress):
+            left = sign * self.left[start : min(start + chunk, first + n_rows)]
+            values = left @ self.right
+            # Most rows hold nothing that could still be among the k: one pass finds that out.
+            floor = best[-1] if len(best) == k else values.new_tensor(-torch.inf)
+            rows = (values.amax(1) > floor).nonzero()[:, 0]
+            if len(best) and not len(rows):
+                continue
+            found = values[rows].flatten().topk(min(k, len(rows) * width))
+            at = (rows[found.indices // width] + start) * width + found.indices % width
+            merged = torch.cat([best, found.values])
+            order = merged.topk(min(k, len(merged))).indices
+            best, places = merged[order], torch.cat([places, at])[order]
+        found_at = places.tolist()
         return pd.DataFrame(
             {
-                "row": self._names([place // width for place in at], self.tokens_in_rows),
-                "column": self._names([place % width for place in at], self.tokens_in_columns),
-                "value": (sign * best_values).tolist(),
+                "row": self._names([place // width for place in found_at], self.tokens_in_rows),
+                "column": self._names(
+                    [place % width for place in found_at], self.tokens_in_columns
+                ),
+                "value": (sign * best).tolist(),
             }
         )
 
     def _names(self, ids: Sequence[int], tokens: bool) -> list[str] | list[int]:
-        return strings(self.model, ids) if tokens else list(ids)
+        return self.view.strings(ids) if tokens else list(ids)
 
 
 @torch.no_grad()
-def bigram_table(model: HookedTransformer) -> TokenTable:
+def bigram_table(model: Model) -> TokenTable:
     """What a token's embedding alone adds to each next token's logit: W_E W_U, in logits.
 
     The direct path only: positions, biases, heads and MLPs are not in it.
@@ -304,21 +299,19 @@ def bigram_table(model: HookedTransformer) -> TokenTable:
         >>> lf.bigram_table(free).row(" in").shape
         torch.Size([4096])
     """
-    require_decomposable(model)
-    return TokenTable(
-        model.W_E.detach(), reader_weights(model, "b_U"), "logit from the embedding", model
-    )
+    view = view_of(model)
+    return TokenTable(view.W_E, reader_weights(view, "b_U"), "logit from the embedding", view)
 
 
 @torch.no_grad()
-def ov_table(model: HookedTransformer, layer: int, head: int) -> TokenTable:
+def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTable:
     """What looking at a token's embedding adds to each logit: W_E W_V W_O W_U, in logits.
 
     For an attention weight of one. Positions and biases are not in it, nor what else is in the
     stream.
 
     Args:
-        model: LN-free.
+        model: LN-free, a `HookedTransformer` or a `TransformerBridge`.
         layer: Of the head.
         head: Its index.
 
@@ -342,23 +335,24 @@ def ov_table(model: HookedTransformer, layer: int, head: int) -> TokenTable:
         >>> table.top(3, row=" in").columns.tolist()
         ['row', 'column', 'value']
     """
-    require_head(model, layer, head)
+    view = view_of(model)
+    layer, head = require_head(view, layer, head)
     name = f"L{layer}H{head}"
-    left = model.W_E @ reader_weights(model, name, "V")
-    right = writer_weights(model, name) @ reader_weights(model, "b_U")
-    return TokenTable(left, right, f"logit from a token that {name} looks at", model)
+    left = view.W_E @ reader_weights(view, name, "V")
+    right = writer_weights(view, name) @ reader_weights(view, "b_U")
+    return TokenTable(left, right, f"logit from a token that {name} looks at", view)
 
 
 @torch.no_grad()
 def qk_table(
-    model: HookedTransformer, layer: int, head: int, offset: int | None = None
+    model: Model, layer: SupportsIndex, head: SupportsIndex, offset: int | None = None
 ) -> TokenTable:
     """How much a token's embedding at the query looks for each at the key: scores, pre-softmax.
 
     Positions that are added to the stream and biases are not in it, nor what else is in the stream.
 
     Args:
-        model: LN-free.
+        model: LN-free, a `HookedTransformer` or a `TransformerBridge`.
         layer: Of the head.
         head: Its index.
         offset: How many positions the key is behind; needed where positions are rotary, and
@@ -382,23 +376,25 @@ def qk_table(
         >>> lf.qk_table(free, layer=2, head=5).column(" in").shape
         torch.Size([4096])
     """
-    require_head(model, layer, head)
-    if model.cfg.attn_scores_soft_cap > 0:
+    view = view_of(model)
+    layer, head = require_head(view, layer, head)
+    if view.score_cap > 0:
         raise UnsupportedModelError("scores are capped: they are no sum of token by token entries")
-    attn, name = model.blocks[layer].attn, f"L{layer}H{head}"
-    q = model.W_E @ reader_weights(model, name, "Q")
-    k = model.W_E @ reader_weights(model, name, "K")
-    if model.cfg.positional_embedding_type == "rotary":
-        if offset is None or not 0 <= offset < model.cfg.n_ctx:
+    name = f"L{layer}H{head}"
+    q = view.W_E @ reader_weights(view, name, "Q")
+    k = view.W_E @ reader_weights(view, name, "K")
+    if view.rotary:
+        behind = -1 if offset is None else whole_number(offset, "an offset")
+        if not 0 <= behind < view.cfg.n_ctx:
             raise DataError("positions are rotary: say how far behind the key is, offset=0 or more")
-        q = attn.apply_rotary(q[:, None, None], past_kv_pos_offset=offset)[:, 0, 0]
-        k = attn.apply_rotary(k[:, None, None])[:, 0, 0]
+        turn = view.rotations(layer, behind + 1)
+        q, k = q @ turn[behind], k @ turn[0]
     what = f"score of {name}, embedding to embedding"
-    return TokenTable(q / attn.attn_scale, k.T, what, model)
+    return TokenTable(q / view.attention(layer).scale, k.T, what, view)
 
 
 @torch.no_grad()
-def neuron_input_table(model: HookedTransformer, layer: int) -> TokenTable:
+def neuron_input_table(model: Model, layer: SupportsIndex) -> TokenTable:
     """What each token's embedding adds to the input of each neuron of a layer: W_E W_in.
 
     In a gated MLP, to the input of its gate: W_E W_gate. Positions and biases are not in it.
@@ -425,13 +421,14 @@ def neuron_input_table(model: HookedTransformer, layer: int) -> TokenTable:
         >>> lf.neuron_input_table(free, layer=1).column(7).shape
         torch.Size([4096])
     """
-    right = reader_weights(model, Component("mlp_out", layer))
+    view = view_of(model)
+    right = reader_weights(view, Component("mlp_out", whole_number(layer, "a layer")))
     what = f"input of layer {layer}'s neurons"
-    return TokenTable(model.W_E.detach(), right, what, model, tokens_in_columns=False)
+    return TokenTable(view.W_E, right, what, view, tokens_in_columns=False)
 
 
 @torch.no_grad()
-def neuron_output_table(model: HookedTransformer, layer: int) -> TokenTable:
+def neuron_output_table(model: Model, layer: SupportsIndex) -> TokenTable:
     """What each neuron of a layer adds to each logit per unit of activation: W_out W_U.
 
     Directly: what later blocks make of it is not in it.
@@ -458,8 +455,7 @@ def neuron_output_table(model: HookedTransformer, layer: int) -> TokenTable:
         >>> table.top(3, row=7)["row"].tolist()
         [7, 7, 7]
     """
-    left = writer_weights(model, Component("mlp_out", layer))
-    right = reader_weights(model, "b_U")
-    return TokenTable(
-        left, right, f"logit per neuron of layer {layer}", model, tokens_in_rows=False
-    )
+    view = view_of(model)
+    left = writer_weights(view, Component("mlp_out", whole_number(layer, "a layer")))
+    right = reader_weights(view, "b_U")
+    return TokenTable(left, right, f"logit per neuron of layer {layer}", view, tokens_in_rows=False)

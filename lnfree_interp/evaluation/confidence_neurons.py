@@ -12,15 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.utilities import get_act_name
 
-from lnfree_interp.analysis.logit_reading import POSITIONS
-from lnfree_interp.analysis.neurons import mlp_place
-from lnfree_interp.analysis.questions import read_blocks, split
-from lnfree_interp.analysis.reads import Read, read
-from lnfree_interp.analysis.writes import Place, require_decomposable
+from lnfree_interp.analysis.prompts import batches, read_sequences
+from lnfree_interp.analysis.targets import POSITIONS, require_mlp
+from lnfree_interp.analysis.view import View, view_of
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
-from lnfree_interp.models.running import run_and_keep
 
 _NEURONS = 1024
 """Neurons whose cosines with the whole vocabulary are held at once."""
@@ -37,13 +35,10 @@ def confidence_scores(model: HookedTransformer) -> Float[Tensor, " neuron"]:
         DataError: for a model without MLPs.
         UnsupportedModelError: for one with a norm behind them.
     """
-    last = model.cfg.n_layers - 1
-    require_decomposable(model)
-    mlp_place(model, last)
-    scale = {"ln_final.hook_scale": torch.ones(1)}  # of no consequence for cosines
-    final: Read = read(model, scale, "ln_final")
-    W_U = torch.nn.functional.normalize(final.weights_back(model.W_U).float(), dim=0)
-    W_out = model.blocks[last].mlp.W_out.float()
+    view = view_of(model)
+    final = view.read("ln_final", torch.ones(1))  # a scale is of no consequence for cosines
+    W_U = torch.nn.functional.normalize(final.weights_back(view.W_U).float(), dim=0)
+    W_out = view.mlp(require_mlp(view, view.n_layers - 1)).W_out.float()
     outputs = torch.nn.functional.normalize(W_out, dim=1)
     spread = torch.cat([(some @ W_U).var(dim=1) for some in outputs.split(_NEURONS)])
     return (W_out.norm(dim=1) / spread).nan_to_num(0.0)  # a dead neuron is none
@@ -88,10 +83,10 @@ class NeuronAblation:
 
     neurons: tuple[int, ...]
     """Of the last MLP, in the order of `loss_change`."""
-    loss_change: Float[Tensor, "which block target"]
-    """[which, block, target], in nats: neuron by neuron, then all together."""
-    entropy_change: Float[Tensor, "which block target"]
-    """[which, block, target], of the predicted distribution, in nats: as `loss_change`."""
+    loss_change: Float[Tensor, "which sequence target"]
+    """[which, sequence, target], in nats: neuron by neuron, then all together."""
+    entropy_change: Float[Tensor, "which sequence target"]
+    """[which, sequence, target], of the predicted distribution, in nats: as `loss_change`."""
     entropy: float
     """Mean over targets with no neuron ablated, in nats."""
 
@@ -114,7 +109,7 @@ class NeuronAblation:
 @torch.no_grad()
 def ablate_neurons(
     model: HookedTransformer,
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     neurons: Sequence[int],
     batch: int = 4,
 ) -> NeuronAblation:
@@ -122,12 +117,12 @@ def ablate_neurons(
 
     Args:
         model: Any with MLPs.
-        tokens: [blocks, pos].
+        tokens: [sequence, pos].
         neurons: Of the last MLP, such as `find_confidence_neurons(model)`.
-        batch: Blocks per forward pass.
+        batch: Sequences per forward pass.
 
     Returns:
-        A `NeuronAblation` with changes of loss and entropy, [neuron and all, block, target], in
+        A `NeuronAblation` with changes of loss and entropy, [neuron and all, sequence, target], in
             nats.
 
     Raises:
@@ -144,26 +139,25 @@ def ablate_neurons(
         >>> ablation.entropy_change.shape
         torch.Size([3, 4, 63])
     """
-    require_decomposable(model)
-    tokens, last = read_blocks(model, tokens, packed=True), model.cfg.n_layers - 1
-    mlp_place(model, last)
-    W_out = model.blocks[last].mlp.W_out
+    view, tokens = view_of(model), read_sequences(model, tokens, packed=True)
+    last = require_mlp(view, view.n_layers - 1)
+    W_out = view.mlp(last).W_out
     wrong = [neuron for neuron in neurons if not 0 <= neuron < len(W_out)]
     if wrong or not neurons:
         raise DataError(f"the last MLP has neurons 0 to {len(W_out) - 1}, not {wrong}")
-    post_hook, place = f"blocks.{last}.mlp.hook_post", Place.last(model).hook
+    post_hook = get_act_name("post", last)
     chosen = torch.tensor(list(neurons), device=W_out.device)
     streams, posts = [], []
-    for chunk in split(tokens, batch):
-        _, cache = run_and_keep(model, chunk, [post_hook, place], last + 1)
-        streams.append(cache[place])
-        posts.append(cache[post_hook][..., chosen])
+    for chunk in batches(tokens, batch):
+        stream, found = view.run(chunk, [post_hook])
+        streams.append(stream)
+        posts.append(found[post_hook][..., chosen])
     stream, post = torch.cat(streams), torch.cat(posts)
     moved = post.mean((0, 1)) - post
     changes = [moved[..., [i]] @ W_out[chosen[[i]]] for i in range(len(chosen))]
     changes.append(moved @ W_out[chosen])
-    before = _predict(model, stream, tokens)
-    after = [_predict(model, stream + change, tokens) for change in changes]
+    before = _predict(view, stream, tokens)
+    after = [_predict(view, stream + change, tokens) for change in changes]
     loss, entropy = (
         torch.stack([one[which] - before[which] for one in after]) for which in range(2)
     )
@@ -171,14 +165,13 @@ def ablate_neurons(
 
 
 def _predict(
-    model: HookedTransformer, stream: Float[Tensor, "block pos d_model"], tokens: Tensor
-) -> tuple[Float[Tensor, "block target"], Float[Tensor, "block target"]]:
+    view: View, stream: Float[Tensor, "sequence pos d_model"], tokens: Tensor
+) -> tuple[Float[Tensor, "sequence target"], Float[Tensor, "sequence target"]]:
     """Loss and entropy of every next token."""
     losses, entropies = [], []
     kept, wanted = stream[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     for some, targets in zip(kept.split(POSITIONS), wanted.split(POSITIONS), strict=True):
-        logits = model(some[None], start_at_layer=model.cfg.n_layers)[0]
-        log_p = logits.float().log_softmax(-1)
+        log_p = view.logits(some[None])[0][0].float().log_softmax(-1)
         losses.append(loss_of(log_p, targets).cpu())
         entropies.append(entropy_of(log_p).cpu())
     shape = (len(stream), -1)

@@ -9,25 +9,25 @@ Protocol of 2507.02559, section on direct logit attribution, with one difference
 true next token at every position; the published code took the logit of the current token.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.attribute import attribute_next_tokens
 from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.contributions import Component, Level, find_components
-from lnfree_interp.analysis.logits import attribute_next_tokens
-from lnfree_interp.analysis.parts import expand
-from lnfree_interp.analysis.questions import read_blocks, split
-from lnfree_interp.analysis.writes import Place, write_names, writes
+from lnfree_interp.analysis.components import Component, as_labels, find_components
+from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.parts import Heads, expand
+from lnfree_interp.analysis.prompts import batches, read_sequences
+from lnfree_interp.analysis.results import CertifiedResult, Contributions
+from lnfree_interp.analysis.trace import Positions, Trace, trace
+from lnfree_interp.analysis.view import Model, View, view_of
 from lnfree_interp.errors import DataError
-from lnfree_interp.models.running import run_and_keep
 from lnfree_interp.numerics import measure_error
 
 
@@ -39,7 +39,7 @@ class DirectEffects:
     """[layer, head, target], in logits: what direct logit attribution says that the head adds."""
     measured: Float[Tensor, "layer head target"]
     """[layer, head, target], in logits: what the logit loses with the head's output taken out of
-    the final stream. Targets are every position but the first, block after block."""
+    the final stream. Targets are every position but the first, sequence after sequence."""
 
     @property
     def nmae_per_head(self) -> Float[Tensor, "layer head"]:
@@ -60,10 +60,10 @@ class DirectEffects:
 
 
 @dataclass(frozen=True)
-class Additivity:
+class Additivity(CertifiedResult):
     """Effects of two groups of components, apart and together, in logits of the true next token.
 
-    Each is a mean over targets of absolute values; `gap` of absolute differences.
+    Each is a mean over targets of absolute values; `interaction` of absolute differences.
     """
 
     first: float
@@ -72,9 +72,9 @@ class Additivity:
     """mean |effect(B)|"""
     both: float
     """mean |effect(A and B)|"""
-    gap: float
+    interaction: float
     """mean |effect(A) + effect(B) - effect(A and B)|"""
-    attribution_gap: float
+    attribution_error: float
     """mean |attribution(A and B) - effect(A and B)|"""
     targets: int
     """How many next tokens the means are over."""
@@ -83,27 +83,23 @@ class Additivity:
 
     @property
     def nmae(self) -> float:
-        """The gap in units of the effect of both."""
-        return self.gap / self.both if self.both else 0.0
+        """The interaction in units of the effect of both."""
+        return self.interaction / self.both if self.both else 0.0
 
-    def verify(self, tolerance: float | None = None) -> "Additivity":
-        """Return self if the effects add up, and to the attribution.
-
-        Raises:
-            InexactError: if they do not.
-        """
-        self.certificate.require(tolerance)
-        return self
+    def to_frame(self) -> pd.DataFrame:
+        """One row: every mean, in logits, and the NMAE."""
+        names = ("first", "second", "both", "interaction", "attribution_error", "targets", "nmae")
+        return pd.DataFrame([{name: getattr(self, name) for name in names}])
 
 
 @torch.no_grad()
 def direct_effect_additivity(
-    model: HookedTransformer,
-    tokens: Int[Tensor, "blocks pos"],
+    model: Model,
+    tokens: Int[Tensor, "sequence pos"],
     first: str | Component | Sequence[str | Component],
     second: str | Component | Sequence[str | Component],
     *,
-    by: Level = "head",
+    by: str | Level = "head",
     batch: int = 4,
 ) -> Additivity:
     """Whether the effects of two groups of components add up, and to their attribution.
@@ -114,14 +110,14 @@ def direct_effect_additivity(
 
     Args:
         model: LN-free or not.
-        tokens: [blocks, pos]; the target is the true next token at every position.
+        tokens: [sequence, pos]; the target is the true next token at every position.
         first: Labels of components, e.g. `["L0H1", "2_mlp_out"]`.
         second: Other ones.
         by: The level at which they are components.
-        batch: Blocks per forward pass.
+        batch: Sequences per forward pass.
 
     Returns:
-        An `Additivity` of mean absolute effects and gaps, in logits of the true next token.
+        An `Additivity` of mean absolute effects and differences, in logits of the true next token.
 
     Raises:
         DataError: for a component that does not exist, is named twice or is in both groups, an
@@ -139,78 +135,74 @@ def direct_effect_additivity(
         >>> lf.direct_effect_additivity(model, tokens, ["L0H1"], ["2_mlp_out"]).certificate.holds
         False
     """
-    tokens = read_blocks(model, tokens)
-    groups = [_names(group) for group in (first, second)]
+    view = view_of(model)
+    tokens = read_sequences(model, tokens)
+    groups = [as_labels(group) for group in (first, second)]
     if common := set(groups[0]) & set(groups[1]):
         raise DataError(f"{sorted(common)[0]} is in both groups")
     if not all(groups):
         raise DataError("each group needs a component")
     sums, count, worst = torch.zeros(5, dtype=torch.float64), 0, None
-    for chunk in split(tokens, batch):
-        attributed = attribute_next_tokens(model, chunk, by=by, frozen_scale=True)
+    held: tuple[str, ...] = ()
+    for chunk in batches(tokens, batch):
+        one, attributed = _attributed(view, chunk, by)
         rows = find_components([*groups[0], *groups[1]], attributed.components)
         claimed = attributed.values[rows].sum(0)
-        effects = _group_effects(model, chunk, by, groups)
-        a, b, ab = effects
+        a, b, ab = _group_effects(one, by, groups)
         sizes = (a, b, ab, a + b - ab, claimed.double() - ab)
         sums += torch.stack([x.abs().sum().cpu() for x in sizes])
         count += ab.numel()
+        held = attributed.held
         scale = max(attributed.values.abs().max().item(), attributed.total.abs().max().item())
         for found in (a + b, claimed):
             error = replace(measure_error(found, ab, scale), dtype=attributed.total.dtype)
             worst = error if worst is None or not error.relative <= worst.relative else worst
     assert worst is not None
-    certificate = Certificate("effect(A) + effect(B) = effect(A and B) = attribution", worst)
-    first_alone, second_alone, both, gap, attribution_gap = (sums / count).tolist()
-    return Additivity(first_alone, second_alone, both, gap, attribution_gap, count, certificate)
+    name = "effect(A) + effect(B) = effect(A and B) = attribution"
+    first_alone, second_alone, both, interaction, wrong = (sums / count).tolist()
+    return Additivity(
+        first_alone, second_alone, both, interaction, wrong, count, Certificate(name, worst, held)
+    )
+
+
+def _attributed(view: View, tokens: Tensor, by: str | Level) -> tuple[Trace, Contributions]:
+    """A run over a batch, and the attribution of its next tokens, what is live held."""
+    one = trace(view.model, tokens, attention_mask=torch.ones_like(tokens), hold=True, keep="asked")
+    return one, attribute_next_tokens(one, by=by)
 
 
 def _group_effects(
-    model: HookedTransformer,
-    tokens: Int[Tensor, "batch pos"],
-    by: Level,
-    groups: Sequence[Sequence[str]],
+    one: Trace, by: str | Level, groups: Sequence[Sequence[str]]
 ) -> Float[Tensor, "which batch target"]:
     """What the logit loses without the first group, the second, and both."""
-    place = Place.last(model)
-    names = {*write_names(model, by, place), place.hook}
-    _, cache = run_and_keep(model, tokens, names, model.cfg.n_layers)
-    stream, logits = cache[place.hook][:, :-1].double(), _target_logits(model, tokens[:, 1:])
-    parts = list(writes(model, cache, by, place, slice(0, -1)))
+    view, at = one.view, Positions(slice(0, -1))
+    stream = at.of(one.stream(view.last)).double()
+    logits = _target_logits(view, one.tokens[:, 1:])
+    parts = list(level(by).parts(one, view.last, at))
     gone = [expand(parts, group)[0].double().sum(0) for group in groups]
     removed, before = (*gone, gone[0] + gone[1]), logits(stream)
     return torch.stack([before - logits(stream - x) for x in removed])
 
 
 def _target_logits(
-    model: HookedTransformer, targets: Int[Tensor, "batch target"]
+    view: View, targets: Int[Tensor, "batch target"]
 ) -> Callable[[Float[Tensor, "batch target d_model"]], Float[Tensor, "batch target"]]:
-    """What the model's final norm and unembedding make of a stream, for one token per position."""
-    norm: Any = None
-    if model.cfg.normalization_type is not None:
-        norm = copy.deepcopy(model.ln_final).double()
-        if hasattr(norm, "cfg"):  # TransformerLens' own cast their output to its dtype
-            norm.cfg = replace(norm.cfg, dtype=torch.float64)
-        norm.dtype = torch.float64
-    W, b, cap = model.W_U.T[targets], model.b_U[targets], model.cfg.output_logits_soft_cap
-    W, b = W.double(), b.double()
+    """What the model's final norm and unembedding make of a stream, for one token per position, in
+    float64."""
+    precise = view.through_norm_in_float64("ln_final")
+    W, b, cap = view.W_U.T[targets].double(), view.b_U[targets].double(), view.logit_cap
 
     def logits(stream: Tensor) -> Tensor:
-        found = torch.linalg.vecdot(stream if norm is None else norm(stream), W) + b
+        found = torch.linalg.vecdot(precise(stream), W) + b
         return cap * torch.tanh(found / cap) if cap > 0 else found
 
     return logits
 
 
-def _names(group: str | Component | Sequence[str | Component]) -> list[str]:
-    given = [group] if isinstance(group, str | Component) else group
-    return [one if isinstance(one, str) else one.label for one in given]
-
-
 @torch.no_grad()
 def direct_effects(
-    model: HookedTransformer,
-    tokens: Int[Tensor, "blocks pos"],
+    model: Model,
+    tokens: Int[Tensor, "sequence pos"],
     batch: int = 4,
     progress: bool = False,
 ) -> DirectEffects:
@@ -219,8 +211,8 @@ def direct_effects(
     Args:
         model: LN-free or not; with a live final norm the attribution holds its scale, as
             direct logit attribution always does there.
-        tokens: [blocks, pos]. Every position with a next token counts.
-        batch: Blocks per forward pass.
+        tokens: [sequence, pos]. Every position with a next token counts.
+        batch: Sequences per forward pass.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -240,31 +232,31 @@ def direct_effects(
         >>> effects.nmae < 1e-3 < lf.direct_effects(model, tokens).nmae
         True
     """
-    tokens = read_blocks(model, tokens)
-    layers = len(split(tokens, batch)) * model.cfg.n_layers
+    view = view_of(model)
+    chunks = batches(read_sequences(model, tokens), batch)
+    layers = len(chunks) * view.n_layers
     with tqdm(total=layers, desc="direct effects", unit="layer", disable=not progress) as bar:
-        chunks = [_of_batch(model, chunk, bar) for chunk in split(tokens, batch)]
-    attribution, measured = (torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True))
+        found = [_of_batch(view, chunk, bar) for chunk in chunks]
+    attribution, measured = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
     return DirectEffects(attribution, measured)
 
 
 def _of_batch(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], bar: tqdm
+    view: View, tokens: Int[Tensor, "batch pos"], bar: tqdm
 ) -> tuple[Float[Tensor, "layer head target"], Float[Tensor, "layer head target"]]:
-    attribution = attribute_next_tokens(model, tokens, by="head", frozen_scale=True)
-    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    heads = attribution.of_kind("head").flatten(1).unflatten(0, (n_layers, n_heads))
-
-    resid_name = f"blocks.{n_layers - 1}.hook_resid_post"
-    wanted = {resid_name, *(f"blocks.{layer}.attn.hook_z" for layer in range(n_layers))}
-    _, cache = run_and_keep(model, tokens, wanted, n_layers)
-    resid, logits = cache[resid_name][:, :-1].double(), _target_logits(model, tokens[:, 1:])
-    before = logits(resid)
+    one, attributed = _attributed(view, tokens, "head")
+    n_heads, at = view.cfg.n_heads, Positions(slice(0, -1))
+    heads = attributed.of_kind("head").flatten(1).unflatten(0, (view.n_layers, n_heads))
+    stream = at.of(one.stream(view.last)).double()
+    logits = _target_logits(view, tokens[:, 1:])
+    before = logits(stream)
     measured = heads.new_empty(heads.shape, dtype=torch.float64)
-    for layer, block in enumerate(model.blocks):
-        z, W_O = cache[f"blocks.{layer}.attn.hook_z"][:, :-1].double(), block.attn.W_O.double()
+    for part in level("head").parts(one, view.last, at):
+        if not isinstance(part, Heads):
+            continue
+        layer, attention = part.components[0].layer or 0, part.attention.double()
         for head in range(n_heads):
-            without = logits(resid - z[:, :, head] @ W_O[head])
-            measured[layer, head] = (before - without).flatten()
+            wrote = attention.write(part.z[:, :, [head]].double(), [head])[:, :, 0]
+            measured[layer, head] = (before - logits(stream - wrote)).flatten()
         bar.update()
     return heads.cpu(), measured.cpu()

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.questions import read_blocks
+from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.evaluation.confidence_neurons import (
@@ -35,14 +35,15 @@ from lnfree_interp.evaluation.text_pass import (
     measure_text,
     read_for_all,
 )
+from lnfree_interp.models.construct import original_tokenizer
 
 SAMPLE = 16
-"""Blocks on which effects of single heads and neurons are measured."""
+"""Sequences on which effects of single heads and neurons are measured."""
 
 
 def evaluate(
     models: Mapping[str, HookedTransformer] | HookedTransformer,
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     *,
     original: str | None = None,
     threshold: float = 3.5,
@@ -67,12 +68,12 @@ def evaluate(
 
     Args:
         models: By name; or one.
-        tokens: [blocks, pos], such as `pack(...)` or `open_blocks(...).take(n)`.
+        tokens: [sequence, pos], such as `pack(...)` or `open_sequences(...).take(n)`.
         original: The name of the one that the others are compared with. Default: no comparison.
         threshold: In nats: how much worse a token must get to be counted.
-        effects: Measure every head's direct effect against its attribution, on 16 blocks. This and
-            the next are left out for a model with norms after its sublayers.
-        neurons: How many confidence neurons to find and ablate, on the same blocks; those of the
+        effects: Measure every head's direct effect against its attribution, on 16 sequences. This
+            and the next are left out for a model with norms after its sublayers.
+        neurons: How many confidence neurons to find and ablate, on the same sequences; those of the
             original, where it is as deep and wide. 0: none.
         pairs: Prompts for attribution patching against activation patching. 0: none.
         pairs_of: `"text"`: see `corrupted_pairs`; `"ioi"`: see `ioi_pairs`, as published, for
@@ -81,7 +82,7 @@ def evaluate(
         include: Folder with task files of one's own.
         limit: Examples per task.
         text: What the text is, for table and JSON.
-        batch: Blocks per forward pass. Default: what fits.
+        batch: Sequences per forward pass. Default: what fits.
         precision: Of matrix products in the pass over the text.
         seed: Of the corrupted prompts.
         progress: Whether to show progress bars.
@@ -124,7 +125,7 @@ def evaluate(
         same = [name for name, model in models.items() if _width(model) == _width(theirs)]
         chosen |= dict.fromkeys(same, chosen[original])
     if effects:
-        read_blocks(next(iter(models.values())), sample)  # a row of padding would be no text
+        read_sequences(next(iter(models.values())), sample)  # a row of padding would be no text
     corrupted = {
         name: _corrupted(sample, pairs, seed) if pairs_of == "text"
         else _indirect_objects(name, model, pairs, seed)
@@ -191,7 +192,11 @@ def _indirect_objects(
         return None
     if model.tokenizer is None:
         raise DataError(f"{name} has no tokenizer to read prompts about an indirect object with")
-    return ioi_pairs(model.tokenizer, n, seed)
+    # As published: beginning-of-sequence where the checkpoint's own tokenizer adds one.
+    adds = len(original_tokenizer(model.tokenizer).encode("a")) > len(
+        original_tokenizer(model.tokenizer).encode("a", add_special_tokens=False)
+    )
+    return ioi_pairs(model, n, seed, prepend_bos=adds)
 
 
 def _corrupted(sample: Tensor, n: int, seed: int) -> tuple[Tensor, ...] | None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.questions import read_blocks, split
+from lnfree_interp.analysis.prompts import batches, read_sequences
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import run
@@ -23,10 +23,11 @@ class CrossEntropy:
     """Next-token cross-entropy over a text, in nats per token.
 
     The mean of an LN-free model can be wrecked by a few tokens whose residual stream explodes
-    (2507.02559: three blocks of 10,000 take GPT-2 XL from 2.4 to 130), so the mean is never alone.
+    (2507.02559: three sequences of 10,000 take GPT-2 XL from 2.4 to 130), so the mean is never
+    alone.
     """
 
-    per_token: Float[Tensor, "block target"]
+    per_token: Float[Tensor, "sequence target"]
     """Targets are the positions from 1 to the last."""
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class CrossEntropy:
 
     @property
     def by_position(self) -> Float[Tensor, " target"]:
-        """Mean over blocks, for each position."""
+        """Mean over sequences, for each position."""
         return self.per_token.mean(0)
 
     def share_above(self, other: "CrossEntropy", threshold: float = 3.5) -> float:
@@ -111,17 +112,17 @@ class CrossEntropy:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: HookedTransformer, tokens: Int[Tensor, "blocks pos"], batch: int = 16
+    model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], batch: int = 16
 ) -> CrossEntropy:
     """Cross-entropy of every next token, end-of-text targets included.
 
     Args:
         model: Any `HookedTransformer`.
-        tokens: [blocks, pos], such as `pack(...)`.
-        batch: Blocks per forward pass; the result does not depend on it.
+        tokens: [sequence, pos], such as `pack(...)`.
+        batch: Sequences per forward pass; the result does not depend on it.
 
     Returns:
-        A `CrossEntropy` of losses [block, target], in nats per token, on the CPU in float64.
+        A `CrossEntropy` of losses [sequence, target], in nats per token, on the CPU in float64.
 
     Raises:
         DataError: if the model cannot read the tokens.
@@ -137,9 +138,9 @@ def evaluate_loss(
         >>> loss.mean < loss.p99 < loss.maximum
         True
     """
-    tokens = read_blocks(model, tokens, packed=True)
+    tokens = read_sequences(model, tokens, packed=True)
     losses = [
         next_token_loss(run(model, chunk), chunk, reduction="none").cpu()
-        for chunk in split(tokens, batch)
+        for chunk in batches(tokens, batch)
     ]
     return CrossEntropy(torch.cat(losses).double().reshape(len(tokens), -1))

@@ -17,13 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.evals import IOIDataset
-from transformer_lens.hook_points import HookPoint
-from transformers import PreTrainedTokenizerBase
 
-from lnfree_interp.analysis.questions import read_blocks
+from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.construct import original_tokenizer
-from lnfree_interp.models.running import run_and_keep
+from lnfree_interp.models.running import run, run_and_keep, watched
 
 _NAMES = (
     "John Mary Tom James Dan Martin Amy Anna Mark Paul Laura David Sarah Peter Kate Jack Emma Adam "
@@ -69,12 +67,12 @@ class Patching:
 
 
 def corrupted_pairs(
-    tokens: Int[Tensor, "blocks pos"], n: int = 16, length: int = 32, seed: int = 0
+    tokens: Int[Tensor, "sequence pos"], n: int = 16, length: int = 32, seed: int = 0
 ) -> tuple[Int[Tensor, "prompt cut"], Int[Tensor, "prompt cut"], Int[Tensor, " prompt"]]:
     """Prompts from a text, the same with one token replaced, and the true next tokens.
 
     Args:
-        tokens: [blocks, pos], longer than `length`.
+        tokens: [sequence, pos], longer than `length`.
         n: Prompts.
         length: Of each, in tokens.
         seed: Of places and replacements, which are tokens from elsewhere in the text. The place is
@@ -97,7 +95,7 @@ def corrupted_pairs(
     """
     if tokens.shape[1] <= length or len(tokens) < 1 or length < 2 or n < 1:
         raise DataError(
-            f"{n} prompts of {length} tokens and a next one do not fit into blocks of "
+            f"{n} prompts of {length} tokens and a next one do not fit into sequences of "
             f"{list(tokens.shape)}"
         )
     if len(tokens.unique()) == 1:
@@ -123,7 +121,7 @@ def corrupted_pairs(
 
 
 def ioi_pairs(
-    tokenizer: PreTrainedTokenizerBase, n: int = 480, seed: int = 0
+    model: HookedTransformer, n: int = 480, seed: int = 0, *, prepend_bos: bool | None = None
 ) -> tuple[
     Int[Tensor, "prompt pos"],
     Int[Tensor, "prompt pos"],
@@ -133,31 +131,33 @@ def ioi_pairs(
     """Prompts about an indirect object, the same with the two names swapped, and both answers.
 
     TransformerLens' `IOIDataset`, with names that are one token each and prompts of equal length.
-    They begin with a beginning-of-sequence token if the checkpoint's tokenizer adds one.
 
     Args:
-        tokenizer: The model's.
+        model: Whose tokenizer reads them.
         n: Prompts.
         seed: Of names and nouns.
+        prepend_bos: Start each with the beginning-of-sequence token. Default: as the model does
+            with text, `cfg.default_prepend_bos`, so that ids and text give the same answers.
 
     Returns:
         Clean and corrupted token ids, [prompt, pos]; the right name and the other one after the
         clean prompt, each [prompt]. In the order of `patch_residual`'s arguments.
 
     Raises:
-        DataError: if n is less than one, or fewer than two names are one token.
+        DataError: if the model has no tokenizer, n is less than one, or fewer than two names are
+            one token.
 
     Source:
         The task: arXiv 2211.00593. Name swaps for attribution against activation patching, 480 of
-        them: arXiv 2507.02559.
+        them, on GPT-2 without a beginning-of-sequence token: arXiv 2507.02559.
 
     Examples:
-        >>> prompts = lf.ioi_pairs(gpt2.tokenizer)  # doctest: +SKIP
+        >>> prompts = lf.ioi_pairs(gpt2, prepend_bos=False)  # doctest: +SKIP
         >>> lf.patch_residual(gpt2, *prompts).error  # doctest: +SKIP
     """
-
-    tokenizer = original_tokenizer(tokenizer)
-    bos = tokenizer.encode("a")[: -len(tokenizer.encode("a", add_special_tokens=False))]
+    if model.tokenizer is None:
+        raise DataError("the model has no tokenizer to read prompts about an indirect object with")
+    tokenizer = original_tokenizer(model.tokenizer)
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -166,8 +166,10 @@ def ioi_pairs(
     if n < 1 or len(names) < 2:
         raise DataError(
             f"{n} prompts with {len(names)} names that are one token of this tokenizer: the task "
-            "is for models of English"
+            "is for models of English, and needs one prompt and two names at least"
         )
+    begins = model.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+    bos = [model.tokenizer.bos_token_id] if begins else []
     state = random.getstate()  # IOIDataset seeds the whole process
     try:
         drawn = IOIDataset(
@@ -230,7 +232,7 @@ def patch_residual(
     """
     if clean.shape != corrupted.shape or len(targets) != len(clean):
         raise DataError(f"{list(clean.shape)} clean, {list(corrupted.shape)} corrupted tokens")
-    clean, corrupted = read_blocks(model, clean), read_blocks(model, corrupted)
+    clean, corrupted = read_sequences(model, clean), read_sequences(model, corrupted)
     wanted = targets.to(clean.device)
     against = None if foils is None else foils.to(clean.device)
     n_layers, n_pos = model.cfg.n_layers, clean.shape[1]
@@ -257,7 +259,7 @@ def patch_residual(
             stream = here[hook].clone()
             stream[:, pos] = there[hook][:, pos]
             with torch.no_grad():
-                found = metric(model(stream, start_at_layer=layer)) - base
+                found = metric(run(model, stream, start_at_layer=layer)) - base
             measured[layer, pos] = found.cpu()
     return Patching(measured, estimated, total.cpu())
 
@@ -266,15 +268,9 @@ def _gradients(
     model: HookedTransformer, start: Tensor, hooks: list[str], metric
 ) -> dict[str, Float[Tensor, "prompt pos d_model"]]:
     """Of the metric, with respect to the stream before every block."""
-    streams: dict[str, Tensor] = {}
-
-    def watch(x: Tensor, hook: HookPoint) -> None:
-        streams[hook.name or ""] = x
-
     with torch.enable_grad():
         stream = start.detach().requires_grad_()
-        logits = model.run_with_hooks(
-            stream, start_at_layer=0, fwd_hooks=[(lambda name: name in hooks, watch)]
-        )
+        with watched(model, hooks) as streams:
+            logits = run(model, stream)
         found = torch.autograd.grad(metric(logits).sum(), [streams[hook] for hook in hooks])
     return dict(zip(hooks, found, strict=True))

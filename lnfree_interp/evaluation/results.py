@@ -23,7 +23,7 @@ class ModelEvaluation:
     """What was found about one model."""
 
     cross_entropy: CrossEntropy
-    """[block, target], in nats per token."""
+    """[sequence, target], in nats per token."""
     distribution: Distribution
     """Entropy, calibration error and divergence from the original, means over tokens."""
     residual_norms: ResidualNorms

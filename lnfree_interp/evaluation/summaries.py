@@ -88,7 +88,7 @@ class Sinks:
     """Share of (layer, head, query) whose attention to it is above 0.3, the first query, which has
     no choice, among them (2507.02559's code)."""
     head_rate: float
-    """Share of (block, layer, head) whose attention to it, averaged over queries, is above 0.3
+    """Share of (sequence, layer, head) whose attention to it, averaged over queries, is above 0.3
     (2410.10781)."""
     by_head: Float[Tensor, "layer head"]
     """Mean attention to the first token."""

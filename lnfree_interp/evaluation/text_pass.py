@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
-from lnfree_interp.analysis.logit_reading import POSITIONS
-from lnfree_interp.analysis.questions import read_blocks, split
-from lnfree_interp.analysis.writes import Place
+from lnfree_interp.analysis.prompts import batches, read_sequences
+from lnfree_interp.analysis.targets import POSITIONS
+from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
-from lnfree_interp.models.running import run_hooked
+from lnfree_interp.models.running import Edit, run, run_and_keep
 
 SINK = 0.3
 """Attention to the first token from which on it counts as a sink."""
@@ -35,28 +34,28 @@ Precision = Literal["float32", "bfloat16"]
 class TokenMeasures:
     """What one model did on a text, on the CPU."""
 
-    loss: Float[Tensor, "block target"]
+    loss: Float[Tensor, "sequence target"]
     """Nats, in float64."""
-    entropy: Float[Tensor, "block target"]
+    entropy: Float[Tensor, "sequence target"]
     """Of the predicted distribution, in nats."""
-    confidence: Float[Tensor, "block target"]
+    confidence: Float[Tensor, "sequence target"]
     """Probability of the most likely token."""
-    correct: Bool[Tensor, "block target"]
+    correct: Bool[Tensor, "sequence target"]
     """Whether that was the true one."""
-    divergence: Float[Tensor, "block target"] | None
+    divergence: Float[Tensor, "sequence target"] | None
     """Jensen-Shannon divergence to the original's prediction, in nats; None without an original."""
-    norms: Float[Tensor, "place block pos"]
+    norms: Float[Tensor, "place sequence pos"]
     """Of the residual stream before each block and after the last."""
-    sink_weights: Float[Tensor, "block layer head"]
+    sink_weights: Float[Tensor, "sequence layer head"]
     """Attention to the first token, mean over queries."""
-    sink_queries: Float[Tensor, "block layer head"]
+    sink_queries: Float[Tensor, "sequence layer head"]
     """Share of queries whose attention to the first token is above `SINK`."""
 
 
 @torch.no_grad()
 def measure_text(
     models: Mapping[str, HookedTransformer],
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     original: str | None = None,
     *,
     batch: int | None = None,
@@ -67,10 +66,10 @@ def measure_text(
 
     Args:
         models: By name.
-        tokens: [blocks, pos], such as `pack(...)`.
+        tokens: [sequence, pos], such as `pack(...)`.
         original: The name of the one that the others are compared with.
-        batch: Blocks per forward pass. Default: what fits into the memory that is free; results do
-            not depend on it beyond rounding.
+        batch: Sequences per forward pass. Default: what fits into the memory that is free; results
+            do not depend on it beyond rounding.
         precision: Of matrix products inside the blocks; `"bfloat16"` is faster on most hardware and
             moves single tokens by tenths of a nat, their mean hardly. Logits are float32 either
             way.
@@ -84,8 +83,8 @@ def measure_text(
     if batch is None:
         batch = min(fitting_batch(model, tokens.shape[1]) for model in models.values())
     parts: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
-    with tqdm(total=len(tokens), desc="evaluating", unit="block", disable=not progress) as bar:
-        for chunk in split(tokens, batch):
+    with tqdm(total=len(tokens), desc="evaluating", unit="sequence", disable=not progress) as bar:
+        for chunk in batches(tokens, batch):
             streams = {}
             for name in order:
                 with _products(models[name], precision):
@@ -99,10 +98,10 @@ def measure_text(
 
 def read_for_all(
     models: Mapping[str, HookedTransformer],
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     original: str | None,
     precision: Precision,
-) -> Int[Tensor, "blocks pos"]:
+) -> Int[Tensor, "sequence pos"]:
     """The tokens as ids, on the CPU, when every model can read them.
 
     Raises:
@@ -118,12 +117,12 @@ def read_for_all(
     if original is not None and len(sizes) > 1:
         raise DataError(f"models with vocabularies of {sorted(sizes)} tokens cannot be compared")
     for model in models.values():
-        tokens = read_blocks(model, tokens, packed=True).cpu()
+        tokens = read_sequences(model, tokens, packed=True).cpu()
     return tokens
 
 
 def fitting_batch(model: HookedTransformer, pos: int) -> int:
-    """Blocks whose activations fit into a quarter of the memory that is free, 1 to 32."""
+    """Sequences whose activations fit into a quarter of the memory that is free, 1 to 32."""
     cfg, device = model.cfg, model.W_E.device
     scores = 4 * cfg.n_heads * pos * pos
     hidden = 4 * pos * ((cfg.d_mlp or 0) + 4 * cfg.d_model)
@@ -155,16 +154,20 @@ def _stream(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str,
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(n_layers)]
     found: dict[str, Tensor] = {}
 
-    def norm(x: Tensor, hook: HookPoint) -> None:
-        found[hook.name or ""] = x.float().norm(dim=-1).cpu()
+    def norm(name: str) -> Edit:
+        return lambda x: found.__setitem__(name, x.float().norm(dim=-1).cpu())
 
-    def sink(x: Tensor, hook: HookPoint) -> None:
-        to_first = x[..., 0].float()
-        both = torch.stack([to_first.mean(-1), (to_first > SINK).float().mean(-1)])
-        found[hook.name or ""] = both.cpu()
+    def sink(name: str) -> Edit:
+        def look(x: Tensor) -> None:
+            to_first = x[..., 0].float()
+            both = torch.stack([to_first.mean(-1), (to_first > SINK).float().mean(-1)])
+            found[name] = both.cpu()
 
-    hooks = [(lambda name: name in places, norm), (lambda name: name in patterns, sink)]
-    stream = run_hooked(model, tokens.to(model.W_E.device), hooks, n_layers)
+        return look
+
+    looks = {place: norm(place) for place in places} | {hook: sink(hook) for hook in patterns}
+    tokens = tokens.to(model.W_E.device)
+    stream, _ = run_and_keep(model, tokens, (), n_layers, edits=looks)
     sinks = torch.stack([found[name] for name in patterns], dim=2)
     return stream, {
         "norms": torch.stack([found[name] for name in places]),
@@ -189,9 +192,8 @@ def _predictions(
         for name in order:
             model = models[name]
             # Not in bfloat16: logits of 100 would be rounded to halves.
-            logits = model(
-                streams[name][:, at].to(model.W_U.dtype), start_at_layer=model.cfg.n_layers
-            )
+            stream = streams[name][:, at].to(model.W_U.dtype)
+            logits = run(model, stream, start_at_layer=model.cfg.n_layers)
             log_p = logits.float().log_softmax(-1)
             wanted = targets.to(log_p.device)
             best = log_p.max(-1)

@@ -6,7 +6,6 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
-from lnfree_interp.errors import DataError
 from lnfree_interp.models.running import run
 from lnfree_interp.numerics import MeasuredError, measure_error
 
@@ -33,25 +32,6 @@ def logits_of(
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def require_tokens(model: HookedTransformer, tokens: Int[Tensor, "*batch pos"]) -> None:
-    """Refuse tokens that the model cannot read, before they become an index error.
-
-    Raises:
-        DataError: if there are none, a row is longer than the context, or an id is outside the
-            vocabulary.
-    """
-    n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
-    if tokens.numel() == 0:
-        raise DataError("there are no tokens")
-    if tokens.shape[-1] > n_ctx:
-        raise DataError(f"{tokens.shape[-1]} tokens in a row; the model's context is {n_ctx}")
-    if tokens.min() < 0 or tokens.max() >= d_vocab:
-        raise DataError(
-            f"token ids go from {tokens.min()} to {tokens.max()}; the model has 0 to "
-            f"{d_vocab - 1}: is this text tokenized for another model?"
-        )
 
 
 def random_tokens(

@@ -28,6 +28,7 @@ from transformer_lens.utilities import repeat_along_head_dimension
 from transformer_lens.utilities.activation_functions import gelu_pytorch_tanh
 
 from lnfree_interp.models.norms import Norm, SplitNorm
+from lnfree_interp.models.running import is_watched
 
 
 class _Fused(AbstractAttention):
@@ -56,8 +57,8 @@ class _Fused(AbstractAttention):
             and all(argument is None for argument in arguments)
             and not cfg.use_attn_result
             and not cfg.attn_scores_soft_cap > 0
-            and not self.hook_attn_scores.has_hooks()
-            and not self.hook_pattern.has_hooks()
+            and not is_watched(self.hook_attn_scores)
+            and not is_watched(self.hook_pattern)
         )
 
     def forward(

@@ -130,7 +130,7 @@ def to_rms(model: HookedTransformer) -> NormConversion:
     }
     weights = {name: W.detach() for name, W in model.named_parameters() if name[:-2] not in norms}
     folded = dict(fold_weights(weights, norms, centred=False, form="folded"))
-    centred = {name: _centred(W) if _writes(name) else W for name, W in folded.items()}
+    centred = {name: _centred(W) if writes_to_stream(name) else W for name, W in folded.items()}
     rms = replace(cfg, normalization_type="RMSPre", final_rms=True, tie_word_embeddings=False)
     converted = hooked_transformer(rms, centred, model.tokenizer)
     steps = (
@@ -184,9 +184,9 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
     weights: dict[str, Tensor] = {}
     for name, W in model.named_parameters():
         W64 = W.detach().double()
-        if _writes(name):
+        if writes_to_stream(name):
             weights[name] = writer(W64).to(W.dtype)
-        elif _leaf(name) in _READERS:
+        elif reads_stream(name):
             weights[name] = reader(W64.transpose(-1, -2)).transpose(-1, -2).to(W.dtype)
         else:
             weights[name] = W.detach()
@@ -214,7 +214,7 @@ def _require_zero_mean_stream(model: HookedTransformer) -> None:
             f"normalization_type={model.cfg.normalization_type!r}"
         )
     for name, W in model.named_parameters():
-        if _writes(name) and W.numel():
+        if writes_to_stream(name) and W.numel():
             tolerance = ROUNDING[W.dtype] * W.abs().max()
             if W.double().mean(-1).abs().max() > tolerance:
                 raise UnsupportedModelError(
@@ -239,8 +239,14 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2].lstrip("_")
 
 
-def _writes(name: str) -> bool:
+def writes_to_stream(name: str) -> bool:
+    """Whether a parameter writes to the residual stream, by its name."""
     return _leaf(name) in _WRITERS
+
+
+def reads_stream(name: str) -> bool:
+    """Whether a parameter reads the residual stream, by its name."""
+    return _leaf(name) in _READERS
 
 
 def _is_norm(name: str) -> bool:

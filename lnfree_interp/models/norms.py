@@ -28,6 +28,7 @@ from transformer_lens.components import LayerNorm, RMSNorm
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError
+from lnfree_interp.models.running import is_watched
 
 
 class Norm(nn.Module):
@@ -103,7 +104,7 @@ class Norm(nn.Module):
     def hooked(self) -> bool:
         """Whether anybody reads or changes an activation between this norm's input and output."""
         hooks = (self.hook_sigma, self.hook_scale, self.hook_normalized)
-        return any(hook.has_hooks() for hook in hooks)
+        return any(map(is_watched, hooks))
 
     def token_sigma(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
         """Each token's own standard deviation or root mean square: what a live norm divides by."""

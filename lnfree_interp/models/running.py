@@ -1,46 +1,165 @@
-"""Forward passes over whole rows of tokens.
+"""Forward passes over whole rows of tokens, watched and edited by hooks of their own.
 
-Where the tokenizer pads on the left, TransformerLens masks what it takes for padding, and a leading
-beginning-of-sequence token often looks like it. Nothing here is padded, so nothing is masked.
+TransformerLens' own `forward` and `run_with_cache` write to the model while they compute: to the
+tokenizer's padding side, to `cfg.default_prepend_bos`, to a list of hooks that all callers share.
+Two threads then get each other's activations. Here a pass is the model's own modules called in
+turn, and its hooks answer to the thread that set them.
 """
 
-from collections.abc import Collection
-from typing import Any, cast
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+
+from lnfree_interp.errors import DataError, UnsupportedModelError
+
+Edit = Callable[[Tensor], Tensor | None]
+"""From an activation to what takes its place; None leaves it."""
+
+
+@contextmanager
+def watched(
+    model: nn.Module, names: Collection[str] = (), edits: Mapping[str, Edit] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Keep and change activations of whatever this thread runs inside the block.
+
+    Args:
+        model: With hook points.
+        names: Hook names whose activations are kept, after every edit.
+        edits: By hook name.
+
+    Yields:
+        The activations, by hook name, as they come in.
+
+    Raises:
+        UnsupportedModelError: if something else than a hook point stands at a name.
+    """
+    thread, edits, found = threading.get_ident(), edits or {}, {}
+
+    def listen(name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            if threading.get_ident() != thread:
+                return None
+            changed = edits[name](output) if name in edits else None
+            if name in names:
+                found[name] = output if changed is None else changed
+            return changed
+
+        return hook
+
+    handles: list[RemovableHandle] = []
+    try:
+        for name in dict.fromkeys([*names, *edits]):
+            handles.append(_hook_point(model, name).register_forward_hook(listen(name)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook_point(model: nn.Module, name: str) -> nn.Module:
+    try:
+        point = model.get_submodule(name)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"the model has no hook point {name}") from error
+    if not isinstance(point, HookPoint):
+        raise UnsupportedModelError(
+            f"a {type(point).__name__} is attached at {name}, so the stream there is no longer "
+            "what the model's parts wrote: detach it first (reset_saes() for an SAE)"
+        )
+    return point
+
+
+def is_watched(point: HookPoint) -> bool:
+    """Whether anybody reads or changes the activation, with TransformerLens' hooks or torch's."""
+    return bool(point._forward_hooks) or point.has_hooks()
 
 
 def run(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], stop_at_layer: int | None = None
+    model: Any,
+    tokens: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+    stop_at_layer: int | None = None,
+    start_at_layer: int = 0,
 ) -> Float[Tensor, "batch pos _"]:
-    """Logits, or the stream before a layer."""
-    return model(tokens, padding_side="right", stop_at_layer=stop_at_layer)
+    """Logits of a `HookedTransformer`, or its stream before a layer.
+
+    Nothing is taken for padding, so nothing is masked.
+
+    Args:
+        model: A `HookedTransformer`.
+        tokens: Token ids; or the stream before `start_at_layer`.
+        stop_at_layer: Stop before this block. Default: go on to the logits.
+        start_at_layer: Where a stream enters.
+    """
+    n_layers = model.cfg.n_layers
+    if tokens.is_floating_point():
+        resid = tokens
+    else:
+        embed = model.hook_embed(model.embed(tokens.to(model.W_E.device)))
+        resid = model.get_residual(embed, 0, prepend_bos=False, return_shortformer_pos_embed=False)
+    for block in model.blocks[
+        start_at_layer : n_layers if stop_at_layer is None else stop_at_layer
+    ]:
+        weight = next(block.parameters(), resid)
+        resid = block(resid.to(weight.device))
+    return resid if stop_at_layer is not None else to_logits(model, resid)
+
+
+def to_logits(
+    model: Any, resid: Float[Tensor, "*batch pos d_model"]
+) -> Float[Tensor, "*batch pos d_vocab"]:
+    """What the model's final norm, unembedding and soft cap make of a stream."""
+    if model.cfg.normalization_type is not None:
+        resid = model.ln_final(resid)
+    logits, cap = model.unembed(resid), model.cfg.output_logits_soft_cap
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 def run_and_keep(
-    model: HookedTransformer,
+    model: Any,
     tokens: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
-    names: Collection[str],
+    names: Iterable[str],
     stop_at_layer: int | None = None,
-    start_at_layer: int | None = None,
+    start_at_layer: int = 0,
+    edits: Mapping[str, Edit] | None = None,
 ) -> tuple[Float[Tensor, "batch pos _"], dict[str, Tensor]]:
-    """The same, and the activations of some hooks; from a stream on if there is a first layer."""
-    out, cache = model.run_with_cache(
-        tokens,
-        padding_side="right",
-        start_at_layer=start_at_layer,
-        stop_at_layer=stop_at_layer,
-        names_filter=lambda name: name in names,
-    )
-    return cast(Tensor, out), dict(cache.items())
+    """As `run`, with the activations of some hooks, and some of them changed.
+
+    Args:
+        model: A `HookedTransformer`.
+        tokens: As for `run`.
+        names: Hook names to keep.
+        stop_at_layer: As for `run`.
+        start_at_layer: As for `run`.
+        edits: What takes an activation's place, by hook name.
+    """
+    with watched(model, set(names), edits) as found:
+        out = run(model, tokens, stop_at_layer, start_at_layer)
+    return out, found
 
 
-def run_hooked(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], hooks: list[Any], stop_at_layer: int
-) -> Float[Tensor, "batch pos d_model"]:
-    """The stream before a layer, with hooks."""
-    return model.run_with_hooks(
-        tokens, padding_side="right", stop_at_layer=stop_at_layer, fwd_hooks=hooks
-    )
+def require_tokens(model: Any, tokens: Int[Tensor, "*batch pos"]) -> None:
+    """Refuse tokens that the model cannot read, before they become an index error.
+
+    Raises:
+        DataError: if there are none, a row is longer than the context, or an id is outside the
+            vocabulary.
+    """
+    n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
+    if tokens.numel() == 0:
+        raise DataError("there are no tokens: give at least one")
+    if tokens.shape[-1] > n_ctx:
+        raise DataError(
+            f"{tokens.shape[-1]} tokens in a row; the model's context is {n_ctx} tokens"
+        )
+    if tokens.min() < 0 or tokens.max() >= d_vocab:
+        raise DataError(
+            f"token ids go from {tokens.min()} to {tokens.max()}; the model has 0 to "
+            f"{d_vocab - 1}: is this text tokenized for another model?"
+        )

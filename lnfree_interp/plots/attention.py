@@ -1,12 +1,22 @@
 """Attention scores by pairs of components, and patterns with and without components."""
 
+import html
+
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lnfree_interp.analysis.counterfactual import CounterfactualPattern
+from lnfree_interp.analysis.results import read_top
 from lnfree_interp.analysis.scores import ScoreAttribution
 from lnfree_interp.errors import DataError
-from lnfree_interp.plots.style import diverging, rows_height, show_token, show_tokens, styled
+from lnfree_interp.plots.style import (
+    diverging,
+    rows_height,
+    show_held,
+    show_token,
+    show_tokens,
+    styled,
+)
 
 
 def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> go.Figure:
@@ -30,8 +40,9 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
         >>> lf.plots.scores(why, key=1).layout.xaxis.title.text
         'at the key, 1 for'
     """
-    if top < 1:
-        raise DataError(f"the {top} largest are none")
+    if result.dims != ("key",):
+        raise DataError("a figure shows one prompt: take it with result.select(i)")
+    read_top(top, 1)
     column = int(result.total.argmax()) if key is None else result.column(key)
     position = result.keys[column]
     values = result.values[:, :, column].double()
@@ -53,14 +64,15 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
             hovertemplate="query %{y}, key %{x}: %{z:.4f}<extra></extra>",
         )
     )
-    at_query, at_key = (show_token(result.tokens[i]) for i in (result.query, position))
+    at_query, at_key = (show_token(result.prompts[0][i]) for i in (result.query[0], position))
     figure.update_xaxes(title=f"at the key, {position} {at_key}", tickangle=-45)
-    figure.update_yaxes(title=f"at the query, {result.query} {at_query}", autorange="reversed")
+    figure.update_yaxes(title=f"at the query, {result.query[0]} {at_query}", autorange="reversed")
     return styled(
         figure,
         f"Why {result.head.label} looks from {at_query} to {at_key}: its score by pairs",
         f"before the softmax; score {result.total[column].item():.3f}, attention "
-        f"{result.log_pattern[column].exp().item():.3f}; pairs minus score: {result.error}",
+        f"{result.log_pattern[column].exp().item():.3f}; pairs minus score: {result.error}"
+        f"{show_held(result.certificate)}",
         height=rows_height(len(grid), 260),
     )
 
@@ -122,7 +134,8 @@ def pattern(result: CounterfactualPattern, start: int = 0, stop: int | None = No
     figure = styled(
         figure,
         f"Attention pattern of {result.head.label} without {without}",
-        f"closed form against a patched run: {result.certificate.error}",
+        f"{html.escape(result.certificate.identity)}: {result.error}"
+        f"{show_held(result.certificate)}",
         height=rows_height(len(labels), 320),
     )
     return figure.update_layout(margin_t=120)

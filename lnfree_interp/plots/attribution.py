@@ -7,7 +7,7 @@ import torch
 
 from lnfree_interp.analysis.affine import AffineMap
 from lnfree_interp.analysis.averages import MeanContributions
-from lnfree_interp.analysis.contributions import Contributions
+from lnfree_interp.analysis.results import Contributions, read_top
 from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import (
     LOWERS,
@@ -15,6 +15,7 @@ from lnfree_interp.plots.style import (
     WHOLE,
     diverging,
     rows_height,
+    show_held,
     show_prompt,
     show_tokens,
     styled,
@@ -27,9 +28,9 @@ _HEADS = 20
 def attribution(result: Contributions | MeanContributions | AffineMap, top: int = 15) -> go.Figure:
     """The figure that suits the result's level.
 
-    By layer or block: a waterfall in the order of computation, from nothing to the logit. By head:
-    a heatmap layer x head. By source: a heatmap of the largest heads x the tokens that they read.
-    By neuron, or paths: a waterfall of the largest, with all others as one bar. By token
+    By layer or sublayer: a waterfall in the order of computation, from nothing to the logit. By
+    head: a heatmap layer x head. By source: a heatmap of the largest heads x the tokens that they
+    read. By neuron, or paths: a waterfall of the largest, with all others as one bar. By token
     (`affine_map`): a bar per token, biases apart.
 
     Args:
@@ -54,18 +55,18 @@ def attribution(result: Contributions | MeanContributions | AffineMap, top: int 
         return _tokens(result)
     if isinstance(result, MeanContributions):
         result = result.as_contributions()
-    if result.values.ndim != 1:
+    if result.dims:
         raise DataError(
-            "a figure shows one number per part: take one prompt with result.select(i), or project "
-            "a residual stream with decompose_residual(..., onto=direction)"
+            "a figure shows one number per part: take one prompt with result.select(i), average "
+            "with result.mean(), or project a residual stream with decompose_residual(..., "
+            "onto=direction)"
         )
-    if top < 1:
-        raise DataError(f"the {top} largest are none")
+    read_top(top, len(result))
     if result.level == "source":
         return _sources(result)
     if result.level == "head" and any(component.kind == "head" for component in result.components):
         return _heatmap(result)
-    if result.level in ("layer", "block"):
+    if result.level in ("layer", "sublayer"):
         return _waterfall(result, result.labels, result.values.tolist())
     order = [i for i in result.values.abs().argsort(descending=True).tolist()
              if result.components[i].kind != "rest"]  # fmt: skip
@@ -83,28 +84,17 @@ def _titles(result: Contributions) -> tuple[str, str]:
     title = f"By {result.level}"
     if result.of:
         what = html.escape(result.of[0])
-        title = f"{f'Logit of {what}' if _unit(result) == 'logit' else what}, by {result.level}"
+        title = f"{f'Logit of {what}' if result.unit == 'logit' else what}, by {result.level}"
     if result.prompts:
         title += f", after “{show_prompt(result.prompts[0])}”"
-    subtitle = f"parts minus whole: {result.error}"
-    if result.frozen_scale:
-        subtitle += "; held: a live norm's scale"
-        subtitle += f", which misses {result.gap.relative:.0%}" if result.gap else ""
-    return title, subtitle
-
-
-def _unit(result: Contributions) -> str:
-    """A logit, but of a neuron or a projected stream what it is."""
-    what = result.of[0] if result.of else ""
-    neuron, of, _ = what.partition(" of ")
-    return neuron if of else "projection" if "hook_" in what else "logit"
+    return title, f"parts minus whole: {result.error}{show_held(result.certificate)}"
 
 
 def _waterfall(result: Contributions, labels: list[str], values: list[float]) -> go.Figure:
     shown = [f"{value:+.2f}" for value in (*values, result.total.item())]
     figure = go.Figure(
         go.Waterfall(
-            x=[*labels, _unit(result)],
+            x=[*labels, result.unit],
             y=[*values, result.total.item()],
             measure=["relative"] * len(values) + ["total"],
             increasing={"marker": {"color": RAISES}},
@@ -116,7 +106,7 @@ def _waterfall(result: Contributions, labels: list[str], values: list[float]) ->
             hovertemplate="%{x}: %{customdata}<extra></extra>",
         )
     )
-    figure.update_yaxes(title=f"cumulative {_unit(result)}", zeroline=True)
+    figure.update_yaxes(title=f"cumulative {result.unit}", zeroline=True)
     figure.update_xaxes(tickangle=-45)
     return styled(figure, *_titles(result))
 
@@ -128,7 +118,7 @@ def _heatmap(result: Contributions) -> go.Figure:
     others = result.total.item() - grid.double().sum().item()
     figure = go.Figure(
         go.Heatmap(
-            **diverging(grid, _unit(result)),
+            **diverging(grid, result.unit),
             x=[f"H{head}" for head in range(grid.shape[1])],
             y=[f"L{layer}" for layer in range(n_layers)],
             texttemplate="%{z:.2f}" if grid.numel() <= 150 else None,
@@ -152,7 +142,7 @@ def _sources(result: Contributions) -> go.Figure:
     tokens = result.prompts[0] if result.prompts else [""] * n_sources
     figure = go.Figure(
         go.Heatmap(
-            **diverging(shown, _unit(result)),
+            **diverging(shown, result.unit),
             x=show_tokens(tokens),
             y=[names[row] for row in rows],
             hovertemplate="%{y} reads %{x}: %{z:.4f}<extra></extra>",
@@ -168,6 +158,8 @@ def _sources(result: Contributions) -> go.Figure:
 
 def _tokens(result: AffineMap) -> go.Figure:
     whole = result.contributions
+    if whole.dims:
+        raise DataError("a figure shows one prompt: take it with result.select(i)")
     values = [*result.by_token.tolist(), result.biases.item()]
     tokens = whole.prompts[0] if whole.prompts else [""] * len(result.by_token)
     figure = go.Figure(
@@ -180,6 +172,6 @@ def _tokens(result: AffineMap) -> go.Figure:
         )
     )
     figure.update_xaxes(title="input token", tickangle=-45)
-    figure.update_yaxes(title="share of the logit", zeroline=True, zerolinecolor="#999999")
+    figure.update_yaxes(title=f"share of the {whole.unit}", zeroline=True, zerolinecolor="#999999")
     title, subtitle = _titles(whole)
-    return styled(figure, title, f"{subtitle}; patterns and gates held, no norm is")
+    return styled(figure, title, f"{subtitle}; patterns and gates given")

@@ -8,13 +8,14 @@ from itertools import pairwise
 import plotly.graph_objects as go
 import torch
 
-from lnfree_interp.analysis.contributions import Contributions
 from lnfree_interp.analysis.flow import FlowGraph, FlowNode
+from lnfree_interp.analysis.results import Contributions
 from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import (
     LOWERS,
     RAISES,
     WHOLE,
+    show_held,
     show_prompt,
     show_tokens,
     styled,
@@ -47,11 +48,12 @@ def flow(result: FlowGraph) -> go.Figure:
         >>> lf.plots.flow(graph).layout.yaxis.ticktext
         ('embeddings', 'layer 0', 'layer 1', 'layer 2', 'layer 3', 'logit')
     """
-    n_layers = 1 + max((node.layer for node in result.nodes if node.layer is not None), default=0)
-    places = _places(result.nodes, n_layers, len(result.tokens))
+    nodes, tokens = result.nodes, result.prompts[0]
+    n_layers = 1 + max((node.layer for node in nodes if node.layer is not None), default=0)
+    places = _places(nodes, n_layers, len(tokens))
     edges = sorted(result.edges, key=lambda edge: -abs(edge.flow))[:_EDGES]
     largest = max((abs(edge.flow) for edge in edges), default=1.0)
-    if not all(math.isfinite(part.flow) for part in (*edges, *result.nodes)):
+    if not all(math.isfinite(part.flow) for part in (*edges, *nodes)):
         raise DataError("a flow that is no finite number cannot be drawn")
     figure = go.Figure()
     for edge in reversed(edges):  # the widest on top
@@ -69,52 +71,53 @@ def flow(result: FlowGraph) -> go.Figure:
             hoverinfo="text",
             showlegend=False,
         )
-    inner = [node for node in result.nodes if node.layer is not None or node.kind == "logit"]
+    inner = [node for node in nodes if node.layer is not None or node.pos is None]
     named = {node.name for node in sorted(inner, key=lambda node: -abs(node.flow))[:_NAMES]}
-    scale = max(abs(node.flow) for node in result.nodes) or 1.0
+    scale = max(abs(node.flow) for node in nodes) or 1.0
     figure.add_scatter(
-        x=[places[node.name][0] for node in result.nodes],
-        y=[places[node.name][1] for node in result.nodes],
+        x=[places[node.name][0] for node in nodes],
+        y=[places[node.name][1] for node in nodes],
         mode="markers+text",
         marker={
-            "size": [6 + 16 * (abs(node.flow) / scale) ** 0.5 for node in result.nodes],
-            "color": [_colour(node) for node in result.nodes],
+            "size": [6 + 16 * (abs(node.flow) / scale) ** 0.5 for node in nodes],
+            "color": [_colour(node) for node in nodes],
             "line": {"width": 1, "color": "white"},
         },
-        text=[_name(node) if node.name in named else "" for node in result.nodes],
+        text=[_name(node) if node.name in named else "" for node in nodes],
         textposition="top center",
         cliponaxis=False,
         textfont={"size": 10},
         hovertext=[
             f"{node.name}: {node.flow:+.3f}<br>from biases {node.from_biases:+.3f}, from nodes not "
             f"shown {node.from_rest:+.3f}, to them {node.to_rest:+.3f}"
-            for node in result.nodes
+            for node in nodes
         ],
         hoverinfo="text",
         showlegend=False,
     )
-    labels = show_tokens(result.tokens)
+    labels = show_tokens(tokens)
     width = dict.fromkeys(range(len(labels)), 0.0)
-    for node in result.nodes:
+    for node in nodes:
         if node.pos is not None:
             width[node.pos] = max(width[node.pos], abs(node.flow))
     marked = sorted(sorted(width, key=lambda pos: -width[pos])[:_LABELS])
     figure.update_xaxes(
         tickvals=marked, ticktext=[labels[pos] for pos in marked],
-        tickangle=-45, title="position", range=[-0.9, len(result.tokens) - 0.1], zeroline=False,
+        tickangle=-45, title="position", range=[-0.9, len(tokens) - 0.1], zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(
         tickvals=[-0.5, *(layer + 0.5 for layer in range(n_layers)), n_layers + 0.4],
-        ticktext=["embeddings", *(f"layer {layer}" for layer in range(n_layers)), "logit"],
+        ticktext=["embeddings", *(f"layer {layer}" for layer in range(n_layers)), result.unit],
         zeroline=False, range=[-1, n_layers + 1],
     )  # fmt: skip
-    left_out = len(result.edges) - len(edges)
+    left_out = len(result.ends) - len(edges)
     note = f"; {left_out} thinner lines not drawn" if left_out else ""
     return styled(
         figure,
-        f"How {show_prompt([result.of])} flows, after “{show_prompt(result.tokens)}”",
-        f"{result.total:+.2f} in all, {result.lost:+.2f} through nodes not shown; patterns and "
-        f"gates held; conserved to {result.certificate.error}{note}",
+        f"How {show_prompt(result.of)} flows, after “{show_prompt(tokens)}”",
+        f"{result.total.item():+.2f} in all, {result.lost.item():+.2f} through nodes not shown; "
+        f"patterns and gates given; conserved to {result.error}{show_held(result.certificate)}"
+        f"{note}",
         height=320 + n_layers * max(24, min(110, 1100 // n_layers)),
     )
 
@@ -140,14 +143,14 @@ def _places(
 
 
 def _colour(node: FlowNode) -> str:
-    if node.kind == "logit":
+    if node.pos is None:
         return WHOLE
     return RAISES if node.flow > 0 else LOWERS
 
 
 def _name(node: FlowNode) -> str:
-    if node.kind == "logit":
-        return "logit"
+    if node.pos is None:
+        return node.name
     if node.kind in ("embed", "pos_embed"):
         return ""
     return {"mlp_out": f"MLP {node.layer}"}.get(node.kind, node.name.partition("@")[0])
@@ -196,8 +199,11 @@ def paths(result: Contributions) -> go.Figure:
         >>> lf.plots.paths(paths).data[0].type
         'sankey'
     """
-    if result.level != "path":
-        raise DataError(f"a result by {result.level} has no paths: call expand_paths")
+    if result.level != "path" or result.dims:
+        raise DataError(
+            f"paths of one prompt can be drawn, not a result by {result.level} with dimensions "
+            f"{result.dims}: call expand_paths, and select(prompt=i)"
+        )
     names: dict[str, int] = {}
     links: dict[tuple[str, str, bool], float] = defaultdict(float)
     depth: dict[str, float] = {}
@@ -208,10 +214,10 @@ def paths(result: Contributions) -> go.Figure:
             name = one if i == 0 else f"{one} "  # a head that carries is not a head that starts
             layer = component.layer if i == 0 else component.through[i - 1].layer
             depth[name] = 0.0 if layer is None else layer + (1.0 if i else 0.5)
-        route = [start, *(f"{one} " for one in stops), "logit"]
+        route = [start, *(f"{one} " for one in stops), result.unit]
         for one, other in pairwise(route):
             links[one, other, value.item() > 0] += abs(value.item())
-    for name in [*depth, "logit"]:
+    for name in [*depth, result.unit]:
         names.setdefault(name, len(names))
     deepest = max(depth.values(), default=0.0) + 1.0
     figure = go.Figure(
@@ -246,6 +252,7 @@ def paths(result: Contributions) -> go.Figure:
         figure,
         what,
         f"widths are absolute values, blue raises, red lowers; {len(result)} paths, "
-        f"{result.total.item():+.2f} in all; paths minus logit: {result.error}",
+        f"{result.total.item():+.2f} in all; paths minus whole: {result.error}"
+        f"{show_held(result.certificate)}",
         height=520,
     )

@@ -4,7 +4,14 @@ import plotly.graph_objects as go
 
 from lnfree_interp.analysis.lens import Lens
 from lnfree_interp.errors import DataError
-from lnfree_interp.plots.style import diverging, rows_height, show_token, show_tokens, styled
+from lnfree_interp.plots.style import (
+    diverging,
+    rows_height,
+    show_held,
+    show_token,
+    show_tokens,
+    styled,
+)
 
 _SHOWN = 24
 """Positions, if not told otherwise."""
@@ -13,7 +20,8 @@ _SHOWN = 24
 def lens(
     result: Lens, prompt: int = 0, start: int | None = None, stop: int | None = None
 ) -> go.Figure:
-    """The true next token's logit as it builds up, and what would be predicted on the way.
+    """The true next token's logit as it builds up, and what would be predicted on the way; at the
+    end, that of the token which the model predicts.
 
     Args:
         result: Of `logit_lens`.
@@ -39,9 +47,11 @@ def lens(
     if not 0 <= prompt < n_prompts or not 0 <= start < stop <= n_targets:
         raise DataError(f"{n_prompts} prompts of {n_targets} targets: not {prompt}, {start}:{stop}")
     values = result.values[:, prompt, start:stop].double()
-    top = result.top[:, prompt, start:stop].tolist()
+    top = result.predicted[:, prompt, start:stop].tolist()
     words = [[show_token(result.names[token], 6) for token in row] for row in top]
-    tokens = result.tokens[prompt]
+    tokens = result.prompts[prompt]
+    ids = result.targets[prompt, start:stop].tolist()
+    wanted = [show_token(result.names[token]) for token in ids]
     figure = go.Figure(
         go.Heatmap(
             **diverging(values),
@@ -50,7 +60,7 @@ def lens(
             text=words,
             texttemplate="%{text}",
             textfont={"size": 10},
-            customdata=[[show_token(t) for t in tokens[start + 1 : stop + 1]]] * len(values),
+            customdata=[wanted] * len(values),
             hovertemplate="%{y}, at %{x}: logit of %{customdata} is %{z:.3f}; "
             "most likely %{text}<extra></extra>",
         )
@@ -61,6 +71,6 @@ def lens(
         figure,
         "Logit lens: the true next token's logit by layer",
         f"positions {start} to {stop - 1} of {n_targets}; in the cells: the token that would be "
-        f"predicted there; {result.certificate}",
+        f"predicted there; steps minus attribution: {result.error}{show_held(result.certificate)}",
         height=rows_height(len(values), 260),
     )

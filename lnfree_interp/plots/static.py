@@ -52,7 +52,7 @@ def save(
             Chromium (`apt install chromium`, or `plotly_get_chrome`).
 
     Examples:
-        >>> dla = lf.attribute_logits(free, "for i in", " range", by="block")
+        >>> dla = lf.attribute_logits(free, "for i in", " range", by="sublayer")
         >>> lf.plots.save(lf.plots.attribution(dla), "range.html").name
         'range.html'
     """

@@ -6,6 +6,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from lnfree_interp.analysis.certificates import Certificate, describe_held
+
 RAISES, LOWERS, WHOLE = "#2166ac", "#b2182b", "#4d4d4d"
 """Diverging colours around zero, as in `RdBu`: blue raises the logit, red lowers it."""
 
@@ -31,6 +33,14 @@ def show_prompt(tokens: Sequence[str], longest: int = 45) -> str:
     text = "".join(tokens).replace("\n", "↵")
     shown = text if len(text) <= longest else "…" + text[-longest:]
     return html.escape(shown, quote=False)
+
+
+def show_held(certificate: Certificate) -> str:
+    """The end of a subtitle: what was held, and what that misses; or that no norm was."""
+    if not certificate.held:
+        return "; no norm held"
+    held = describe_held(certificate.held, certificate.gap).removeprefix(" with ")
+    return f"; NOT exact: {html.escape(held, quote=False)}"
 
 
 def model_colours(names: Sequence[str]) -> dict[str, str]:

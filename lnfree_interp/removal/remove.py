@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.data.blocks import ShuffledBlocks, TokenBlocks
 from lnfree_interp.errors import DataError, RecipeError, UnsupportedModelError
-from lnfree_interp.models.agreement import require_tokens
+from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.sites import with_norm_sites
 from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe

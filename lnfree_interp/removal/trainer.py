@@ -18,8 +18,8 @@ from lnfree_interp.errors import (
     RecipeError,
     TrainingError,
 )
-from lnfree_interp.models.agreement import require_tokens
 from lnfree_interp.models.precision import bf16_is_fast
+from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.sites import with_norm_sites
 from lnfree_interp.removal import state
 from lnfree_interp.removal.guard import Watch

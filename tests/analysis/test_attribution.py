@@ -7,11 +7,11 @@ import torch
 from transformer_lens.utilities import get_act_name
 
 import lnfree_interp as lf
-from lnfree_interp.analysis import logit_reading
-from lnfree_interp.analysis import logits as logits_module
-from lnfree_interp.errors import DataError, InexactError
+from lnfree_interp.analysis import attribute as attribute_module
+from lnfree_interp.analysis.hooked import HookedView
+from lnfree_interp.errors import DataError, HeldWarning, InexactError
 
-LEVELS = ["layer", "block", "head", "source", "neuron"]
+LEVELS = ["layer", "sublayer", "head", "source", "neuron"]
 PROMPTS = ["def add(self, other", "for i in range(", "return"]
 ANSWERS, FOILS = ["r", "i", "s"], ["e", "n", "d"]
 
@@ -36,23 +36,25 @@ def test_next_token_parts_add_up_at_every_position(folded, tokens, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_live_model_adds_up_at_frozen_scale_only(live, level):
-    with pytest.raises(InexactError, match="frozen_scale=True"):
+def test_a_live_model_adds_up_with_its_norm_held_only(live, level):
+    with pytest.raises(InexactError, match=r"ln_final is not affine.*hold=True"):
         lf.attribute_logits(live, PROMPTS[0], "r", by=level)
-    result = lf.attribute_logits(live, PROMPTS[0], "r", by=level, frozen_scale=True).verify()
-    assert result.frozen_scale
+    result = lf.attribute_logits(lf.trace(live, PROMPTS[0], hold=True), "r", by=level)
+    with pytest.warns(HeldWarning):
+        result.verify()
+    assert result.held == ("ln_final",)
     assert "ln_final.b" in result.labels
 
 
 def test_levels_refine_one_another(folded, tokens):
-    _, block, head, _, neuron = (
+    _, sublayer, head, _, neuron = (
         lf.attribute_next_tokens(folded, tokens, by=level) for level in LEVELS
     )
     layers = folded.cfg.n_layers
     heads = head.of_kind("head").unflatten(0, (layers, -1)).sum(1) + head.of_kind("b_O")
-    torch.testing.assert_close(heads, block.of_kind("attn_out"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(heads, sublayer.of_kind("attn_out"), rtol=1e-4, atol=1e-5)
     mlps = neuron.of_kind("neuron").unflatten(0, (layers, -1)).sum(1) + neuron.of_kind("b_out")
-    torch.testing.assert_close(mlps, block.of_kind("mlp_out"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mlps, sublayer.of_kind("mlp_out"), rtol=1e-4, atol=1e-5)
 
 
 def test_heads_and_neurons_equal_brute_force(folded, tokens):
@@ -106,10 +108,10 @@ def test_nmae_by_hand():
 
 @pytest.mark.parametrize("mutation", ["centring", "scale", "bias", "gain"])
 def test_every_mutation_of_the_final_norm_is_caught(frozen, monkeypatch, mutation):
-    right = logit_reading.read
+    right = HookedView.read
 
-    def mutated(model, cache, name):
-        norm = right(model, cache, name)
+    def mutated(view, site, scale):
+        norm = right(view, site, scale)
         change = {
             "centring": {"centred": False},
             "scale": {"scale": 1.001 * norm.scale},
@@ -118,19 +120,18 @@ def test_every_mutation_of_the_final_norm_is_caught(frozen, monkeypatch, mutatio
         }
         return replace(norm, **change[mutation])
 
-    monkeypatch.setattr(logit_reading, "read", mutated)
+    monkeypatch.setattr(HookedView, "read", mutated)
     with pytest.raises(InexactError):
         lf.attribute_logits(frozen, PROMPTS, ANSWERS, by="head").verify()
 
 
 def test_missing_b_U_is_caught(folded, monkeypatch):
-    right = logits_module.logit_directions
+    right = attribute_module.project
 
-    def mutated(*arguments):
-        direction, constants = right(*arguments)
-        return direction, [(component, 0 * value) for component, value in constants]
+    def mutated(parts, direction, constants):
+        return right(parts, direction, [(component, 0 * value) for component, value in constants])
 
-    monkeypatch.setattr(logits_module, "logit_directions", mutated)
+    monkeypatch.setattr(attribute_module, "project", mutated)
     with pytest.raises(InexactError):
         lf.attribute_logits(folded, PROMPTS, ANSWERS).verify()
 
@@ -153,7 +154,7 @@ def test_prompts_may_be_token_ids(folded):
         ids = lf.attribute_logits(folded, folded.to_tokens(prompt)[0], ["r", "i"][i])
         torch.testing.assert_close(ids.values, text.select(i).values)
         assert ids.prompts == text.select(i).prompts
-    plain = lf.attribute_logits(folded, PROMPTS[0], "r", prepend_bos=False)
+    plain = lf.attribute_logits(lf.trace(folded, PROMPTS[0], prepend_bos=False), "r")
     assert plain.prompts[0] == text.prompts[0][1:]
     assert not torch.allclose(plain.values, text.select(0).values)
 
@@ -182,7 +183,7 @@ def test_wrong_questions_are_refused(folded):
         lf.attribute_logits(folded, "return", "zzz qqq")
     with pytest.raises(DataError, match="3 prompts, but 2 answers"):
         lf.attribute_logits(folded, PROMPTS, ["r", "i"])
-    with pytest.raises(DataError, match="against itself"):
+    with pytest.raises(DataError, match="answer and foil"):
         lf.attribute_logits(folded, "return", "r", "r")
     with pytest.raises(DataError, match="empty"):
         lf.attribute_logits(folded, [], "r")

@@ -9,8 +9,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities import get_act_name
 
 import lnfree_interp as lf
-from lnfree_interp.analysis import attention
-from lnfree_interp.analysis.contributions import Component
+from lnfree_interp.analysis import scores as scores_module
+from lnfree_interp.analysis.components import Component
 from lnfree_interp.errors import DataError
 
 
@@ -67,13 +67,13 @@ def test_padding_is_taken_off_where_a_mask_says_so(folded, side):
     for i, row in enumerate(rows):
         at = slice(5 - len(row), 5) if side == "left" else slice(0, len(row))
         tokens[i, at], mask[i, at] = row, 1
-    padded = lf.attribute_logits(folded, tokens, 3, attention_mask=mask)
+    padded = lf.attribute_logits(lf.trace(folded, tokens, attention_mask=mask), 3)
     for i, row in enumerate(rows):
         close(padded.values[:, i], lf.attribute_logits(folded, row, 3).values)
     close(padded.values, lf.attribute_logits(folded, rows, 3).values)
     mask[1, 2] = 0
     with pytest.raises(DataError, match="hole"):
-        lf.attribute_logits(folded, tokens, 3, attention_mask=mask)
+        lf.attribute_logits(lf.trace(folded, tokens, attention_mask=mask), 3)
 
 
 def test_padding_without_a_mask_is_refused(folded):
@@ -94,13 +94,13 @@ def test_wrong_questions_are_refused(folded):
         (lambda: lf.attribute_logits(folded, [], 3), "empty"),
         (lambda: lf.attribute_logits(folded, [tokens[None], tokens[None]], 3), r"is \[pos\]"),
         (lambda: lf.attribute_logits(folded, tokens, [3.0]), "a string or a whole number"),
-        (lambda: lf.attribute_logits(folded, tokens, 3).top(0), "0 largest"),
+        (lambda: lf.attribute_logits(folded, tokens, 3).top(0), "at least 1"),
         (lambda: lf.attribute_logits(folded, tokens, 3).select(0), "already"),
-        (lambda: lf.attribute_logits(folded, tokens[None], 3).select(1), "no 1 among 1"),
-        (lambda: lf.logit_lens(folded, tokens[None, :1]), "no next token"),
+        (lambda: lf.attribute_logits(folded, tokens[None], 3).select(1), "no prompt 1 among 1"),
+        (lambda: lf.attribute_next_tokens(folded, tokens[None, :1]), "no next token"),
         (lambda: lf.certify(folded, tokens[:1]), "at least two"),
-        (lambda: lf.direct_effects(folded, tokens[None], batch=0), "at least one row"),
-        (lambda: lf.attribute_logits(folded, "", 3, prepend_bos=False), "empty"),
+        (lambda: lf.direct_effects(folded, tokens[None], batch=0), "at least one sequence"),
+        (lambda: lf.trace(folded, "", prepend_bos=False), "empty"),
         (lambda: lf.attribute_logits(folded, "return", ["zzz qqq", "r"]), "is one token"),
         (lambda: lf.attribute_logits(folded, ["a", "b"], [["r", "s"], ["e"]]), "same number"),
         (lambda: lf.attribute_logits(folded, ["a", "b"], ["r", ["e", "s"]]), "or every prompt"),
@@ -109,11 +109,10 @@ def test_wrong_questions_are_refused(folded):
         (lambda: lf.attribute_logits(folded, "a", "r")["L1H33"], "did you mean L1H3"),
         (lambda: lf.decompose_residual(folded, tokens, "blocks.9.hook_resid_pre"), "no place"),
         (lambda: lf.decompose_residual(folded, tokens, pos=6), "no position 6 among 6"),
-        (lambda: lf.decompose_residual(folded, ["a b", "a"]), "differ in length"),
+        (lambda: lf.decompose_residual(folded, ["a b", "a"], pos=slice(2)), "differ in length"),
         (lambda: lf.decompose_residual(folded, tokens, onto=torch.ones(3)), "has 32 entries"),
         (lambda: lf.attribute_scores(folded, tokens, 0, 7), "no L0H7"),
         (lambda: lf.attribute_scores(folded, tokens, 0, 0, query=2, keys=[4]), "sees keys 0 to 2"),
-        (lambda: lf.attribute_scores(folded, ["a", "b"], 0, 0), "one prompt at a time"),
         (lambda: lf.attribute_scores(folded, tokens, 2, 0).log_odds(0, 9), "no position 9"),
         (lambda: lf.counterfactual_pattern(folded, tokens, 1, 0, "L2H0"), "no component 'L2H0'"),
         (lambda: lf.counterfactual_pattern(folded, tokens, 1, 0, "b_Q"), "no part of the stream"),
@@ -121,16 +120,16 @@ def test_wrong_questions_are_refused(folded):
         (lambda: lf.counterfactual_pattern(folded, tokens, 1, 0, ["L0H0"] * 2), "named twice"),
         (lambda: lf.direct_effect_additivity(folded, tokens[None], "L0H0", "L0H0"), "both groups"),
         (lambda: lf.attribute_scores(folded, tokens, 1, 0, keys=[9]), "no position 9"),
-        (lambda: lf.attribute_scores(folded, tokens, True, 0), "no LTrueH0"),
-        (lambda: lf.attribute_scores(folded, tokens, 1, 0).top(0, k=-1), "-1 largest"),
+        (lambda: lf.attribute_scores(folded, tokens, True, 0), "a whole number, not True"),
+        (lambda: lf.attribute_scores(folded, tokens, 1, 0).top(0, k=-1), "at least 1"),
         (lambda: lf.decompose_residual(folded, tokens, pos=slice(None, None, -1)), "backwards"),
         (lambda: lf.virtual_weights(folded, "L0H0@3", "L1H0", "Q"), "same at every position"),
-        (lambda: lf.bigram_table(folded).top(0), "must be positive"),
+        (lambda: lf.bigram_table(folded).top(0), "at least 1"),
         (lambda: lf.attribute_neuron(folded, tokens, 0, 999), "neurons 0 to 127"),
         (lambda: lf.attribute_neuron(folded, tokens, 5, 0), "no MLP in layer 5"),
         (lambda: lf.flip_distances(folded, tokens, 1, "L7H0"), "no component 'L7H0'"),
-        (lambda: lf.affine_map(folded, ["a", "b"], "r"), "one prompt at a time"),
-        (lambda: lf.expand_paths(folded, tokens, 3, top_k=0), "at least one path"),
+        (lambda: lf.affine_map(folded, "a", ["r", "s"]), "one at a time"),
+        (lambda: lf.expand_paths(folded, tokens, 3, top_k=0), "at least 1"),
         (lambda: lf.flow_graph(folded, tokens, 3).node("L9H9@1"), "no node"),
         (lambda: lf.mean_next_token_attribution(folded, tokens[None], by="source"), "by='head'"),
         (lambda: lf.mean_next_token_attribution(folded, []), "no text"),
@@ -141,11 +140,11 @@ def test_wrong_questions_are_refused(folded):
 
 def test_a_run_that_is_there_already_is_used(folded, tokens):
     run = folded.run_with_cache(tokens)
-    again = lf.attribute_next_tokens(folded, tokens, by="neuron", run=run).verify()
+    again = lf.attribute_next_tokens(lf.trace(folded, tokens, run=run), by="neuron").verify()
     close(again.values, lf.attribute_next_tokens(folded, tokens, by="neuron").values)
     logits, cache = folded.run_with_cache(tokens, names_filter=get_act_name("z", 0))
     with pytest.raises(DataError, match="lacks hook_embed"):
-        lf.attribute_next_tokens(folded, tokens, run=(logits, cache))
+        lf.trace(folded, tokens, run=(logits, cache))
 
 
 def test_the_mean_over_much_text_is_the_mean(folded):
@@ -207,17 +206,20 @@ def test_padding_by_end_of_text_is_found(folded):
 @pytest.mark.parametrize("prepends", [True, False])
 def test_a_tokenizer_that_pads_on_the_left_masks_nothing(folded, prepends):
     text = "for i in range"
-    expected = lf.attribute_logits(folded, text, 7, prepend_bos=True)
+    expected = lf.attribute_logits(lf.trace(folded, text, prepend_bos=True), 7)
     folded.tokenizer.padding_side = "left"
     folded.cfg.default_prepend_bos = prepends
-    found = lf.attribute_logits(folded, text, 7, prepend_bos=True).verify()
+    trace = lf.trace(folded, text, prepend_bos=True)
+    found = lf.attribute_logits(trace, 7).verify()
     close(found.values, expected.values)
-    assert lf.attribute_scores(folded, text, 1, 0, prepend_bos=True).keys[0] == 0
+    assert lf.attribute_scores(trace, 1, 0).keys[0] == 0
     assert len(lf.attribute_logits(folded, text, 7).prompts[0]) == len(found.prompts[0]) - (
         not prepends
     )
     bos = folded.tokenizer.bos_token_id
-    assert all(c.holds for c in lf.certify(folded, torch.tensor([bos, bos, 5, 6, 7])))
+    tokens = torch.tensor([bos, bos, 5, 6, 7])
+    text = lf.trace(folded, tokens, attention_mask=torch.ones_like(tokens))
+    assert all(c.holds for c in lf.certify(text))
 
 
 def test_token_ids_in_any_container(folded):
@@ -233,14 +235,12 @@ def test_token_ids_in_any_container(folded):
 def test_a_run_of_other_tokens_is_refused(folded):
     a, b = torch.randint(300, (2, 3, 8), generator=torch.Generator().manual_seed(0))
     with pytest.raises(DataError, match="other tokens"):
-        lf.attribute_next_tokens(folded, a, run=folded.run_with_cache(b))
+        lf.trace(folded, a, run=folded.run_with_cache(b))
 
 
 def test_a_mask_is_ones_and_zeros(folded):
     with pytest.raises(DataError, match="1 where there is text"):
-        lf.attribute_logits(
-            folded, torch.arange(3), 3, attention_mask=torch.tensor([-1e9, 0.0, 0.0])
-        )
+        lf.trace(folded, torch.arange(3), attention_mask=torch.tensor([-1e9, 0.0, 0.0]))
 
 
 def test_selecting_keeps_names(folded):
@@ -270,14 +270,14 @@ def test_scores_of_few_keys_take_little_memory(folded):
         few = lf.attribute_scores(folded, tokens, 2, 1, keys=keys, by="head").verify()
         close(few.values, whole.values[:, :, list(few.keys)])
     sizes = []
-    original = attention.transform
+    original = scores_module.transform
 
     def watch(parts, W):
         values, components = original(parts, W)
         sizes.append(values.shape[2])
         return values, components
 
-    with mock.patch.object(attention, "transform", watch):
+    with mock.patch.object(scores_module, "transform", watch):
         lf.attribute_scores(folded, tokens, 2, 1, keys=[5], by="neuron").verify()
     assert sizes == [1, 1]
 
@@ -290,9 +290,10 @@ def test_no_logit_under_a_cap_is_no_problem():
         model.W_U[:, 7] = 0
         model.b_U[7] = 0
         model.blocks[0].attn.W_Q[0] = 0
-    tokens, held = torch.arange(6), {"frozen_scale": True}
-    assert lf.attribute_logits(model, tokens, 3, 7, **held).verify().values.isfinite().all()
-    assert lf.attribute_scores(model, tokens, 0, 0, **held).verify().values.isfinite().all()
+    held = lf.trace(model, torch.arange(6), hold=True)
+    for result in (lf.attribute_logits(held, 3, 7), lf.attribute_scores(held, 0, 0)):
+        result.certificate.require()
+        assert result.values.isfinite().all()
 
 
 def test_means_are_judged_by_what_the_model_computed_in(folded):
@@ -305,7 +306,7 @@ def test_means_are_judged_by_what_the_model_computed_in(folded):
 
 
 def test_paths_are_written_as_they_are_read(folded):
-    for label in ("embed > L0H1 > L2H5", "L0H1@3", "0_mlp_out > L1H0"):
+    for label in ("embed@3 > L0H1 > L2H5", "L0H1@3", "0_mlp_out@2 > L1H0", "L1.feature17"):
         assert lf.Component.parse(label).label == label
 
 

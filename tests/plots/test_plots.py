@@ -43,7 +43,7 @@ def test_a_batch_is_refused(folded):
 
 
 def test_titles_say_what_is_shown_and_markup_stays_text(folded):
-    result = lf.attribute_logits(folded, "<script>return", "r", by="block")
+    result = lf.attribute_logits(folded, "<script>return", "r", by="sublayer")
     title = lf.plots.attribution(result).layout.title
     assert "&lt;script&gt;return" in title.text
     assert "<script>" not in title.text
@@ -226,7 +226,7 @@ def test_big_models_stay_readable():
 
 
 def test_pictures(question, tmp_path):
-    figure = lf.plots.attribution(lf.attribute_logits(*question, by="block"))
+    figure = lf.plots.attribution(lf.attribute_logits(*question, by="sublayer"))
     page = lf.plots.save(figure, tmp_path / "figure.html")
     assert "cdn.plot.ly" not in page.read_text()[-2000:]
     with pytest.raises(OutputError, match=r"\.png"):
@@ -256,15 +256,15 @@ def test_quotes_are_shown_as_quotes(folded):
 
 
 def test_what_is_no_logit_is_not_called_one(folded):
-    neuron = lf.plots.attribution(lf.attribute_neuron(folded, "for i in", 2, 0, by="block"))
+    neuron = lf.plots.attribution(lf.attribute_neuron(folded, "for i in", 2, 0, by="sublayer"))
     assert neuron.layout.yaxis.title.text == "cumulative pre"
     assert neuron.data[0].x[-1] == "pre"
     assert neuron.layout.title.text.startswith("pre of L2N0")
     direction = folded.W_U[:, 5]
-    stream = lf.decompose_residual(folded, "for i in", onto=direction, by="block")
+    stream = lf.decompose_residual(folded, "for i in", onto=direction, by="sublayer")
     assert lf.plots.attribution(stream).layout.yaxis.title.text == "cumulative projection"
     with pytest.raises(DataError, match="onto=direction"):
-        lf.plots.attribution(lf.decompose_residual(folded, "for i in", by="block"))
+        lf.plots.attribution(lf.decompose_residual(folded, "for i in", by="sublayer"))
     with pytest.raises(DataError, match="0 largest"):
         lf.plots.attribution(attributions(folded, "neuron").select(0), top=0)
 

@@ -1,0 +1,159 @@
+"""`HookedTransformer` of TransformerLens 3.9 as a view: stock, with norm sites, frozen, folded."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+
+from lnfree_interp.analysis.view import MLP, Attention, Read, Stream, View
+from lnfree_interp.errors import UnsupportedModelError
+from lnfree_interp.models.norms import FrozenNorm, Norm
+from lnfree_interp.models.running import Edit, run_and_keep, to_logits, watched
+
+
+class HookedView(View):
+    """A `HookedTransformer` in any of our forms."""
+
+    generation = "TransformerLens 3"
+
+    def require_plain_sum(self) -> None:
+        """As `View.require_plain_sum`."""
+        cfg = self.cfg
+        positions = cfg.positional_embedding_type
+        unsupported = {
+            "norms behind the sublayers (fold(model) merges them once they are frozen)": (
+                cfg.use_normalization_before_and_after
+            ),
+            "a norm behind the embedding": cfg.post_embedding_ln,
+            f"{positions!r} positions": positions not in ("standard", "rotary"),
+            "mixtures of experts": cfg.num_experts is not None,
+            "token types": getattr(cfg, "use_token_type_ids", False),
+        }
+        if found := [what for what, is_so in unsupported.items() if is_so]:
+            raise UnsupportedModelError(f"cannot take apart a model with {', '.join(found)}")
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """As `View.W_E`."""
+        return self.model.W_E.detach()
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """As `View.W_pos`."""
+        return self.model.W_pos.detach()
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """As `View.W_U`."""
+        return self.model.W_U.detach()
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """As `View.b_U`."""
+        return self.model.b_U.detach()
+
+    def _attention(self, layer: int) -> Attention:
+        attn = self.model.blocks[layer].attn
+        return Attention.of(attn, float(attn.attn_scale), self.score_cap)
+
+    def _mlp(self, layer: int) -> MLP:
+        mlp = self.model.blocks[layer].mlp
+        gate = mlp.W_gate.detach() if self.gated else None
+        W_in, W_out, b_in, b_out = (W.detach() for W in (mlp.W_in, mlp.W_out, mlp.b_in, mlp.b_out))
+        return MLP(W_in, gate, W_out, b_in, b_out, mlp.act_fn)
+
+    def rotations(self, layer: int, n_pos: int) -> Float[Tensor, "pos d_head d_head"]:
+        """As `View.rotations`."""
+        eye = torch.eye(self.cfg.d_head, dtype=self.W_E.dtype, device=self.device)
+        turned = self.model.blocks[layer].attn.apply_rotary(
+            eye[:, None, None].expand(-1, n_pos, 1, -1)
+        )
+        return turned[:, :, 0].transpose(0, 1)
+
+    def scale_hook(self, site: str) -> str | None:
+        """As `View.scale_hook`."""
+        norm = self._norm(site)
+        if norm is None or isinstance(norm, FrozenNorm):
+            return None
+        if isinstance(norm, Norm) and norm.frozen:
+            return None
+        return f"{self._path(site)}.hook_scale"
+
+    def read(self, site: str, scale: Float[Tensor, "*batch one"] | None) -> Read:
+        """As `View.read`."""
+        norm = self._norm(site)
+        if norm is None:
+            return Read()
+        gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+        centred = (
+            norm.centred
+            if isinstance(norm, Norm | FrozenNorm)
+            else isinstance(norm, LayerNorm | LayerNormPre)
+        )
+        if isinstance(norm, FrozenNorm):
+            scale_held: Tensor | float = norm.sigma.item()
+        elif isinstance(norm, Norm) and norm.frozen:
+            scale_held = norm.constant
+        else:
+            assert scale is not None
+            scale_held = scale
+        return Read(
+            scale_held,
+            None if gain is None else gain.detach(),
+            None if bias is None else bias.detach(),
+            centred,
+        )
+
+    def _path(self, site: str) -> str:
+        """The module that a site's name means in this model."""
+        parent, _, leaf = site.rpartition(".")
+        if leaf in ("qk", "v") and not hasattr(self.model.get_submodule(parent), leaf):
+            return parent
+        return site
+
+    def _norm(self, site: str) -> nn.Module | None:
+        if self.cfg.normalization_type is None:
+            return None
+        norm = self.model.get_submodule(self._path(site))
+        known = (FrozenNorm, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre)
+        if not isinstance(norm, known):
+            raise UnsupportedModelError(f"{site} is a {type(norm).__name__}, which is not linear")
+        return norm
+
+    def through_norm(self, site: str, x: Float[Tensor, "*batch d_model"]) -> Tensor:
+        """As `View.through_norm`."""
+        return x if self._norm(site) is None else self.model.get_submodule(self._path(site))(x)
+
+    def through_norm_in_float64(self, site: str) -> Callable[[Tensor], Tensor]:
+        """As `View.through_norm_in_float64`."""
+        if self._norm(site) is None:
+            return lambda x: x
+        norm = copy.deepcopy(self.model.get_submodule(self._path(site))).double()
+        if hasattr(norm, "cfg"):  # TransformerLens' own cast their output to its dtype
+            norm.cfg = replace(norm.cfg, dtype=torch.float64)
+        norm.dtype = torch.float64
+        return norm
+
+    def run(
+        self,
+        x: Int[Tensor, "batch pos"] | Stream,
+        names: Collection[str] = (),
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> tuple[Stream, dict[str, Tensor]]:
+        """As `View.run`."""
+        stop = self.n_layers if stop is None else stop
+        return run_and_keep(self.model, x, names, stop, start, edits)
+
+    def logits(
+        self, resid: Stream, names: Collection[str] = ()
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
+        """As `View.logits`."""
+        with watched(self.model, names) as found:
+            return to_logits(self.model, resid), found

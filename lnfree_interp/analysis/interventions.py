@@ -1,0 +1,397 @@
+"""Taking components away or replacing them, by label, with nothing held.
+
+A decomposition predicts what a target loses without a part. An intervention asks the model: the
+component is changed, everything behind it runs anew, norms, patterns and gates included.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Any, Literal, SupportsIndex, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.utilities import get_act_name
+
+from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.analysis.components import Component, as_labels, nearest
+from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.parts import Dense, Part
+from lnfree_interp.analysis.results import CertifiedResult, largest_rows
+from lnfree_interp.analysis.targets import Target, require_head
+from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.view import Place, Stream
+from lnfree_interp.errors import DataError
+from lnfree_interp.models.running import Edit
+from lnfree_interp.numerics import measure_error
+
+With = Literal["zero", "mean"]
+_WITHIN = {
+    "head": ("z", "attn_out"), "attn_out": ("attn_out", "attn_out"),
+    "neuron": ("post", "mlp_out"), "mlp_out": ("mlp_out", "mlp_out"),
+}  # fmt: skip
+"""Where a component is replaced in a run, and where what it writes is seen."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects(CertifiedResult):
+    """What a target loses by an intervention: predicted, direct, and in all.
+
+    Attributes:
+        components: What was changed, label by label; alone in each row, together in the last.
+        predicted: [change, prompt], what direct attribution says, in the target's unit: the share
+            of the component as it is, minus that of what took its place.
+        direct: [change, prompt], measured with the change in the stream that the target reads and
+            nowhere else.
+        total_effect: [change, prompt], measured with the change in the model, all that follows
+            computed anew and nothing held.
+        before: [prompt], the target as it is.
+        of: What the target is, for each prompt.
+        unit: Of all numbers.
+        with_: What took the components' place.
+        certificate: Predicted against direct effect, which an LN-free model makes equal.
+        prompts: The prompts, as strings.
+    """
+
+    components: tuple[str, ...]
+    predicted: Float[Tensor, "change prompt"]
+    direct: Float[Tensor, "change prompt"]
+    total_effect: Float[Tensor, "change prompt"]
+    before: Float[Tensor, " prompt"]
+    of: tuple[str, ...]
+    unit: str
+    with_: str
+    certificate: Certificate
+    prompts: tuple[tuple[str, ...], ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per change and prompt: `component`, `prompt`, `predicted`, `direct`, `total`, in
+        the target's unit, each as what the target loses; and `before`."""
+        rows = [
+            {
+                "component": label, "prompt": i, "predicted": self.predicted[row, i].item(),
+                "direct": self.direct[row, i].item(), "total": self.total_effect[row, i].item(),
+                "before": self.before[i].item(),
+            }
+            for row, label in enumerate(self.components)
+            for i in range(len(self.before))
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
+        """The k rows of largest total effect.
+
+        Raises:
+            DataError: if k is less than one.
+        """
+        return largest_rows(self.to_frame(), "total", k)
+
+    def __repr__(self) -> str:
+        predicted, total = self.predicted[-1].mean().item(), self.total_effect[-1].mean().item()
+        what = ", ".join(self.components[:3]) + (", ..." if len(self.components) > 3 else "")
+        return self._line(
+            f"{what} replaced by {self.with_}: {predicted:+.3f} predicted, {total:+.3f} in all"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """One component's replacement."""
+
+    edits: Mapping[str, Edit]
+    """In a run of the model."""
+    gone: Stream
+    """What the stream loses by that, before anything reads it."""
+    predicted: Stream
+    """What it loses according to the level's parts, patterns given."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Intervention:
+    """Components of a trace, replaced by zero, by their mean, or by those of another trace.
+
+    Attributes:
+        trace: The forward pass as it is.
+        labels: What is replaced.
+        with_: What by.
+        by: The level at which they are parts; None for the one that each label needs.
+    """
+
+    trace: Trace
+    labels: tuple[str, ...]
+    with_: With | Trace = "zero"
+    by: str | Level | None = None
+
+    def __post_init__(self) -> None:
+        self.trace.require_text()
+        if not self.labels:
+            raise DataError("name at least one component to replace")
+        if isinstance(self.with_, Trace):
+            if self.with_.lengths != self.trace.lengths:
+                raise DataError(
+                    f"the other trace has prompts of {self.with_.lengths} tokens, this one of "
+                    f"{self.trace.lengths}: positions do not match"
+                )
+        elif self.with_ not in get_args(With):
+            raise DataError(f"with_={self.with_!r} is not zero, mean or another trace")
+        _ = self._changes  # refused now, not when it is run
+
+    @cached_property
+    def _changes(self) -> list[_Change]:
+        return [self._change(label) for label in self.labels]
+
+    def edits(self) -> dict[str, Edit]:
+        """What the intervention does to a run, by hook name."""
+        return _merged(self._changes)
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        """The same for TransformerLens: `model.run_with_hooks(tokens, fwd_hooks=...)`."""
+        return [(name, lambda x, hook, edit=edit: edit(x)) for name, edit in self.edits().items()]
+
+    def run(self, place: str | Place | None = None) -> Stream:
+        """The stream at a place, by default the last, everything behind a change computed anew."""
+        return self._run(self._changes, self.trace.view.place(place))
+
+    def _run(self, changes: Sequence[_Change], place: Place) -> Stream:
+        stop = min(place.layer + 1, self.trace.view.n_layers)
+        tokens, edits = self.trace.tokens, _merged(changes)
+        return self.trace.view.run(tokens, [place.hook], stop=stop, edits=edits)[1][place.hook]
+
+    @torch.no_grad()
+    def compare(self, target: Target) -> Effects:
+        """Predicted and measured change of a target, side by side.
+
+        Args:
+            target: What is watched: `lf.LogitDifference(...)` and so on.
+
+        Returns:
+            `Effects`: a row for each component alone, and one for all together where there are
+            several.
+
+        Raises:
+            DataError: for several answers at once.
+            InexactError: if the target reads through a live norm and the trace does not hold.
+        """
+        place, names = target.needs(self.trace)
+        self.trace.need(*names, place.hook)
+        reading = target.read(self.trace)
+        if reading.total.shape[1] != 1:
+            raise DataError("several answers or positions: compare one at a time")
+        stream, at = reading.at.of(self.trace.stream(place)), reading.at
+        groups = [[change] for change in self._changes]
+        groups += [self._changes] if len(groups) > 1 else []
+        rows: list[list[Tensor]] = [[], [], []]
+        for changes in groups:
+            claimed = at.of(sum((change.predicted for change in changes[1:]), changes[0].predicted))
+            gone = at.of(sum((change.gone for change in changes[1:]), changes[0].gone))
+            rows[0].append(torch.linalg.vecdot(claimed, reading.direction).sum(1))
+            rows[1].append((reading.total - reading.again(stream - gone, slice(None)))[:, 0])
+            after = reading.again(at.of(self._run(changes, place)), slice(None))
+            rows[2].append((reading.total - after)[:, 0])
+        predicted, direct, total = map(torch.stack, rows)
+        size = max(predicted.abs().max().item(), reading.total.abs().max().item(), reading.scale)
+        plain = [i for i, label in enumerate(self.labels) if " > " not in label]
+        error = measure_error(predicted[plain], direct[plain], size)
+        certificate = Certificate(
+            "predicted effect = effect on the stream that is read", error, reading.held,
+            measure_error(predicted[plain], direct[plain]) if reading.held else None,
+        )  # fmt: skip
+        return Effects(
+            (*self.labels, "all of them")[: len(groups)], predicted, direct, total,
+            reading.total[:, 0], reading.of, reading.unit, self._by_what, certificate,
+            self.trace.prompts,
+        )  # fmt: skip
+
+    @property
+    def _by_what(self) -> str:
+        return "another trace" if isinstance(self.with_, Trace) else self.with_
+
+    def __repr__(self) -> str:
+        return f"Intervention({', '.join(self.labels)} replaced by {self._by_what})"
+
+    def _change(self, label: str) -> _Change:
+        component = Component.parse(label) if self.by is None else None
+        if component is not None and component.through:
+            return self._path(component)
+        chosen = level(self.by or _level_of(label, component))
+        last = self.trace.view.last
+        part, row = _find(chosen.parts(self.trace, last), label)
+        component = part.components[row]
+        predicted = self._replaced(part.vectors([row])[:, :, 0], chosen, label)
+        if component.kind in ("embed", "pos_embed"):
+            return _Change(
+                {f"hook_{component.kind}": lambda x: x - predicted}, predicted, predicted
+            )
+        layer, index = component.layer, component.index
+        if layer is None or component.kind not in _WITHIN:
+            hook = part.written.hook
+            return _Change({hook: lambda x: x - predicted}, predicted, predicted)
+        within, written = (get_act_name(name, layer) for name in _WITHIN[component.kind])
+        if index is None:
+            moved = self._moved(self.trace[within], within)
+        elif component.pos is not None:
+            moved = self._moved_from(component)
+        else:
+            moved = self._moved(self.trace[within][:, :, index], within, index)
+        edits = {within: _subtract(index, moved)}
+        view, stream = self.trace.view, self.trace.stream(Place(layer))
+        _, found = view.run(stream, [written], start=layer, stop=layer + 1, edits=edits)
+        return _Change(edits, self.trace[written] - found[written], predicted)
+
+    def _replaced(self, vector: Stream, chosen: Level, label: str) -> Stream:
+        """A part minus what takes its place, in the stream."""
+        if isinstance(self.with_, Trace):
+            part, row = _find(chosen.parts(self.with_, self.with_.view.last), label)
+            return vector - part.vectors([row])[:, :, 0]
+        return self._without_mean(vector) if self.with_ == "mean" else vector
+
+    def _moved(self, x: Tensor, name: str, index: int | None = None) -> Tensor:
+        """An activation minus what takes its place."""
+        if isinstance(self.with_, Trace):
+            other = self.with_[name]
+            return x - (other if index is None else other[:, :, index])
+        return self._without_mean(x) if self.with_ == "mean" else x
+
+    def _without_mean(self, x: Tensor) -> Tensor:
+        lengths = torch.tensor(self.trace.lengths, device=x.device)
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return x - x[real].mean(0)
+
+    def _moved_from(self, head: Component) -> Float[Tensor, "batch pos d_head"]:
+        """What a head gets from one token, biases apart, minus what takes its place."""
+        layer, index, pos = head.layer or 0, head.index or 0, head.pos
+
+        def moved(trace: Trace) -> Tensor:
+            pattern, v = trace.act("pattern", layer), trace.act("v", layer)
+            value = v[:, pos, index * v.shape[2] // pattern.shape[1]]
+            value = value - trace.view.value_bias(layer)[index]
+            return pattern[:, index, :, pos, None] * value[:, None]
+
+        here = moved(self.trace)
+        if isinstance(self.with_, Trace):
+            return here - moved(self.with_)
+        return self._without_mean(here) if self.with_ == "mean" else here
+
+    def _path(self, path: Component) -> _Change:
+        """Only along one way: each head on it reads the change, and nobody else does."""
+        trace, view = self.trace, self.trace.view
+        start = self._change(replace(path, through=()).label)
+        gone, predicted, edits = start.gone, start.predicted, start.edits
+        before = -1 if path.layer is None else path.layer
+        for head in path.through:
+            layer, index = head.layer, head.index
+            if head.kind != "head" or layer is None or index is None:
+                raise DataError(f"{path.label}: a path passes heads, and {head.label} is none")
+            require_head(view, layer, index)
+            if layer <= before:
+                raise DataError(f"{path.label}: {head.label} does not come after what it reads")
+            before, block, hook = layer, trace.block(layer), get_act_name("z", layer)
+            written = get_act_name("attn_out", layer)
+            stream = trace.stream(Place(layer))
+            _, found = view.run(stream - gone, [hook], start=layer, stop=layer + 1)
+            edits = {hook: _subtract(index, (trace[hook] - found[hook])[:, :, index])}
+            _, found = view.run(stream, [written], start=layer, stop=layer + 1, edits=edits)
+            gone = trace[written] - found[written]
+            values = block.before.forward(predicted) @ block.attention.W_V[index]
+            moved = block.pattern[:, index] @ values
+            predicted = block.attention.write(moved[:, :, None], [index])[:, :, 0]
+        return _Change(edits, gone, predicted)
+
+
+def _level_of(label: str, component: Component | None) -> str:
+    """The level at which a component of the model is a part."""
+    if component is None or component.kind not in (*_WITHIN, "embed", "pos_embed"):
+        raise DataError(
+            f"{label} cannot be replaced: name a head (L2H5; what it reads of a token: L2H5@3), a "
+            "neuron (L2N310), 2_attn_out, 2_mlp_out, embed, pos_embed, or a path (L0H1 > L2H5)"
+        )
+    if component.kind == "head" and component.pos is not None:
+        return "source"
+    return {"neuron": "neuron", "attn_out": "sublayer"}.get(component.kind, "head")
+
+
+def _find(parts: Iterable[Part], label: str) -> tuple[Part, int]:
+    """The group that a part is in, and its row there; of one position, if the label names one."""
+    name, _, pos = label.partition("@")
+    labels = []
+    for part in parts:
+        for row, component in enumerate(part.components):
+            if component.label == label:
+                return part, row
+            if pos and component.label == name and isinstance(part, Dense):
+                at = torch.arange(part.x.shape[1], device=part.x.device) == int(pos)
+                alone = replace(component, pos=int(pos))
+                x = torch.where(at[:, None], part.x, 0.0)
+                return replace(part, components=(alone,), x=x), 0
+            labels.append(component.label)
+    raise DataError(f"the model has no {label}{nearest(label, labels)}")
+
+
+def _subtract(index: int | None, change: Tensor) -> Edit:
+    def edit(x: Tensor) -> Tensor:
+        if index is None:
+            return x - change
+        x = x.clone()
+        x[:, :, index] = x[:, :, index] - change
+        return x
+
+    return edit
+
+
+def _merged(changes: Sequence[_Change]) -> dict[str, Edit]:
+    """Edits of one hook, one after the other."""
+    by_hook: dict[str, list[Edit]] = {}
+    for change in changes:
+        for hook, edit in change.edits.items():
+            by_hook.setdefault(hook, []).append(edit)
+
+    def in_turn(edits: list[Edit]) -> Edit:
+        return lambda x: reduce(lambda y, edit: y if (z := edit(y)) is None else z, edits, x)
+
+    return {hook: in_turn(edits) for hook, edits in by_hook.items()}
+
+
+@question
+def ablate(
+    trace: Trace,
+    components: str | Component | Sequence[str | Component],
+    with_: Literal["zero", "mean"] | Trace = "zero",
+    *,
+    by: str | Level | None = None,
+) -> Intervention:
+    """Replace components by label, and see what that does: predicted and measured.
+
+    Nothing is held: norms, patterns and gates behind the change are computed anew.
+
+    Args:
+        trace: A trace; or a model and a prompt, as two arguments.
+        components: Labels: a head `"L23H3"`, what it reads from one token `"L23H3@4"`, a neuron
+            `"L2N310"`, `"5_mlp_out"`, `"5_attn_out"`, `"embed"`, `"pos_embed"`; or a path
+            `"L0H1 > L2H5"`, along which the change is read, and nowhere else.
+        with_: `"zero"`; `"mean"`, over the positions and prompts of this trace; or another trace of
+            prompts of the same length, whose activations take their place.
+        by: A level of your own, of which the labels are parts; they are taken out of the stream
+            where it first holds them. Default: the built-in level that each label needs.
+
+    Returns:
+        An `Intervention`: `.compare(target)` gives predicted and measured change side by side,
+        `.run()` the patched stream, `.hooks()` the hooks for TransformerLens.
+
+    Raises:
+        DataError: for a component that the model does not have or that cannot be replaced, or
+            another trace that does not fit.
+        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+
+    Source:
+        Ablation and patching by component: arXiv 2211.00593; along paths: arXiv 2304.05969. The
+        comparison with what a decomposition predicts is ours.
+
+    Examples:
+        >>> trace = lf.trace(free, "for i in")
+        >>> effects = lf.ablate(trace, ["L0H3", "2_mlp_out"]).compare(lf.Logit(" range"))
+        >>> list(effects.verify().to_frame().columns)
+        ['component', 'prompt', 'predicted', 'direct', 'total', 'before']
+    """
+    return Intervention(trace, tuple(as_labels(components)), with_, by)

@@ -1,0 +1,729 @@
+"""What is explained: a target is an object that says which direction it reads, and where.
+
+A logit, a score with its keys given, a neuron's input, a probe: each is a sum over the parts of the
+stream at some place, plus what biases behind it add. A target of your own needs the members of
+`Target`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, SupportsIndex, get_args, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.utilities import get_act_name
+
+from lnfree_interp.analysis.components import Component
+from lnfree_interp.analysis.prompts import Answers, read_answers, read_position, whole_number
+from lnfree_interp.analysis.trace import Positions, Trace
+from lnfree_interp.analysis.view import Place, Stream, View
+from lnfree_interp.errors import DataError, UnsupportedModelError
+
+Constants = tuple[tuple[Component, Float[Tensor, "batch kept"]], ...]
+Side = Literal["query", "key"]
+POSITIONS = 128
+"""Positions whose logits are held at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a target reads from the stream of one trace."""
+
+    place: Place
+    """Where."""
+    at: Positions
+    """At which positions."""
+    direction: Float[Tensor, "batch kept d_model"]
+    """Along which direction there."""
+    constants: Constants
+    """What biases behind the stream add."""
+    total: Float[Tensor, "batch number"]
+    """The number, as the model itself computed it."""
+    again: Callable[[Stream, slice], Float[Tensor, "batch number"]]
+    """The same from another stream at these positions, by the model's own modules; for a slice of
+    the positions."""
+    of: tuple[str, ...]
+    """What the number is, for each prompt."""
+    unit: str
+    identity: str
+    held: tuple[str, ...] = ()
+    """What is not affine between the stream and the number, and was held."""
+    dims: tuple[str, ...] = ("prompt",)
+    """What the dimensions of `total` mean; with `"prompt"` alone there is one number each."""
+    answers: tuple[tuple[str, ...], ...] = ()
+    summed: bool = False
+    """Whether the number is the sum over the positions."""
+    scale: float = 0.0
+    """The largest number that the total was computed from."""
+    with_prompts: bool = True
+    """Whether a result shows the prompts; the tokens of much text would take longer than it."""
+
+
+@runtime_checkable
+class Target(Protocol):
+    """What `attribute` explains."""
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """Where the target reads the stream, and hook names of the activations that it needs."""
+        ...
+
+    def read(self, trace: Trace) -> Reading:
+        """What it reads from the stream of a trace."""
+        ...
+
+
+# Logits
+
+
+@dataclass(frozen=True)
+class Logit:
+    """The logit of one token, or of several each.
+
+    Args:
+        answer: The token: a string that is one token (mind the leading space), or its id; one for
+            all prompts, one each, or several each.
+        pos: Position that predicts it, from each prompt's own end if negative.
+
+    Examples:
+        >>> lf.attribute(lf.trace(free, "for i in"), lf.Logit(" range"), by="sublayer").unit
+        'logit'
+    """
+
+    answer: Answers
+    pos: SupportsIndex = -1
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """As `Target.needs`."""
+        return _last_stream(trace)
+
+    def read(self, trace: Trace) -> Reading:
+        """As `Target.read`."""
+        return _read_answers(trace, self.answer, None, self.pos)
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """The logit of one token minus that of another.
+
+    Args:
+        answer: As for `Logit`.
+        foil: The token whose logit is subtracted; as `answer`.
+        pos: As for `Logit`.
+
+    Examples:
+        >>> target = lf.LogitDifference(" range", " self")
+        >>> lf.attribute(lf.trace(free, "for i in"), target).of
+        ("' range' - ' self'",)
+    """
+
+    answer: Answers
+    foil: Answers
+    pos: SupportsIndex = -1
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """As `Target.needs`."""
+        return _last_stream(trace)
+
+    def read(self, trace: Trace) -> Reading:
+        """As `Target.read`."""
+        return _read_answers(trace, self.answer, self.foil, self.pos)
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The logit of the true next token, at every position that has one.
+
+    Examples:
+        >>> lf.attribute(lf.trace(free, tokens), lf.NextTokens(), by="layer").dims
+        ('prompt', 'target')
+    """
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """As `Target.needs`."""
+        return _last_stream(trace)
+
+    def read(self, trace: Trace) -> Reading:
+        """As `Target.read`."""
+        if len(set(trace.lengths)) > 1:
+            raise DataError("sequences differ in length: give rows of one length, [sequence, pos]")
+        if trace.n_pos < 2:
+            raise DataError("a sequence of one token has no next token: give at least two")
+        size = trace.view.cfg.d_vocab_out
+        if trace.tokens[:, 1:].max() >= size:
+            raise DataError(f"the model has logits for tokens 0 to {size - 1} only")
+        of = ("each next token",) * trace.batch
+        at, targets = Positions(slice(0, -1)), trace.tokens[:, 1:]
+        return read_logits(trace, at, targets, None, of, ("prompt", "target"))
+
+
+def _last_stream(trace: Trace) -> tuple[Place, list[str]]:
+    place = trace.view.last
+    given = trace.given_logits is not None and not trace.view.not_affine(["ln_final"], True)
+    return place, [] if given else [place.hook]
+
+
+def _read_answers(trace: Trace, answer: Answers, foil: Answers | None, pos: Any) -> Reading:
+    trace.require_text()
+    view = trace.view
+    answers, several = read_answers(view, answer, trace.batch, trace.single)
+    foils = None
+    if foil is not None:
+        foils, _ = read_answers(view, foil, trace.batch, trace.single, "foil")
+        try:
+            foils = foils.expand_as(answers)
+        except RuntimeError as error:
+            raise DataError(f"{answers.shape[1]} answers, but {foils.shape[1]} foils") from error
+    names = _names(view, answers, foils)
+    at = trace.positions(pos)
+    at = Positions(at.index, answers.shape[1])
+    dims = ("prompt", "answer") if several else ("prompt",)
+    of = tuple(", ".join(each) for each in names)
+    return read_logits(trace, at, answers, foils, of, dims, names if several else ())
+
+
+def _names(
+    view: View, answers: Int[Tensor, "prompt answer"], foils: Int[Tensor, "prompt answer"] | None
+) -> tuple[tuple[str, ...], ...]:
+    """For each prompt, what was asked: `'answer'`, or `'answer' - 'foil'`, several or one."""
+    questions = []
+    for row, ids in enumerate(answers.tolist()):
+        names = [repr(name) for name in view.strings(ids)]
+        if foils is not None:
+            others = foils[row].tolist()
+            for name, answer, other in zip(names, ids, others, strict=True):
+                if answer == other:
+                    raise DataError(
+                        f"{name} is answer and foil: their difference is zero by definition"
+                    )
+            minus = [repr(name) for name in view.strings(others)]
+            names = [f"{name} - {other}" for name, other in zip(names, minus, strict=True)]
+        questions.append(tuple(names))
+    return tuple(questions)
+
+
+def read_logits(
+    trace: Trace,
+    at: Positions,
+    targets: Int[Tensor, "batch kept"],
+    foils: Int[Tensor, "batch kept"] | None,
+    of: tuple[str, ...],
+    dims: tuple[str, ...],
+    answers: tuple[tuple[str, ...], ...] = (),
+) -> Reading:
+    """Logits of tokens, minus those of others, at some positions.
+
+    Args:
+        trace: The forward pass.
+        at: One position for each target; or one, repeated for several targets.
+        targets: Token ids.
+        foils: Token ids whose logits are subtracted.
+        of: What the numbers are, for each prompt.
+        dims: What their dimensions mean.
+        answers: The answers' names, where there are several.
+    """
+    view = trace.view
+    held = trace.require_affine(["ln_final"], logits=True)
+    logits, uncapped, scale = _pick_logits(trace, at, targets, foils)
+    # A cap holds the slope of what it let through.
+    slopes = torch.ones_like(logits)
+    if uncapped is not None:
+        slopes = torch.where(uncapped == 0, 1.0, logits / uncapped)
+    direction, bias = view.W_U.new_zeros(()), view.b_U.new_zeros(())
+    for sign, tokens, slope in zip((1, -1), (targets, foils), slopes, strict=False):
+        direction = direction + view.W_U.T[tokens] * (sign * slope)[..., None]
+        bias = bias + view.b_U[tokens] * (sign * slope)
+    final = view.read("ln_final", scale)
+    constants = [(Component("b_U"), bias)]
+    if final.bias is not None:
+        constants.insert(0, (Component("ln_final.b"), direction @ final.bias))
+
+    def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
+        found = view.logits(stream.flatten(0, 1)[:, None])[0][:, 0].unflatten(0, stream.shape[:2])
+        wanted = [x[:, some, None] for x in (targets, foils) if x is not None]
+        return _difference(torch.stack([found.gather(-1, x)[..., 0] for x in wanted]))
+
+    return Reading(
+        view.last, at, final.back(direction), tuple(constants), _difference(logits), again, of,
+        "logit", "parts = the model's logits", held, dims, answers,
+        with_prompts="target" not in dims,
+    )  # fmt: skip
+
+
+def logits_of_targets(
+    view: View, stream: Float[Tensor, "batch kept d_model"], targets: Int[Tensor, "batch kept"]
+) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"]]:
+    """What the model makes of a stream: one logit per position, and the token of the largest."""
+    found, top = [], []
+    for some, wanted in zip(
+        stream.split(POSITIONS, dim=1), targets.split(POSITIONS, dim=1), strict=True
+    ):
+        logits, _ = view.logits(some)
+        found.append(logits.gather(-1, wanted[..., None])[..., 0])
+        top.append(logits.argmax(-1))
+    return torch.cat(found, dim=1), torch.cat(top, dim=1)
+
+
+def _difference(logits: Float[Tensor, "which batch kept"]) -> Float[Tensor, "batch kept"]:
+    return logits[0] if len(logits) == 1 else logits[0] - logits[1]
+
+
+def _pick_logits(
+    trace: Trace,
+    at: Positions,
+    targets: Int[Tensor, "batch kept"],
+    foils: Int[Tensor, "batch kept"] | None,
+) -> tuple[Float[Tensor, "which batch kept"], Tensor | None, Tensor | None]:
+    """Logits of targets and foils, the same before a soft cap, and a live final norm's scale."""
+    view, wanted = trace.view, [x for x in (targets, foils) if x is not None]
+    positions = Positions(at.index)
+
+    def pick(logits: Float[Tensor, "batch some d_vocab"], some: slice) -> Tensor:
+        one = logits.shape[1] == 1 and at.repeat > 1
+        at_each = [x if one else x[:, some] for x in wanted]
+        where = [x[:, None] if one else x[..., None] for x in at_each]
+        return torch.stack(
+            [logits.gather(-1, x)[:, 0] if one else logits.gather(-1, x)[..., 0] for x in where]
+        )
+
+    capped, scale_hook = view.logit_cap > 0, view.scale_hook("ln_final")
+    names = [*(["unembed.hook_out"] if capped else []), *([scale_hook] if scale_hook else [])]
+    if trace.given_logits is not None:
+        everything = slice(None)
+        picked = pick(positions.of(trace.given_logits), everything)
+        uncapped = pick(positions.of(trace["unembed.hook_out"]), everything) if capped else None
+        return picked, uncapped, positions.of(trace[scale_hook]) if scale_hook else None
+    stream = positions.of(trace.stream(view.last))
+    pieces: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+    for start in range(0, stream.shape[1], POSITIONS):
+        some = slice(start, start + POSITIONS)
+        logits, found = view.logits(stream[:, some], names)
+        uncapped = pick(found["unembed.hook_out"], some) if capped else None
+        scale = found[scale_hook] if scale_hook else None
+        pieces.append((pick(logits, some), uncapped, scale))
+    picked, uncapped, scale = zip(*pieces, strict=True)
+    return (
+        torch.cat(picked, dim=-1),
+        torch.cat(uncapped, dim=-1) if capped else None,
+        torch.cat(scale, dim=1) if scale_hook else None,
+    )
+
+
+# Attention scores
+
+
+def require_head(view: View, layer: Any, head: Any) -> tuple[int, int]:
+    """A head that the model has, and whose queries pass no norm of their own.
+
+    Raises:
+        DataError: if there is no such head.
+        UnsupportedModelError: if queries and keys pass norms.
+    """
+    layer, head = whole_number(layer, "a layer"), whole_number(head, "a head")
+    cfg = view.cfg
+    if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+        raise DataError(
+            f"there is no L{layer}H{head}: the model has layers 0 to {cfg.n_layers - 1} of heads 0 "
+            f"to {cfg.n_heads - 1}"
+        )
+    if getattr(cfg, "use_qk_norm", False):
+        raise UnsupportedModelError(
+            "queries and keys pass norms of their own: fold(model) merges frozen ones"
+        )
+    return layer, head
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreParts:
+    """One head's scores in a trace: its queries and keys as they meet, and what it computed."""
+
+    trace: Trace
+    layer: int
+    head: int
+    site: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "site", f"blocks.{self.layer}.ln1.qk")
+
+    @property
+    def name(self) -> str:
+        """As in `L2H5`."""
+        return Component("head", self.layer, self.head).label
+
+    def hook(self, which: Literal["q", "k"]) -> str:
+        """Where queries or keys are shown as they meet."""
+        return get_act_name(f"rot_{which}" if self.trace.view.rotary else which, self.layer)
+
+    def needs(self) -> list[str]:
+        """Hook names of what is read here."""
+        names = [get_act_name(x, self.layer) for x in ("attn_scores", "pattern")]
+        scales = self.trace.scale_names([self.site])
+        return [*names, self.hook("q"), self.hook("k"), Place(self.layer).hook, *scales]
+
+    def met(self, which: Literal["q", "k"]) -> Float[Tensor, "batch pos d_head"]:
+        """Queries or keys as they meet, as the model computed them."""
+        x = self.trace[self.hook(which)]
+        return x[:, :, self.head * x.shape[2] // self.trace.view.cfg.n_heads]
+
+    @property
+    def scores(self) -> Float[Tensor, "batch query key"]:
+        """Before the softmax, as the model computed them."""
+        return self.trace.act("attn_scores", self.layer)[:, self.head]
+
+    @property
+    def sees(self) -> Tensor:
+        """[batch, query, key], whether a query sees a key; the others have a mask's score."""
+        return self.scores > torch.finfo(self.scores.dtype).min
+
+    @property
+    def log_pattern(self) -> Float[Tensor, "batch query key"]:
+        """The logarithm of the attention weights; of the scores where weights underflow."""
+        pattern = self.trace.act("pattern", self.layer)[:, self.head]
+        small = pattern < torch.finfo(pattern.dtype).tiny
+        return torch.where(small, self.scores.log_softmax(-1), pattern.log())
+
+    def slope(self, query: Tensor, key: Tensor) -> Float[Tensor, "batch kept"]:
+        """What a soft cap multiplies scores by, held; one without a cap."""
+        rows = torch.arange(len(query), device=query.device)[:, None]
+        score = self.scores[rows, query, key]
+        if self.trace.view.score_cap == 0:
+            return torch.ones_like(score)
+        uncapped = torch.linalg.vecdot(self.met("q")[rows, query], self.met("k")[rows, key])
+        uncapped = uncapped / self.trace.view.attention(self.layer).scale
+        return torch.where(uncapped == 0, 1.0, score / uncapped)
+
+    def direction(
+        self, side: Side, at: Positions, other: Float[Tensor, "batch kept d_head"]
+    ) -> tuple[Float[Tensor, "batch kept d_model"], Constants]:
+        """What a side's stream is read along to meet what is on the other side."""
+        view, attention = self.trace.view, self.trace.view.attention(self.layer)
+        W = (attention.W_Q if side == "query" else attention.W_K)[self.head]
+        b = (attention.b_Q if side == "query" else attention.b_K)[self.head]
+        ahead = other / attention.scale
+        if view.rotary:
+            turn = view.rotations(self.layer, self.trace.n_pos)
+            places = at.numbers(self.trace.n_pos, self.trace.batch).to(turn.device)
+            ahead = (turn[places] @ ahead[..., None])[..., 0]
+        read = self.trace.read(self.site, at)
+        constants = [(Component("b_Q" if side == "query" else "b_K"), ahead @ b)]
+        if read.bias is not None:
+            constants.insert(0, (Component("ln1.b", self.layer), ahead @ (read.bias @ W)))
+        return read.back(ahead @ W.T), tuple(constants)
+
+    def again(self, side: Side, at: Positions, stream: Stream) -> Float[Tensor, "batch query key"]:
+        """The scores if one side read another stream at some positions, and the other did not."""
+        trace, hook = self.trace, get_act_name("attn_scores", self.layer)
+        kept = self.hook("k" if side == "query" else "q")
+        place = Place(self.layer)
+        where = at.numbers(trace.n_pos, trace.batch).to(stream.device)
+        changed = trace.stream(place).scatter(1, where[..., None].expand(stream.shape), stream)
+        _, found = trace.view.run(
+            changed, [hook], start=self.layer, stop=self.layer + 1,
+            edits={kept: lambda x: trace[kept]},
+        )  # fmt: skip
+        return found[hook][:, self.head]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One attention score, before the softmax.
+
+    Explained by pairs of components (see `attribute_scores`); or with a `side`, by the components
+    there, whatever the other side is made of.
+
+    Args:
+        layer: Of the head.
+        head: Its index.
+        query: Position of the token that looks, from each prompt's own end if negative.
+        key: Position that it looks at.
+        side: `"query"` or `"key"`; None for pairs.
+
+    Examples:
+        >>> trace = lf.trace(free, "for i in")
+        >>> trace.attribute(lf.Score(2, 5, query=-1, key=1, side="query")).unit
+        'score'
+    """
+
+    layer: SupportsIndex
+    head: SupportsIndex
+    query: SupportsIndex = -1
+    key: SupportsIndex = 0
+    side: Side | None = None
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """As `Target.needs`."""
+        layer, head = require_head(trace.view, self.layer, self.head)
+        return Place(layer), ScoreParts(trace, layer, head).needs()
+
+    def read(self, trace: Trace) -> Reading:
+        """As `Target.read`."""
+        side = self.side
+        if side is None or side not in get_args(Side):
+            raise DataError(f"side={side!r} is not one of {', '.join(get_args(Side))}")
+        parts, query, (key,) = _meeting(trace, self, [self.key])
+        held = trace.require_affine([parts.site], scores=True)
+        here, there = (query, key) if side == "query" else (key, query)
+        met = parts.met("k" if side == "query" else "q")
+        slope = parts.slope(query.numbers(trace.n_pos, trace.batch), _numbers(trace, key))
+        direction, constants = parts.direction(side, here, there.of(met) * slope[..., None])
+        rows = _pick(trace, query, key)
+
+        def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
+            return rows(parts.again(side, here, stream))
+
+        of = f"score of {parts.name} from {self.query} to {self.key}, by what is at the {side}"
+        return Reading(
+            Place(parts.layer), here, direction, constants, rows(parts.scores), again,
+            (of,) * trace.batch, "score",
+            f"parts at the {side} = attention score of {parts.name}", held,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LogOdds:
+    """How much more a head looks at one key than at another: log pattern[key] - log pattern[other].
+
+    The softmax is not additive, its log-odds are: the normaliser cancels.
+
+    Args:
+        layer: Of the head.
+        head: Its index.
+        key: Position.
+        other: Position.
+        query: Position of the token that looks, from each prompt's own end if negative.
+        side: `"query"`: by what is at the query, times the difference of the keys. `"key"`: by
+            what is at the one key, minus what is at the other.
+
+    Examples:
+        >>> trace = lf.trace(free, "for i in")
+        >>> trace.attribute(lf.LogOdds(2, 5, key=1, other=0, side="key")).verify().unit
+        'log-odds'
+    """
+
+    layer: SupportsIndex
+    head: SupportsIndex
+    key: SupportsIndex
+    other: SupportsIndex
+    query: SupportsIndex = -1
+    side: Side = "query"
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """As `Target.needs`."""
+        layer, head = require_head(trace.view, self.layer, self.head)
+        return Place(layer), ScoreParts(trace, layer, head).needs()
+
+    def read(self, trace: Trace) -> Reading:
+        """As `Target.read`."""
+        if self.side not in get_args(Side):
+            raise DataError(f"side={self.side!r} is not one of {', '.join(get_args(Side))}")
+        parts, query, keys = _meeting(trace, self, [self.key, self.other])
+        held = trace.require_affine([parts.site], scores=True)
+        numbers, q = [_numbers(trace, key) for key in keys], _numbers(trace, query)
+        slopes = [parts.slope(q, number)[..., None] for number in numbers]
+        picks = [_pick(trace, query, key) for key in keys]
+        k, meets = parts.met("k"), query.of(parts.met("q"))
+        if self.side == "query":
+            here, summed = query, False
+            apart = keys[0].of(k) * slopes[0] - keys[1].of(k) * slopes[1]
+            direction, constants = parts.direction("query", here, apart)
+        else:
+            here, summed = Positions(torch.cat(numbers, dim=1)), True
+            both = torch.cat([meets * slopes[0], -meets * slopes[1]], dim=1)
+            direction, constants = parts.direction("key", here, both)
+
+        def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
+            scores = parts.again(self.side, here, stream)
+            return picks[0](scores) - picks[1](scores)
+
+        logs = [pick(parts.log_pattern) for pick in picks]
+        scores = [pick(parts.scores) for pick in picks]
+        size = max(x.abs().max().item() for x in (*logs, *scores))
+        of = f"log-odds of {self.key} over {self.other}, {parts.name} from {self.query}"
+        return Reading(
+            Place(parts.layer), here, direction, constants, logs[0] - logs[1], again,
+            (of,) * trace.batch, "log-odds", f"parts at the {self.side} = log-odds", held,
+            summed=summed, scale=size,
+        )  # fmt: skip
+
+
+def _meeting(
+    trace: Trace, target: Score | LogOdds, keys: list[Any]
+) -> tuple[ScoreParts, Positions, list[Positions]]:
+    """The head, the query's position and the keys', which the query must see."""
+    trace.require_text()
+    layer, head = require_head(trace.view, target.layer, target.head)
+    parts = ScoreParts(trace, layer, head)
+    query, found = trace.positions(target.query), [trace.positions(key) for key in keys]
+    for key, at in zip(keys, found, strict=True):
+        if not _pick(trace, query, at)(parts.sees).all():
+            raise DataError(f"position {target.query} does not see key {key}: it is masked")
+    return parts, query, found
+
+
+def _numbers(trace: Trace, at: Positions) -> Int[Tensor, "batch kept"]:
+    return at.numbers(trace.n_pos, trace.batch).to(trace.view.device)
+
+
+def _pick(trace: Trace, query: Positions, key: Positions) -> Callable[[Tensor], Tensor]:
+    """From something by query and key to its entry, [batch, 1]."""
+    rows = torch.arange(trace.batch, device=trace.view.device)[:, None]
+    q, k = _numbers(trace, query), _numbers(trace, key)
+    return lambda x: x[rows, q, k]
+
+
+# Neurons and the stream
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A neuron's input, or its activation.
+
+    Args:
+        layer: Of the neuron.
+        neuron: Its index.
+        pos: Position, from each prompt's own end if negative.
+        of: `"pre"`: what the activation function gets; minus the bias b_in is its threshold.
+            `"post"`: the activation, by the secant post / pre, which splits it completely; in a
+            gated MLP what passes the gate, the gate given.
+
+    Examples:
+        >>> lf.attribute(lf.trace(free, "for i in"), lf.Neuron(1, 7)).verify().unit
+        'pre'
+    """
+
+    layer: SupportsIndex
+    neuron: SupportsIndex
+    pos: SupportsIndex = -1
+    of: Literal["pre", "post"] = "pre"
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """As `Target.needs`."""
+        layer = require_mlp(trace.view, self.layer)
+        place, gated = trace.view.mlp_place(layer), trace.view.gated
+        names = [get_act_name(x, layer) for x in ("pre", "post", *(["pre_linear"] * gated))]
+        return place, [*names, place.hook, *trace.scale_names([f"blocks.{layer}.ln2"])]
+
+    def read(self, trace: Trace) -> Reading:
+        """As `Target.read`."""
+        trace.require_text()
+        view = trace.view
+        if self.of not in ("pre", "post"):
+            raise DataError(f"of={self.of!r} is not one of pre, post")
+        layer = require_mlp(view, self.layer)
+        weights, site = view.mlp(layer), f"blocks.{layer}.ln2"
+        n = weights.W_in.shape[1]
+        neuron = whole_number(self.neuron, "a neuron")
+        if not 0 <= neuron < n:
+            raise DataError(f"layer {layer} has neurons 0 to {n - 1}, not {neuron}")
+        held, at = trace.require_affine([site]), trace.positions(self.pos)
+        activation = self.of == "post"
+        W, _ = (weights.W_in, None) if activation else weights.before_activation
+        w, b = W[:, neuron], weights.b_in[neuron]
+        pre, post = (at.of(trace.act(x, layer))[..., neuron] for x in ("pre", "post"))
+        slope = torch.ones_like(pre)
+        if activation:
+            linear = at.of(trace.act("pre_linear", layer))[..., neuron] if view.gated else pre
+            passed = post - b if view.gated else post
+            slope = torch.where(linear == 0, 0.0, passed / linear)
+        read = trace.read(site, at)
+        constants = []
+        if read.bias is not None:
+            constants.append((Component("ln2.b", layer), slope * (read.bias @ w)))
+        if not view.gated:
+            constants.append((Component("b_in", layer), slope * b))
+        elif activation:
+            constants.append((Component("b_in", layer), b.expand_as(pre)))
+        total, place = post if activation else pre, view.mlp_place(layer)
+        x = at.of(trace.stream(place))
+
+        def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
+            moved = view.through_norm(site, x) - view.through_norm(site, stream)
+            return total - slope * (moved @ w)
+
+        name = Component("neuron", layer, neuron).label
+        of = f"{self.of} of {name} at {self.pos}"
+        return Reading(
+            place, at, read.back((slope[..., None] * w).contiguous()), tuple(constants), total,
+            again, (of,) * trace.batch, self.of, f"parts = {self.of} of {name}", held,
+        )  # fmt: skip
+
+
+def require_mlp(view: View, layer: Any) -> int:
+    """A layer with an MLP.
+
+    Raises:
+        DataError: if there is none.
+    """
+    number = whole_number(layer, "a layer")
+    if not view.has_mlps or not 0 <= number < view.n_layers:
+        raise DataError(f"the model has no MLP in layer {number}")
+    return number
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The stream at a place along any direction: a linear probe, a steering vector, a feature.
+
+    Args:
+        direction: [d_model], or one for each position, [pos, d_model].
+        at: Hook name of the place, such as `blocks.3.hook_resid_mid`. Default: the stream that the
+            final norm reads.
+        pos: A position, from each prompt's own end if negative, or a slice.
+        bias: Of the probe.
+
+    Examples:
+        >>> probe = lf.Probe(free.W_U[:, 7], at="blocks.2.hook_resid_pre")
+        >>> lf.attribute(lf.trace(free, "for i in"), probe).verify().unit
+        'projection'
+    """
+
+    direction: Any
+    at: str | Place | None = None
+    pos: SupportsIndex | slice = -1
+    bias: float = 0.0
+
+    def needs(self, trace: Trace) -> tuple[Place, list[str]]:
+        """As `Target.needs`."""
+        place = trace.view.place(self.at)
+        return place, [place.hook]
+
+    def read(self, trace: Trace) -> Reading:
+        """As `Target.read`."""
+        trace.require_text()
+        place, at = trace.view.place(self.at), trace.positions(self.pos)
+        stream = at.of(trace.stream(place))
+        direction = torch.as_tensor(self.direction)
+        width = stream.shape[-1]
+        if direction.ndim == 0 or direction.shape[-1] != width:
+            raise DataError(f"a direction has {width} entries, not {list(direction.shape)}")
+        try:
+            direction = direction.to(stream).expand(stream.shape).contiguous()
+        except RuntimeError as error:
+            raise DataError(
+                f"directions {list(direction.shape)} do not fit a stream of {list(stream.shape)}"
+            ) from error
+        constants: Constants = ()
+        if self.bias:
+            constants = ((Component("probe.b"), torch.full_like(stream[..., 0], self.bias)),)
+        several = isinstance(self.pos, slice)
+
+        def again(changed: Stream, some: slice) -> Float[Tensor, "batch number"]:
+            return torch.linalg.vecdot(changed, direction[:, some]) + self.bias
+
+        return Reading(
+            place, at, direction, constants, again(stream, slice(None)), again,
+            (place.hook,) * trace.batch, "projection", f"parts = {place.hook}",
+            dims=("prompt", "pos") if several else ("prompt",),
+        )  # fmt: skip
+
+
+def read_key_position(pos: Any, n_pos: int, keys: tuple[int, ...]) -> int:
+    """The column of a key, by its position.
+
+    Raises:
+        DataError: if it is not among the keys.
+    """
+    place = read_position(pos, n_pos)
+    if place not in keys:
+        raise DataError(f"position {place} is not among the keys {list(keys)}")
+    return keys.index(place)

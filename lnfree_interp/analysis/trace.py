@@ -1,0 +1,549 @@
+"""A forward pass as a value: tokens, the activations that were kept, and what is held.
+
+Everything that is asked of a prompt is asked of a `Trace`. It also carries a direction of the
+stream back to the tokens: given attention patterns and neuron gates, a model is affine in its
+embeddings. What a ReLU lets through is itself, what a GELU neuron lets through is the secant
+post / pre, and a gated MLP is linear in what passes the gate.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import (
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    SupportsIndex,
+    TypeVar,
+    overload,
+    runtime_checkable,
+)
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.utilities import get_act_name
+
+from lnfree_interp.analysis.prompts import (
+    LONG_RUN,
+    Prompt,
+    find_padding,
+    read_position,
+    read_prompts,
+    whole_number,
+)
+from lnfree_interp.analysis.view import (
+    MLP,
+    Attention,
+    Model,
+    Place,
+    Read,
+    Stream,
+    View,
+    view_of,
+)
+from lnfree_interp.errors import DataError, InexactError
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Which positions of each prompt."""
+
+    index: slice | Int[Tensor, "batch kept"]
+    repeat: int = 1
+    """Show a single position so many times over, for as many directions."""
+
+    def of(self, x: Float[Tensor, "*shape"], dim: int = 1) -> Float[Tensor, "*kept"]:
+        """An activation there; `dim` is where its positions are."""
+        if isinstance(self.index, slice):
+            x = x[(slice(None),) * dim + (self.index,)]
+        else:
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            x = x.movedim(dim, 1)[rows, self.index.to(x.device)].movedim(1, dim)
+        if self.repeat == 1:
+            return x
+        return x.expand(*x.shape[:dim], self.repeat, *x.shape[dim + 1 :])
+
+    def numbers(self, n_pos: int, batch: int) -> Int[Tensor, "batch kept"]:
+        """The positions themselves, counted from the start."""
+        if isinstance(self.index, slice):
+            return torch.arange(n_pos)[self.index].expand(batch, -1)
+        return self.index
+
+
+@dataclass(frozen=True, eq=False)
+class GivenMLP:
+    """An MLP, its gates given."""
+
+    weights: MLP
+    post: Float[Tensor, "batch pos neuron"]
+    gate: Float[Tensor, "batch pos neuron"]
+    """What a neuron's linear input is multiplied by."""
+    linear: str
+    """The hook of that input."""
+    b_in: Float[Tensor, "*batch neuron"]
+    """What a neuron's activation has from biases: before its gate, the gate applied."""
+    b_post: Float[Tensor, " neuron"]
+    """The share of that which comes behind the gate."""
+    before: Read
+
+    def onto_post(self, u: Stream) -> Float[Tensor, "batch pos neuron"]:
+        """A direction of the stream, as neurons' activations see it."""
+        return u @ self.weights.W_out.T
+
+    def back(self, u: Stream) -> Stream:
+        """A direction behind the MLP, in front of it."""
+        return self.before.back((self.onto_post(u) * self.gate) @ self.weights.W_in.T)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenBlock:
+    """A block, its attention patterns and gates given."""
+
+    layer: int
+    attention: Attention
+    pattern: Float[Tensor, "batch head query key"]
+    z: Float[Tensor, "batch pos head d_head"]
+    b_V: Float[Tensor, "head d_head"]  # noqa: N815
+    """With what the norm's bias adds."""
+    before: Read
+    mlp: GivenMLP | None
+
+    def back(self, u: Stream) -> Stream:
+        """A direction behind the attention, in front of it."""
+        ahead = self.attention.onto_z(u)
+        moved = einsum(self.pattern, ahead, "b head query key, b query head k -> b key head k")
+        return self.before.back(einsum(moved, self.attention.W_V, "b s head k, head d k -> b s d"))
+
+
+class Trace:
+    """One forward pass over one prompt or several, as a value.
+
+    Attributes:
+        view: The model.
+        tokens: [prompt, pos], shorter prompts filled up on the right, where nothing looks.
+        lengths: Tokens of each prompt.
+        single: Whether it is one prompt, not a batch of one.
+        hold: Whether what is not affine is held at the value it had.
+        runs: How often the model ran for it.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        rows: list[Int[Tensor, " _"]],
+        *,
+        single: bool = False,
+        hold: bool = False,
+        keep: Literal["all", "asked"] = "all",
+        kept: Mapping[str, Tensor] | None = None,
+        given_logits: Float[Tensor, "prompt pos d_vocab"] | None = None,
+    ):
+        self.view, self.single, self.hold = view, single, hold
+        self.keep: Literal["all", "asked"] = keep
+        self.lengths = tuple(len(row) for row in rows)
+        if len(set(self.lengths)) > 1 and view.cfg.attention_dir != "causal":
+            raise DataError("prompts of a model that looks ahead must be equally long")
+        self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self.runs = 0
+        self.doubt: str | None = None
+        self.given_logits = given_logits
+        self._kept: dict[str, Tensor] = dict(kept or {})
+        self._complete = given_logits is not None
+        self._blocks: dict[int, GivenBlock] = {}
+
+    # Activations
+
+    @property
+    def batch(self) -> int:
+        """How many prompts."""
+        return len(self.lengths)
+
+    @property
+    def n_pos(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.tokens.shape[1]
+
+    @functools.cached_property
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's tokens, as strings."""
+        rows = [row[:n].tolist() for row, n in zip(self.tokens, self.lengths, strict=True)]
+        return tuple(tuple(self.view.strings(row)) for row in rows)
+
+    @torch.no_grad()
+    def need(self, *names: str) -> "Trace":
+        """Have these activations, by hook name, after one run at most.
+
+        Raises:
+            DataError: if the trace is of a run that was given, which lacks one.
+        """
+        missing = {name for name in names if name not in self._kept}
+        if not missing:
+            return self
+        if self._complete:
+            raise DataError(
+                f"the given run's cache lacks {min(missing)} (and {len(missing) - 1} more): "
+                "run_with_cache without a names_filter keeps everything"
+            )
+        if self.keep == "all" and not self._kept:
+            missing |= set(self._everything())
+        with torch.autocast(self.view.device.type, enabled=False):
+            _, found = self.view.run(self.tokens, missing)
+        self.runs += 1
+        self._kept |= found
+        return self
+
+    def act(self, name: str, layer: int | None = None) -> Tensor:
+        """An activation by TransformerLens' short name: `trace.act("z", 3)`."""
+        hook = get_act_name(name, layer)
+        return self.need(hook)._kept[hook].to(self.view.device)
+
+    def __getitem__(self, hook: str) -> Tensor:
+        """An activation by hook name, kept from now on."""
+        return self.need(hook)._kept[hook].to(self.view.device)
+
+    def _everything(self) -> list[str]:
+        """What any question may need."""
+        view = self.view
+        names = [get_act_name("embed"), *self.block_names(view.last), *self.scale_names()]
+        for layer in range(view.n_layers):
+            more = ["attn_out", "v", "attn_scores", "rot_q" if view.rotary else "q"]
+            more += ["rot_k" if view.rotary else "k", *(["mlp_out"] if view.has_mlps else [])]
+            names += [get_act_name(name, layer) for name in more]
+        return names
+
+    def block_names(self, place: Place) -> list[str]:
+        """What `block` and `stream` need of all blocks before a place."""
+        view, names = self.view, [get_act_name("embed")]
+        names += [get_act_name("pos_embed")] if view.has_positions else []
+        for layer in range(place.layer + place.mid):
+            short = ["pattern", "z"]
+            if view.has_mlps and layer < place.layer:
+                short += ["post", "pre", *(["pre_linear"] if view.gated else [])]
+            names += [get_act_name(name, layer) for name in short]
+            names.append(Place(layer).hook)
+            if view.has_mlps and not view.parallel:
+                names.append(Place(layer, mid=True).hook)
+        return [*names, place.hook]
+
+    def scale_names(self, sites: list[str] | None = None) -> list[str]:
+        """The scales of live norms; by default of all before the last one."""
+        if sites is None:
+            kinds = ("ln1.qk", "ln1.v", *(("ln2",) if self.view.has_mlps else ()))
+            sites = [f"blocks.{i}.{kind}" for i in range(self.view.n_layers) for kind in kinds]
+        return [hook for site in sites if (hook := self.view.scale_hook(site)) is not None]
+
+    def stream(self, place: Place) -> Stream:
+        """The residual stream at a place."""
+        return self[place.hook]
+
+    def embeds(self) -> dict[str, Stream]:
+        """What the embeddings wrote, by kind of component."""
+        names = ["embed", *(["pos_embed"] if self.view.has_positions else [])]
+        return {name: self.act(name) for name in names}
+
+    def read(self, site: str, at: Positions | None = None) -> Read:
+        """How a norm reads the stream in this pass."""
+        hook = self.view.scale_hook(site)
+        read = self.view.read(site, None if hook is None else self[hook])
+        if at is None or not isinstance(read.scale, Tensor):
+            return read
+        return replace(read, scale=at.of(read.scale))
+
+    def require_affine(
+        self, sites: list[str], *, logits: bool = False, scores: bool = False
+    ) -> tuple[str, ...]:
+        """What has to be held so that a number is a sum over parts of the stream.
+
+        Args:
+            sites: Norms that the number reads through.
+            logits: Whether it is a logit.
+            scores: Whether it is an attention score.
+
+        Raises:
+            InexactError: if there is something, and this trace does not hold.
+        """
+        found = self.view.not_affine(sites, logits, scores)
+        if found and not self.hold:
+            named = ", ".join(found[:3]) + (f" and {len(found) - 3} more" * (len(found) > 3))
+            raise InexactError(
+                f"{named} {'is' if len(found) == 1 else 'are'} not affine, so no part of the "
+                "stream has a share of its own: remove or freeze what is read, or hold it at the "
+                "value it had with lf.trace(model, prompt, hold=True); the result then says by how "
+                "much its parts miss what the model does"
+            )
+        return tuple(found)
+
+    def require_text(self) -> "Trace":
+        """Refuse a prompt that seems to end in padding.
+
+        Raises:
+            DataError: saying how to tell padding from text.
+        """
+        if self.doubt:
+            raise DataError(self.doubt)
+        return self
+
+    # Positions
+
+    def positions(self, pos: Any = -1) -> Positions:
+        """One position of every prompt, counted from its own end if negative; or a slice.
+
+        Raises:
+            DataError: if a prompt has no such position.
+        """
+        if isinstance(pos, slice):
+            if (pos.step or 1) < 0:
+                raise DataError(f"{pos} runs backwards: give it a positive step")
+            if len(set(self.lengths)) > 1:
+                raise DataError("prompts differ in length: a slice is for prompts of one length")
+            if not range(self.n_pos)[pos]:
+                raise DataError(f"{pos} selects none of {self.n_pos} positions")
+            return Positions(pos)
+        places = [read_position(pos, n) for n in self.lengths]
+        if len(set(places)) == 1:
+            return Positions(slice(places[0], places[0] + 1))
+        return Positions(torch.tensor(places)[:, None])
+
+    def spread(self, u: Float[Tensor, "batch kept d_model"], at: Positions) -> Stream:
+        """Directions at some positions in the shape of a stream, zero elsewhere."""
+        where = at.numbers(self.n_pos, self.batch).to(u.device)
+        return u.new_zeros(self.batch, self.n_pos, u.shape[-1]).scatter_add_(
+            1, where[..., None].expand(u.shape), u
+        )
+
+    # Backwards
+
+    def block(self, layer: int) -> GivenBlock:
+        """A block with its patterns and gates given."""
+        if layer not in self._blocks:
+            self._blocks[layer] = self._given(layer)
+        return self._blocks[layer]
+
+    def _given(self, layer: int) -> GivenBlock:
+        view, site = self.view, f"blocks.{layer}.ln1.v"
+        mlp = self._given_mlp(layer) if view.has_mlps else None
+        return GivenBlock(
+            layer, view.attention(layer), self.act("pattern", layer), self.act("z", layer),
+            view.value_bias(layer), self.read(site), mlp,
+        )  # fmt: skip
+
+    def _given_mlp(self, layer: int) -> GivenMLP:
+        weights = self.view.mlp(layer)
+        before = self.read(f"blocks.{layer}.ln2")
+        pre, post = self.act("pre", layer), self.act("post", layer)
+        shift = 0 if before.bias is None else before.bias @ weights.W_in
+        b_post = weights.b_in if self.view.gated else torch.zeros_like(weights.b_in)
+        if self.view.gated:
+            gate, linear = weights.activation(pre), "pre_linear"
+            b_in = b_post + gate * shift
+        else:
+            gate, linear = torch.where(pre == 0, 0.0, post / pre), "pre"
+            b_in = gate * (weights.b_in + shift)
+        hook = get_act_name(linear, layer)
+        return GivenMLP(weights, post, gate, hook, b_in, b_post, before)
+
+    def back(
+        self, u: Stream, place: Place, through_mlps: bool = True
+    ) -> Iterator[tuple[GivenBlock, Stream | None, Stream, Stream]]:
+        """A direction of the stream at a place, carried back block by block to the embeddings.
+
+        Args:
+            u: [batch, pos, d_model], at the place.
+            place: Where it starts.
+            through_mlps: False: what MLPs write is given, too.
+
+        Yields:
+            The block, and the direction behind the block (None if the way starts inside), where
+            its attention writes, and before the block.
+        """
+        for layer in reversed(range(place.layer + place.mid)):
+            block, behind = self.block(layer), u if layer < place.layer else None
+            if behind is not None and block.mlp is not None and through_mlps:
+                u = u + block.mlp.back(u)
+            at_attn = behind if behind is not None and self.view.parallel else u
+            u = u + block.back(at_attn)
+            yield block, behind, at_attn, u
+
+    def sites_back(self, place: Place, through_mlps: bool = True) -> list[str]:
+        """The norms that `back` reads through."""
+        sites = [f"blocks.{layer}.ln1.v" for layer in range(place.layer + place.mid)]
+        if through_mlps and self.view.has_mlps:
+            sites += [f"blocks.{layer}.ln2" for layer in range(place.layer)]
+        return sites
+
+    # As a value
+
+    def attribute(self, target: Any, by: Any = "head", *, biases: bool = False) -> Any:
+        """As `lf.attribute(trace, target, by)`."""
+        from lnfree_interp.analysis.attribute import attribute
+
+        return attribute(self, target, by, biases=biases)
+
+    def select(self, prompt: SupportsIndex) -> "Trace":
+        """The trace of one prompt of the batch, without running the model again.
+
+        Raises:
+            DataError: if there is no such prompt.
+        """
+        number = read_number(prompt, self.batch, "prompt")
+        n, one = self.lengths[number], slice(number, number + 1)
+
+        def cut(name: str, x: Tensor) -> Tensor:
+            both = name.endswith(("hook_pattern", "hook_attn_scores"))
+            return x[one, :, :n, :n] if both else x[one, :n]
+
+        logits = None if self.given_logits is None else self.given_logits[one, :n]
+        chosen = Trace(
+            self.view, [self.tokens[number, :n]], single=True, hold=self.hold, keep=self.keep,
+            kept={name: cut(name, x) for name, x in self._kept.items()}, given_logits=logits,
+        )  # fmt: skip
+        chosen.doubt = self.doubt
+        return chosen
+
+    def to(self, device: torch.device | str) -> "Trace":
+        """Keep the activations on a device; questions still compute where the model is."""
+        self._kept = {name: x.to(device) for name, x in self._kept.items()}
+        self._blocks.clear()
+        return self
+
+    def free(self) -> "Trace":
+        """Let go of the activations; the next question runs the model again."""
+        self._kept.clear()
+        self._blocks.clear()
+        return self
+
+    def __len__(self) -> int:
+        return self.batch
+
+    def __repr__(self) -> str:
+        size = sum(x.nbytes for x in self._kept.values()) / 2**20
+        held = "what is not affine is held" if self.hold else "nothing is held"
+        prompts = "1 prompt" if self.batch == 1 else f"{self.batch} prompts"
+        return (
+            f"Trace({prompts} of up to {self.n_pos} tokens, {len(self._kept)} activations kept, "
+            f"{size:.1f} MiB; {held})"
+        )
+
+
+def read_number(index: Any, n: int, what: str) -> int:
+    """A number along a dimension, from the end if negative.
+
+    Raises:
+        DataError: if there is none.
+    """
+    number = whole_number(index, f"the number of a {what}")
+    if not -n <= number < n:
+        raise DataError(f"there is no {what} {number} among {n}")
+    return number % n
+
+
+@torch.no_grad()
+def trace(
+    model: Model,
+    prompt: Prompt,
+    *,
+    prepend_bos: bool | None = None,
+    attention_mask: Any = None,
+    hold: bool = False,
+    keep: Literal["all", "asked"] = "all",
+    run: tuple[Tensor, Any] | None = None,
+) -> Trace:
+    """One forward pass as a value, to ask any number of questions about.
+
+    The model runs when the first question is asked, and not again.
+
+    Args:
+        model: A `HookedTransformer` in any form, or a `TransformerBridge`.
+        prompt: One prompt or several, as text or token ids; several need not be equally long.
+        prepend_bos: Start each text with the beginning-of-sequence token; not added to ids.
+            Default: as the model does, `cfg.default_prepend_bos`.
+        attention_mask: [prompt, pos], 0 where a row of token ids is padding, on either side.
+            Without a mask, what looks like padding is refused.
+        hold: Hold live norms' scales and soft caps' slopes at the value they had. Results then
+            say what was held, and measure what that misses.
+        keep: `"all"`: the first run keeps whatever any question may need. `"asked"`: only what the
+            questions ask for; each that needs more runs the model again.
+        run: What `model.run_with_cache(tokens)` returned for these tokens, if it is there already.
+
+    Returns:
+        A `Trace`. `trace.attribute(target, by)` and every call that takes a trace ask it;
+        `.select(i)` is one prompt of it, `.to(device)` moves what it keeps, `.free()` lets go.
+
+    Raises:
+        DataError: if a prompt is empty, longer than the context, outside the vocabulary, or seems
+            padded without a mask; if the run is of other tokens.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
+
+    Source:
+        Ours. Activations are those of TransformerLens' `run_with_cache`.
+
+    Examples:
+        >>> trace = lf.trace(free, ["for i in", "while True"])
+        >>> by_head = trace.attribute(lf.Logit(" range"), by="head")
+        >>> paths = lf.expand_paths(trace.select(0), " range")
+        >>> trace.runs
+        1
+    """
+    view = view_of(model)
+    if keep != "all" and keep != "asked":
+        raise DataError(f"keep={keep!r} is not one of all, asked")
+    rows, single, unmasked = read_prompts(view, prompt, prepend_bos, attention_mask)
+    ids = [rows[i] for i in unmasked]
+    if padded := find_padding(view, ids, least=LONG_RUN):
+        raise DataError(padded)
+    made = Trace(view, rows, single=single, hold=hold, keep=keep)
+    made.doubt = find_padding(view, ids)
+    if run is not None:
+        logits, cache = run
+        made = Trace(
+            view, rows, single=single, hold=hold, kept=dict(cache.items()), given_logits=logits
+        )
+        _require_same_tokens(made)
+    return made
+
+
+def _require_same_tokens(made: Trace) -> None:
+    embed, expected = made.act("embed"), made.view.W_E[made.tokens]
+    if embed.shape != expected.shape or not torch.equal(embed, expected.to(embed)):
+        raise DataError("the run is of other tokens, or something changed its embeddings")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+@runtime_checkable
+class Question(Protocol[P, R_co]):
+    """A call about a trace; or about a model and a prompt, of which it makes one."""
+
+    @overload
+    def __call__(self, trace: Trace, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(
+        self, model: Model, prompt: Prompt, /, *args: P.args, **kwargs: P.kwargs
+    ) -> R_co: ...
+
+
+def question(ask: Callable[Concatenate[Trace, P], R]) -> Question[P, R]:
+    """Let a call about a trace take a model and a prompt as well, and compute without gradients
+    in the model's own precision."""
+
+    @functools.wraps(ask)
+    def asked(first: Any, *args: Any, **kwargs: Any) -> R:
+        if not isinstance(first, Trace):
+            if not args:
+                raise DataError(
+                    f"{ask.__name__} takes a trace, or a model and a prompt: give the prompt, or "
+                    "lf.trace(model, prompt)"
+                )
+            prompt, *rest = args
+            first, args = trace(first, prompt, keep="asked"), tuple(rest)
+        with torch.no_grad(), torch.autocast(first.view.device.type, enabled=False):
+            return ask(first, *args, **kwargs)
+
+    return asked  # type: ignore[return-value]

@@ -1,0 +1,459 @@
+"""What the analyses know of a model: weights, how its sublayers read the stream, how it runs.
+
+A `View` describes one model in the words of the transformer, whatever library holds it. Its two
+adapters, `hooked` and `bridge`, are the only files that know a generation of TransformerLens.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.utilities import get_act_name
+
+from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
+from lnfree_interp.models.running import Edit
+
+Model = nn.Module
+"""A `HookedTransformer`, or a `TransformerBridge` of TransformerLens 4."""
+Stream = Float[Tensor, "batch pos d_model"]
+LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The affine map between the stream and what a sublayer gets.
+
+        x  ->  (C x / scale) * gain + bias        (C subtracts the mean, or is left out)
+
+    A folded model reads the stream as it is. A frozen norm's scale is a constant. A live norm's
+    scale is each token's own: the map then describes one forward pass, and nothing changed in it.
+    """
+
+    scale: Float[Tensor, "*batch one"] | float = 1.0
+    gain: Float[Tensor, " d_model"] | None = None
+    bias: Float[Tensor, " d_model"] | None = None
+    centred: bool = False
+
+    def back(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """A direction behind the map, carried to the stream."""
+        direction = self.back_unscaled(direction)
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:
+            return direction / self.scale
+        return direction
+
+    def back_unscaled(
+        self, direction: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """As `back`, before the division by the scale, which may vary by token."""
+        if self.gain is not None:
+            direction = direction * self.gain
+        return direction - direction.mean(-1, keepdim=True) if self.centred else direction
+
+    def back_weighted(
+        self, weights: Float[Tensor, "*batch pos"], direction: Float[Tensor, "*batch d_model"]
+    ) -> tuple[Float[Tensor, "*batch pos"], Float[Tensor, "*batch d_model"]]:
+        """As `back` for one direction that is read at every position with a weight."""
+        direction = self.back_unscaled(direction)
+        if isinstance(self.scale, Tensor):
+            return weights / self.scale[..., 0], direction
+        return weights, direction / self.scale
+
+    def weights_back(
+        self, W: Float[Tensor, "*head d_model out"]
+    ) -> Float[Tensor, "*head d_model out"]:
+        """As `back` for the columns of a matrix, but for the scale, which may vary by token."""
+        if self.gain is not None:
+            W = W * self.gain[:, None]
+        return W - W.mean(-2, keepdim=True) if self.centred else W
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """A part of the stream through the map, the bias apart."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / self.scale
+        return x if self.gain is None else x * self.gain
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of the stream: after so many blocks, and the next one's attention if `mid`."""
+
+    layer: int
+    mid: bool = False
+
+    @property
+    def hook(self) -> str:
+        """Its hook name."""
+        if self.mid:
+            return get_act_name("resid_mid", self.layer)
+        if self.layer == 0:
+            return get_act_name("resid_pre", 0)
+        return get_act_name("resid_post", self.layer - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """The weights of one attention sublayer; grouped keys and values repeated for every head."""
+
+    W_Q: Float[Tensor, "head d_model d_head"]
+    W_K: Float[Tensor, "head d_model d_head"]
+    W_V: Float[Tensor, "head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_Q: Float[Tensor, "head d_head"]  # noqa: N815
+    b_K: Float[Tensor, "head d_head"]  # noqa: N815
+    b_V: Float[Tensor, "head d_head"]  # noqa: N815
+    b_O: Float[Tensor, " d_model"]  # noqa: N815
+    scale: float
+    """What scores are divided by."""
+    cap: float
+    """What scores are capped at; 0 for none."""
+
+    NAMES: ClassVar = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+
+    @classmethod
+    def of(cls, module: Any, scale: float, cap: float) -> "Attention":
+        """From a module whose weights have TransformerLens' names and shapes."""
+        weights = {name: getattr(module, name).detach() for name in cls.NAMES}
+        return cls(**weights, scale=scale, cap=cap)
+
+    def onto_z(self, u: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
+        """A direction of the stream, as heads' outputs see it."""
+        return (u @ self.W_O.flatten(0, 1).T).unflatten(-1, self.W_O.shape[:2])
+
+    def onto_matrix(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "head d_head m"]:
+        """A matrix that reads the stream, as heads' outputs see it."""
+        return self.W_O @ W
+
+    def double(self) -> "Attention":
+        """The same in float64."""
+        return replace(self, **{name: getattr(self, name).double() for name in self.NAMES})
+
+    def write(
+        self, z: Float[Tensor, "*batch some d_head"], heads: list[int]
+    ) -> Float[Tensor, "*batch some d_model"]:
+        """What some heads write to the stream."""
+        return einsum(z, self.W_O[heads], "... head k, head k d -> ... head d")
+
+
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """The weights of one MLP."""
+
+    W_in: Float[Tensor, "d_model neuron"]
+    W_gate: Float[Tensor, "d_model neuron"] | None
+    W_out: Float[Tensor, "neuron d_model"]
+    b_in: Float[Tensor, " neuron"]
+    b_out: Float[Tensor, " d_model"]
+    activation: Any
+    """The activation function; of the gate in a gated MLP."""
+
+    @property
+    def before_activation(self) -> tuple[Float[Tensor, "d_model neuron"], Tensor]:
+        """The weights and bias of what the activation function gets."""
+        if self.W_gate is None:
+            return self.W_in, self.b_in
+        return self.W_gate, torch.zeros_like(self.b_in)
+
+
+class View(ABC):
+    """One model in the words of the transformer.
+
+    Attributes:
+        model: The model itself.
+        cfg: Its config, with TransformerLens' names.
+    """
+
+    generation: str
+
+    def __init__(self, model: Any):
+        self.model, self.cfg = model, model.cfg
+        self._weights: dict[tuple[str, int], Any] = {}
+        self.require_plain_sum()
+
+    # What it is
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks."""
+        return self.cfg.n_layers
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP read the same stream."""
+        return bool(self.cfg.parallel_attn_mlp)
+
+    @property
+    def gated(self) -> bool:
+        """Whether MLPs have gates."""
+        return bool(self.cfg.gated_mlp)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated by position."""
+        return self.cfg.positional_embedding_type == "rotary"
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether positions are added to the stream."""
+        return self.cfg.positional_embedding_type == "standard"
+
+    @property
+    def has_mlps(self) -> bool:
+        """Whether blocks have MLPs."""
+        return not self.cfg.attn_only
+
+    @property
+    def score_cap(self) -> float:
+        """What attention scores are capped at; 0 for none."""
+        return max(self.cfg.attn_scores_soft_cap or 0.0, 0.0)
+
+    @property
+    def logit_cap(self) -> float:
+        """What logits are capped at; 0 for none."""
+        return max(self.cfg.output_logits_soft_cap or 0.0, 0.0)
+
+    @property
+    def last(self) -> Place:
+        """What the final norm reads."""
+        return Place(self.n_layers)
+
+    def place(self, name: Any) -> Place:
+        """A place by hook name: `blocks.3.hook_resid_pre`, `_mid` or `_post`; or a place as it is.
+
+        Raises:
+            DataError: if the model has no such place.
+        """
+        if name is None:
+            return self.last
+        found = name if isinstance(name, Place) else None
+        if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", str(name)):
+            found = Place(int(match[1]) + (match[2] == "post"), match[2] == "mid")
+        ends = self.n_layers - bool(found and found.mid)
+        no_mid = self.parallel or not self.has_mlps
+        if found is None or not 0 <= found.layer <= ends or (found.mid and no_mid):
+            raise DataError(
+                f"{name!r} is no place in this model's residual stream: give a hook name such as "
+                f"'blocks.0.hook_resid_pre'; the last place is {self.last.hook!r}"
+            )
+        return found
+
+    def mlp_place(self, layer: int) -> Place:
+        """What a layer's MLP reads: the stream behind its attention, or before it if parallel."""
+        return Place(layer, mid=not self.parallel)
+
+    def attn_written(self, layer: int) -> Place:
+        """Where the stream first holds what a layer's attention wrote."""
+        return Place(layer + 1) if self.parallel or not self.has_mlps else Place(layer, mid=True)
+
+    @abstractmethod
+    def require_plain_sum(self) -> None:
+        """Refuse models whose stream is not the plain sum of what this package takes apart.
+
+        Raises:
+            UnsupportedModelError: naming what would be missing from the sum.
+        """
+
+    # Weights
+
+    @property
+    @abstractmethod
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding."""
+
+    @property
+    @abstractmethod
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """The positional embedding."""
+
+    @property
+    @abstractmethod
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding."""
+
+    @property
+    @abstractmethod
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias."""
+
+    def attention(self, layer: int) -> Attention:
+        """The weights of a layer's attention."""
+        return self._once("attention", layer, self._attention)
+
+    def mlp(self, layer: int) -> MLP:
+        """The weights of a layer's MLP."""
+        return self._once("mlp", layer, self._mlp)
+
+    def _once(self, kind: str, layer: int, make: Any) -> Any:
+        if (kind, layer) not in self._weights:
+            self._weights[kind, layer] = make(layer)
+        return self._weights[kind, layer]
+
+    @abstractmethod
+    def _attention(self, layer: int) -> Attention: ...
+
+    @abstractmethod
+    def _mlp(self, layer: int) -> MLP: ...
+
+    @abstractmethod
+    def rotations(self, layer: int, n_pos: int) -> Float[Tensor, "pos d_head d_head"]:
+        """For each position, the matrix that queries and keys are multiplied with there."""
+
+    # How it reads the stream
+
+    @abstractmethod
+    def scale_hook(self, site: str) -> str | None:
+        """The hook that shows a live norm's scale; None where the site is affine.
+
+        Raises:
+            UnsupportedModelError: if something stands there that is no norm.
+        """
+
+    @abstractmethod
+    def read(self, site: str, scale: Float[Tensor, "*batch one"] | None) -> Read:
+        """How the norm at a site reads the stream.
+
+        Args:
+            site: `ln_final`, `blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`.
+            scale: The activation of `scale_hook`, where there is one.
+        """
+
+    def value_bias(self, layer: int) -> Float[Tensor, "head d_head"]:
+        """What values have from biases: b_V, and what the bias of the norm adds to it."""
+        attention = self.attention(layer)
+        norm = self.read(f"blocks.{layer}.ln1.v", torch.ones(1))
+        if norm.bias is None:
+            return attention.b_V
+        return attention.b_V + einsum(norm.bias, attention.W_V, "d, head d k -> head k")
+
+    def not_affine(self, sites: Collection[str], logits: bool, scores: bool = False) -> list[str]:
+        """What stands between the stream and a number that is not affine.
+
+        Args:
+            sites: Norms that are read through.
+            logits: Whether the number is a logit.
+            scores: Whether it is an attention score.
+        """
+        found = [site for site in sites if self.scale_hook(site) is not None]
+        found += [LOGIT_CAP] * (logits and self.logit_cap > 0)
+        return found + [SCORE_CAP] * (scores and self.score_cap > 0)
+
+    def constant_read(self, site: str, logits: bool = False) -> Read:
+        """How a norm reads the stream on every input.
+
+        Raises:
+            InexactError: if it is live, or the logits behind it are capped.
+        """
+        if found := self.not_affine([site], logits):
+            raise InexactError(
+                f"{' and '.join(found)} depends on the input, so products of weights are not what "
+                "the model computes: remove the norms that are read, or freeze them with "
+                "lf.freeze_site"
+            )
+        return self.read(site, None)
+
+    # How it runs
+
+    @abstractmethod
+    def run(
+        self,
+        x: Int[Tensor, "batch pos"] | Stream,
+        names: Collection[str] = (),
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> tuple[Stream, dict[str, Tensor]]:
+        """The stream before a block, and activations on the way.
+
+        Args:
+            x: Token ids; or the stream before block `start`.
+            names: Hook names to keep.
+            start: Where a stream enters.
+            stop: The block to stop before. Default: behind the last.
+            edits: What takes an activation's place, by hook name.
+        """
+
+    @abstractmethod
+    def logits(
+        self, resid: Stream, names: Collection[str] = ()
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
+        """What the model's own final norm, unembedding and soft cap make of a stream.
+
+        Args:
+            resid: [batch, pos, d_model].
+            names: Hook names to keep; `unembed.hook_out` shows logits before a soft cap.
+        """
+
+    @abstractmethod
+    def through_norm(self, site: str, x: Float[Tensor, "*batch d_model"]) -> Tensor:
+        """What the model's own norm makes of a stream."""
+
+    @abstractmethod
+    def through_norm_in_float64(self, site: str) -> Callable[[Tensor], Tensor]:
+        """What the model's own norm would make of a stream in float64."""
+
+    # Tokens
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
+        return self.model.tokenizer
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        return self.W_E.device
+
+    def tokenize(self, text: str, prepend_bos: bool | None) -> list[int]:
+        """Token ids of a text, whole, as TransformerLens' `to_tokens` gives them.
+
+        Its own call writes `cfg.default_prepend_bos` for as long as it runs.
+
+        Raises:
+            DataError: if the model has no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise DataError(f"the model has no tokenizer to read {text!r:.60} with: give token ids")
+        bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        adds_bos = bool(self.cfg.tokenizer_prepends_bos)
+        text = tokenizer.bos_token + text if bos and not adds_bos else text
+        ids = list(tokenizer(text)["input_ids"])
+        return ids[1:] if adds_bos and not bos else ids
+
+    def strings(self, ids: Collection[int]) -> list[str]:
+        """Token ids as text; as numbers for a model without a tokenizer."""
+        if self.tokenizer is None:
+            return [f"<{token}>" for token in ids]
+        return [str(self.tokenizer.decode([token])) for token in ids]
+
+
+def view_of(model: Any) -> View:
+    """The view that fits a model.
+
+    Raises:
+        UnsupportedModelError: if it is neither a `HookedTransformer` nor a `TransformerBridge`, or
+            its stream has parts that no view takes apart.
+    """
+    if isinstance(model, View):
+        return model
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    if "HookedTransformer" in kinds:
+        from lnfree_interp.analysis.hooked import HookedView
+
+        return HookedView(model)
+    if "TransformerBridge" in kinds:
+        from lnfree_interp.analysis.bridge import BridgeView
+
+        return BridgeView(model)
+    raise UnsupportedModelError(
+        f"an analysis takes a HookedTransformer or a TransformerBridge, not a "
+        f"{type(model).__name__}: lf.load(...) makes one"
+    )
