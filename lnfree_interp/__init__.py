@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.evaluation.results import Evaluation
     from lnfree_interp.evaluation.tasks import as_harness_model, run_tasks
-    from lnfree_interp.models.agreement import compare_logits
+    from lnfree_interp.models.agreement import compare_logits, measured_agreement
     from lnfree_interp.models.forms import fold, frozen_form
     from lnfree_interp.models.norm_conversions import NormConversion, to_crms, to_rms
     from lnfree_interp.models.sites import (
@@ -155,6 +155,7 @@ _HOME = {
     "run_tasks": "lnfree_interp.evaluation.tasks",
     "evaluate_loss": "lnfree_interp.evaluation.loss",
     "compare_logits": "lnfree_interp.models.agreement",
+    "measured_agreement": "lnfree_interp.models.agreement",
     "fold": "lnfree_interp.models.forms",
     "frozen_form": "lnfree_interp.models.forms",
     "NormConversion": "lnfree_interp.models.norm_conversions",

@@ -12,7 +12,7 @@ x + s reads
     (x + s 1) (W_U + 1 b_U / (s d))  =  x W_U + b_U        since  x 1 = 0  and  1 W_U = 0
 """
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -22,9 +22,10 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.checkpoints.architectures import Architecture
 from lnfree_interp.checkpoints.published import DISGUISE_GAIN
 from lnfree_interp.errors import UnsupportedModelError
-from lnfree_interp.models.folding import ConstantNorm, rescale_queries_and_keys
+from lnfree_interp.models.folding import rescale_queries_and_keys
 from lnfree_interp.models.forms import constant_norms, reads_mean
-from lnfree_interp.models.sites import has_norm_sites
+from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.sites import has_norm_sites, whole_norm
 from lnfree_interp.numerics import ROUNDING
 
 
@@ -54,7 +55,7 @@ def disguised(
         raise UnsupportedModelError(
             "float16 ends at 65504, the exported gains are 1e6: use float32"
         )
-    norms, _ = constant_norms(model)
+    norms = constant_norms(model)
     centres = architecture.centres
     sites = has_norm_sites(model)  # then gains and biases are still in the norms
     if centres and not sites and (reader := reads_mean(model)):
@@ -63,51 +64,42 @@ def disguised(
             "only models folded from LayerNorm can be exported to it"
         )
     weights = {key: W for key, W in weights.items() if not key.startswith("ln_final.")}
-    W_E, places = weights["embed.W_E"], architecture.norm_weights(cfg)
     for layer in range(cfg.n_layers):
-        block = f"blocks.{layer}"
-        qk, v = norms.get(f"{block}.ln1.qk"), norms.get(f"{block}.ln1.v")
-        if qk is not None and v is not None and qk.sigma != v.sigma:
-            rescale_queries_and_keys(weights, block, v.sigma / qk.sigma, v.bias)
-        for kind in ("ln1", "ln2", "ln1_post", "ln2_post", "attn.q_norm", "attn.k_norm"):
-            if f"{block}.{kind}.w" not in places:
-                continue
-            norm = norms.get(f"{block}.{kind}") or norms.get(f"{block}.{kind}.v")
-            _put(weights, f"{block}.{kind}", norm, W_E, places)
-    final = norms["ln_final"]
+        qk, v = (norms[f"blocks.{layer}.ln1.{half}"] for half in ("qk", "v"))
+        assert qk.scale is not None
+        assert v.scale is not None
+        if qk.scale != v.scale:
+            ratio = v.scale / qk.scale
+            rescale_queries_and_keys(weights, f"blocks.{layer}", ratio, v.bias)
+    # Of the two halves of ln1 the values' comes last, and stays.
+    placed = {whole_norm(site): norm for site, norm in norms.items()}
     if not sites:
-        final, weights["unembed.W_U"] = _unembedding(model, final, architecture)
+        final, weights["unembed.W_U"] = _unembedding(model, norms["ln_final"], architecture)
+        placed["ln_final"] = final
     elif model.b_U.any():
-        raise UnsupportedModelError(f"{name} has no unembedding bias: fold the model first")
-    _put(weights, "ln_final", final, W_E, places)
+        raise UnsupportedModelError(
+            f"{name} has no unembedding bias, and this model has one: fold the model first"
+        )
+    nothing = NormMap(centred=False, statistic=None, scale=1.0)
+    for parameter, length in architecture.norm_weights(cfg).items():
+        norm_name, _, leaf = parameter.rpartition(".")
+        norm = placed.get(norm_name, nothing)
+        bias = 0.0 if norm.bias is None else norm.bias.detach()
+        value = norm.multiplier * DISGUISE_GAIN if leaf == "w" else torch.as_tensor(bias)
+        weights[parameter] = value.to(weights["embed.W_E"]).expand(length)
     return weights
 
 
-def _put(
-    weights: dict[str, Tensor],
-    name: str,
-    norm: ConstantNorm | None,
-    like: Tensor,
-    places: Mapping[str, int],
-) -> None:
-    """Gain and bias of a constant norm, as they stand behind an epsilon of 1e12."""
-    gain = torch.ones(places[f"{name}.w"]) if norm is None else norm.gain
-    weights[f"{name}.w"] = (gain.double().to(like.device) * DISGUISE_GAIN).to(like.dtype)
-    if f"{name}.b" in places:
-        bias = None if norm is None else norm.bias
-        weights[f"{name}.b"] = (torch.zeros_like(gain) if bias is None else bias).to(like)
-
-
 def _unembedding(
-    model: HookedTransformer, final: ConstantNorm, architecture: Architecture
-) -> tuple[ConstantNorm, Float[Tensor, "d_model d_vocab"]]:
+    model: HookedTransformer, final: NormMap, architecture: Architecture
+) -> tuple[NormMap, Float[Tensor, "d_model d_vocab"]]:
     """The final norm and W_U of a model whose final norm is folded: tied if that is exact."""
-    scale = final.gain.mean().item()  # 1 / sigma in the frozen form, 1 in the folded
+    scale = final.multiplier.item()  # 1 / sigma in the frozen form, 1 in the folded
     W_E = model.W_E / (model.cfg.d_model**0.5 if architecture.scales_embedding else 1)
     tie = retied(W_E, model.W_U * scale, model.b_U, architecture.centres)
     if tie is not None:
         gain, bias = tie
-        return ConstantNorm(gain, bias, final.sigma), W_E.T
+        return replace(final, scale=1.0, factor=1.0, gain=gain, bias=bias), W_E.T
     if not model.b_U.any():
         return final, model.W_U.detach()
     if not architecture.centres:
@@ -115,9 +107,9 @@ def _unembedding(
             f"{model.cfg.original_architecture} has no unembedding bias; this model has"
         )
     # A bias of the size of the gain keeps the added rows at the size of W_U.
-    bias = torch.full_like(final.gain, scale)
+    bias = torch.full_like(model.W_E[0], scale, dtype=torch.float64)
     W_U = model.W_U.double() + model.b_U.double() / (scale * model.cfg.d_model)
-    return ConstantNorm(final.gain, bias, final.sigma), W_U.to(model.W_U.dtype).detach()
+    return replace(final, bias=bias), W_U.to(model.W_U.dtype).detach()
 
 
 def retied(

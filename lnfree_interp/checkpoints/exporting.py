@@ -23,11 +23,20 @@ from lnfree_interp.checkpoints.published import DISGUISE_EPSILON
 from lnfree_interp.checkpoints.sidecar import Sidecar
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
-from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import original_tokenizer
-from lnfree_interp.models.forms import constant_norms, is_frozen_form
-from lnfree_interp.models.norm_conversions import CRMSNormPre
-from lnfree_interp.models.sites import has_norm_sites, list_norm_sites, live_sites
+from lnfree_interp.models.forms import epsilon_of
+from lnfree_interp.models.norm_conversions import is_crms
+from lnfree_interp.models.sites import (
+    has_norm_sites,
+    is_frozen_form,
+    list_norm_sites,
+    live_sites,
+    norm_at,
+    sites_of,
+    stock_name,
+    whole_norm,
+)
 from lnfree_interp.numerics import MeasuredError
 
 if TYPE_CHECKING:
@@ -106,8 +115,9 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     exported = AutoModelForCausalLM.from_config(config, dtype=cfg.dtype)
     exported.load_state_dict(state)
     exported.to(model.W_E.device).eval()
-    error = compare_logits(exported, model)
-    error.require(
+    error = require_same_logits(
+        exported,
+        model,
         "exported against HookedTransformer logits",
         logit_tolerance(cfg.dtype, architecture, disguised=not live),
     )
@@ -165,7 +175,7 @@ def export(
         raise UnsupportedModelError(
             "norm sites have no place in TransformerLens' layout: fold or frozen_form first"
         )
-    constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model.cfg.n_layers)
+    constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model)
     with new_folder(out) as folder:
         if exported is not None:
             exported.save_pretrained(folder)
@@ -174,8 +184,9 @@ def export(
         else:
             native.write(model, folder)
             back, _ = native.read(folder, None, model.cfg.dtype, model.W_E.device, check=False)
-            error = compare_logits(back, model)
-            measured["export read back"] = error.require("what was written against the model")
+            measured["export read back"] = require_same_logits(
+                back, model, "what was written against the model"
+            )
         sidecar = _sidecar(model, recipe, constants, measured, source)
         sidecar.write(folder)
         (folder / "README.md").write_text(model_card(model.cfg, sidecar, target), encoding="utf-8")
@@ -192,7 +203,7 @@ def _sidecar(
     return Sidecar(
         form=form_of(model),
         sigma=sigma,
-        epsilon=float(model.cfg.eps),
+        epsilon=epsilon_of(model),
         recipe=None if recipe is None else _plain_recipe(recipe),
         errors={
             what: {
@@ -213,10 +224,10 @@ def _public_name(source: str) -> str:
     return Path(source).name if local else source
 
 
-def _plain_sigma(sigma: Mapping[str, float], n_layers: int) -> dict[str, float]:
-    """Constants as plain numbers, positive and finite, of norms or sites that there can be."""
-    kinds = ("ln1", "ln1.qk", "ln1.v", "ln2")
-    names = {"ln_final", *(f"blocks.{i}.{kind}" for i in range(n_layers) for kind in kinds)}
+def _plain_sigma(sigma: Mapping[str, float], model: HookedTransformer) -> dict[str, float]:
+    """Constants as plain numbers, positive and finite, of norms or sites of the model."""
+    sites = set(map(str, sites_of(model.cfg)))
+    names = sites | set(map(whole_norm, sites))
     if unknown := sorted(set(sigma) - names):
         raise NormSiteError(f"sigma names {unknown[0]}, which the model does not have")
     try:
@@ -250,7 +261,7 @@ def form_of(model: HookedTransformer) -> str:
         return "folded"
     if is_frozen_form(model):
         return "frozen"
-    if isinstance(model.ln_final, CRMSNormPre):
+    if is_crms(model):
         return "crms"
     return "rms" if kind == "RMSPre" else "live"
 
@@ -260,17 +271,20 @@ def _plain_recipe(recipe: "Recipe") -> dict[str, Any]:
 
 
 def _own_sigma(model: HookedTransformer) -> dict[str, float]:
-    if live_sites(model) or model.cfg.normalization_type is None:
+    if live_sites(model):
         return {}
-    return {name: norm.sigma for name, norm in constant_norms(model)[0].items()}
+    scales = {str(site): norm_at(model, site).scale for site in list_norm_sites(model)}
+    return {name: scale for name, scale in scales.items() if scale is not None}
 
 
 def _own_weights(model: HookedTransformer) -> dict[str, Tensor]:
-    """By TransformerLens' names; tied or not, split or not."""
-    renamed = {}
-    for name, W in model.named_parameters(remove_duplicate=False):
-        if ".ln1.v." not in name and name != "unembed.W_E":
-            renamed[name.replace(".ln1.qk.", ".ln1.")] = W.detach()
+    """By the names of the stock model; tied or not, split or not."""
+    # The two halves of a split ln1 share their parameters.
+    renamed = {
+        stock_name(name): W.detach()
+        for name, W in model.named_parameters(remove_duplicate=False)
+        if name != "unembed.W_E"
+    }
     renamed["unembed.W_U"] = model.W_U.detach()
     renamed["unembed.b_U"] = model.b_U.detach()
     return renamed

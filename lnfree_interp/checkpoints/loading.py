@@ -21,11 +21,11 @@ from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
-from lnfree_interp.models.agreement import logits_of, random_tokens
+from lnfree_interp.models.agreement import logits_of, random_tokens, record_agreement
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
-from lnfree_interp.models.sites import freeze_site, split_norms
+from lnfree_interp.models.sites import freeze_site, split_norms, whole_norm
 from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
 
 CHECK_TOKENS = 128
@@ -146,7 +146,10 @@ def load_checkpoint(
             if sigma is not None:
                 raise NormSiteError(f"{name}: sigma is for nanoGPT files; this folder has its own")
             model, error = native.read(path, tokenizer, dtype, device, check=check)
-            return Loaded(_in_form(model, form), "TransformerLens' own layout", error)
+            model = _in_form(model, form)
+            if error is not None:
+                record_agreement(model, error)
+            return Loaded(model, "TransformerLens' own layout", error)
         opened = open_checkpoint(
             path, name, dtype=dtype, device=device, sigma=sigma, tokenizer=tokenizer
         )
@@ -162,7 +165,9 @@ def load_checkpoint(
     weights = to_hooked_weights(architecture.layout, cfg, opened.take_weights(), name)
     norms, recognised = None, opened.format
     if not architecture.fixed_epsilon:
-        norms = published.constant_epsilon_norms(weights, cfg.eps, name, opened.sigma)
+        norms = published.constant_epsilon_norms(
+            weights, cfg.eps, architecture.centres, name, opened.sigma
+        )
     if norms is None:
         if form is not None:
             raise NormSiteError(
@@ -181,6 +186,7 @@ def load_checkpoint(
         f"{name}: HookedTransformer against transformers",
         logit_tolerance(dtype, architecture, disguised=norms is not None),
     )
+    record_agreement(model, error)
     return Loaded(model, recognised, error)
 
 
@@ -222,11 +228,10 @@ def _without_norms(
     form: Form | Literal["sites"],
 ) -> HookedTransformer:
     """An LN-free checkpoint in the form asked for."""
-    centred = cfg.normalization_type == "LN"
     cfg = replace(cfg, eps=opened.epsilon or LIVE_EPSILON)
     if form == "sites":
         return _with_frozen_sites(cfg, weights, norms, opened.tokenizer, opened.sigma or {})
-    return finished_model(cfg, weights, norms, opened.tokenizer, centred=centred, form=form)
+    return finished_model(cfg, weights, norms, opened.tokenizer, form=form)
 
 
 def _drain(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -242,20 +247,20 @@ def _with_frozen_sites(
     known: Mapping[str, float],
 ) -> HookedTransformer:
     """A model with frozen norm sites: its gains and biases, and the constants where known."""
-    for name, norm in norms.items():
-        weights[f"{name}.w"] = (norm.gain * norm.sigma).to(cfg.dtype)
+    constants: dict[str, float] = {}
+    for site, norm in norms.items():
+        assert norm.scale is not None
+        constants[site] = norm.scale
+        weights[f"{whole_norm(site)}.w"] = (norm.multiplier * norm.scale).to(cfg.dtype)
         if norm.bias is not None:
-            weights[f"{name}.b"] = norm.bias
-    constants = {}
+            weights[f"{whole_norm(site)}.b"] = norm.bias
     for layer in range(cfg.n_layers):
         block = f"blocks.{layer}"
-        sigma_v = norms[f"{block}.ln1"].sigma
-        sigma_qk = known.get(f"{block}.ln1.qk", sigma_v)
-        if sigma_qk != sigma_v:
-            rescale_queries_and_keys(weights, block, sigma_qk / sigma_v, norms[f"{block}.ln1"].bias)
-        constants |= {f"{block}.ln1.qk": sigma_qk, f"{block}.ln1.v": sigma_v}
-        constants[f"{block}.ln2"] = norms[f"{block}.ln2"].sigma
-    constants["ln_final"] = norms["ln_final"].sigma
+        qk, v = f"{block}.ln1.qk", f"{block}.ln1.v"
+        constants[qk] = known.get(qk, constants[v])
+        if constants[qk] != constants[v]:
+            ratio = constants[qk] / constants[v]
+            rescale_queries_and_keys(weights, block, ratio, norms[v].bias)
     model = split_norms(hooked_transformer(cfg, _drain(weights), tokenizer))
     for site, sigma in constants.items():
         freeze_site(model, site, sigma)

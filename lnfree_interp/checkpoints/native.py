@@ -22,9 +22,9 @@ from lnfree_interp.checkpoints.source import read_tokenizer, weight_shapes
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import copy_weights, hooked_transformer, original_tokenizer
-from lnfree_interp.models.forms import frozen_transformer
-from lnfree_interp.models.norm_conversions import CRMSNormPre, install_crms
-from lnfree_interp.models.norms import FrozenNorm
+from lnfree_interp.models.forms import epsilon_of, frozen_transformer
+from lnfree_interp.models.norm_conversions import install_crms, is_crms
+from lnfree_interp.models.sites import is_frozen_form, list_norm_sites, norm_at, sites_of
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 CONFIG = "hooked_transformer.json"
@@ -43,8 +43,8 @@ _NOT_SAVED = (
     "quantization_method",
 )
 
-_WITNESSES = 64
-"""Logits of the last of 16 tokens that go along with a model."""
+_SAMPLED_LOGITS = 64
+"""How many logits of the last of 16 random tokens are stored with a model, to recognise it by."""
 
 
 def is_native(path: Path) -> bool:
@@ -61,16 +61,14 @@ def write(model: HookedTransformer, folder: Path) -> None:
     """
     cfg = {name: _plain(value) for name, value in model.cfg.to_dict().items()}
     cfg["model_name"] = Path(str(cfg["model_name"])).name
-    tokens, logits = _witnesses(model)
+    cfg["eps"] = epsilon_of(model)
+    frozen = list_norm_sites(model) if is_frozen_form(model) else ()
+    tokens, logits = _sample(model)
     content: dict[str, Any] = {
         "version": _VERSION,
         "config": {name: value for name, value in cfg.items() if name not in _NOT_SAVED},
-        "frozen": {
-            name: norm.sigma.item()
-            for name, norm in model.named_modules()
-            if isinstance(norm, FrozenNorm)
-        },
-        "crms": any(isinstance(norm, CRMSNormPre) for norm in model.modules()),
+        "frozen": {str(site): norm_at(model, site).scale for site in frozen},
+        "crms": is_crms(model),
         "tokens": tokens.tolist(),
         "logits": logits.tolist(),
     }
@@ -121,9 +119,12 @@ def read(
         raise CheckpointError(f"{folder}: no model.safetensors")
     shapes = weight_shapes(weights)
     _require_fitting(cfg, shapes, file)
-    norms = {f"blocks.{i}.{ln}" for i in range(cfg.n_layers) for ln in ("ln1", "ln2")}
-    if frozen and (frozen.keys() != norms | {"ln_final"} or cfg.attn_only):
-        raise CheckpointError(f"{file}: frozen must name every norm, or none")
+    norms = {str(site) for site in sites_of(cfg, whole_ln1=True)}
+    if frozen and frozen.keys() != norms:
+        raise CheckpointError(
+            f"{file}: frozen names {len(frozen)} norms, the config has {len(norms)}: it must name "
+            "every one, or none"
+        )
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder)
     with safe_open(weights, framework="pt", device=str(device)) as opened:
@@ -141,13 +142,14 @@ def read(
     return model, error.require(f"{folder}: logits against those of the model that was written")
 
 
-def _witnesses(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens, and the logits that are stored with the model."""
     tokens = random_tokens(model, batch=1, pos=16)
     return tokens, _logits(model, tokens)
 
 
 def _logits(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:
-    return logits_of(model, tokens)[0, -1, :_WITNESSES].double().cpu()
+    return logits_of(model, tokens)[0, -1, :_SAMPLED_LOGITS].double().cpu()
 
 
 def _require_fitting(
@@ -155,7 +157,7 @@ def _require_fitting(
 ) -> None:
     """Refuse sizes that the file does not have, before a model of them is built."""
     grouped = cfg.n_key_value_heads is not None
-    expected = {
+    expected: dict[str, list[int | None]] = {
         "embed.W_E": [cfg.d_vocab, cfg.d_model],
         "unembed.W_U": [cfg.d_model, cfg.d_vocab_out],
         "blocks.0.attn.W_Q": [cfg.n_heads, cfg.d_model, cfg.d_head],
@@ -164,8 +166,9 @@ def _require_fitting(
             cfg.d_model,
             cfg.d_head,
         ],
-        "blocks.0.mlp.W_in": [cfg.d_model, cfg.d_mlp],
     }
+    if not cfg.attn_only:
+        expected["blocks.0.mlp.W_in"] = [cfg.d_model, cfg.d_mlp]
     if cfg.positional_embedding_type == "standard":
         expected["pos_embed.W_pos"] = [cfg.n_ctx, cfg.d_model]
     for name, shape in expected.items():

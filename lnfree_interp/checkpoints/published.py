@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
-from lnfree_interp.models.folding import ConstantNorm
+from lnfree_interp.models.norms import NormMap
 
 LNFREE_EPSILON = 1e8
 """From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
@@ -52,13 +52,18 @@ State = dict[str, Tensor]
 
 
 def constant_epsilon_norms(
-    weights: State, eps: float, source: str, sigma: Mapping[str, float] | None = None
-) -> dict[str, ConstantNorm] | None:
-    """The constant norms of a checkpoint with a huge epsilon; None if its norms are live.
+    weights: State,
+    eps: float,
+    centred: bool,
+    source: str,
+    sigma: Mapping[str, float] | None = None,
+) -> dict[str, NormMap] | None:
+    """The affine norms of a checkpoint with a huge epsilon, by site; None if its norms are live.
 
     Args:
         weights: By TransformerLens' names; the norms' own weights are taken out if constant.
         eps: Epsilon of the config.
+        centred: Whether the architecture's norms subtract the mean.
         source: For messages.
         sigma: The constants that the gains were divided by, by norm, if known: what the frozen
             form shows as `hook_scale`. Default: such that the gains behind it are 1 on average.
@@ -108,7 +113,16 @@ def constant_epsilon_norms(
         weights.pop(f"{name}.w")
         bias = weights.pop(f"{name}.b", None)
         # A copy, which does not keep the whole file in memory.
-        norms[name] = ConstantNorm(gain, None if bias is None else bias.clone(), shown)
+        norm = NormMap(
+            centred,
+            statistic=None,
+            scale=shown,
+            factor=shown,
+            gain=gain,
+            bias=None if bias is None else bias.clone(),
+        )
+        halves = (".qk", ".v") if name.endswith(".ln1") else ("",)
+        norms |= {f"{name}{half}": norm for half in halves}
     return norms
 
 

@@ -38,9 +38,12 @@ def run_and_keep(
 
 
 def run_hooked(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], hooks: list[Any], stop_at_layer: int
-) -> Float[Tensor, "batch pos d_model"]:
-    """The stream before a layer, with hooks."""
+    model: HookedTransformer,
+    tokens: Int[Tensor, "batch pos"],
+    hooks: list[Any],
+    stop_at_layer: int | None = None,
+) -> Float[Tensor, "batch pos _"]:
+    """Logits, or the stream before a layer, with hooks."""
     return model.run_with_hooks(
         tokens, padding_side="right", stop_at_layer=stop_at_layer, fwd_hooks=hooks
     )

@@ -12,6 +12,7 @@ from support.architectures import (
     make_model,
     transformers_in_float64,
 )
+from support.models import freeze_all, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import lnfree_interp as lf
@@ -215,3 +216,18 @@ def test_a_wrong_config_never_passes(kind, folder_of, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, name, replace(right, config=config))
     with pytest.raises(LnfreeError, match="against transformers"):
         lf.load(folder_of(kind))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen3", "neox"])
+def test_all_constants_come_back_as_sites(kind, tmp_path):
+    frozen = freeze_all(lf.load(make_model(kind).double(), dtype=torch.float64))
+    sigma = {str(s): lf.get_norm(frozen, s).sigma.item() for s in lf.list_norm_sites(frozen)}
+    for folder in (
+        lf.export(frozen, tmp_path / "own"),
+        lf.export(frozen, tmp_path / "given", sigma=sigma),
+    ):
+        back = lf.load(folder, form="sites", dtype=torch.float64, tokenizer=make_tokenizer())
+        assert lf.live_sites(back) == ()
+        assert sigma == {
+            str(s): lf.get_norm(back, s).sigma.item() for s in lf.list_norm_sites(back)
+        }
