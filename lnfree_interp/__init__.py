@@ -39,12 +39,10 @@ if TYPE_CHECKING:
         virtual_weights,
     )
     from lnfree_interp.bundled import bundled_checkpoint
+    from lnfree_interp.checkpoints import formats
     from lnfree_interp.checkpoints.converting import convert
-    from lnfree_interp.checkpoints.exporting import export, to_transformers
+    from lnfree_interp.checkpoints.exporting import export
     from lnfree_interp.checkpoints.loading import load
-    from lnfree_interp.checkpoints.published import nanogpt_sigma
-    from lnfree_interp.checkpoints.sidecar import Sidecar, read_sidecar
-    from lnfree_interp.checkpoints.source import open_in_transformers
     from lnfree_interp.data.named import evaluation_text, tokens_seen, without_tokens
     from lnfree_interp.data.packing import pack
     from lnfree_interp.data.stdlib import stdlib_corpus
@@ -125,12 +123,7 @@ _HOME = {
     "bundled_checkpoint": "lnfree_interp.bundled",
     "convert": "lnfree_interp.checkpoints.converting",
     "export": "lnfree_interp.checkpoints.exporting",
-    "to_transformers": "lnfree_interp.checkpoints.exporting",
     "load": "lnfree_interp.checkpoints.loading",
-    "nanogpt_sigma": "lnfree_interp.checkpoints.published",
-    "Sidecar": "lnfree_interp.checkpoints.sidecar",
-    "read_sidecar": "lnfree_interp.checkpoints.sidecar",
-    "open_in_transformers": "lnfree_interp.checkpoints.source",
     "evaluation_text": "lnfree_interp.data.named",
     "tokens_seen": "lnfree_interp.data.named",
     "without_tokens": "lnfree_interp.data.named",
@@ -175,6 +168,7 @@ _HOME = {
 
 _MODULES = {
     "errors": "lnfree_interp.errors",
+    "formats": "lnfree_interp.checkpoints.formats",
     "plots": "lnfree_interp.plots",
     "recipes": "lnfree_interp.removal.recipes",
 }

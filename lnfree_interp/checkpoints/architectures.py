@@ -32,7 +32,7 @@ _ACTIVATIONS = {
 _HF_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
 
-DISGUISE_ERROR = 1e-7
+CONSTANT_EPSILON_ERROR = 1e-7
 """Relative error that a constant epsilon of 1e12 itself may cause: variance / (2 * epsilon), below
 1e-8 at the largest residual norms of GPT-2. Only float64 can see it."""
 
@@ -135,18 +135,21 @@ def architecture_of(
     )
 
 
-def logit_tolerance(dtype: torch.dtype, architecture: Architecture, *, disguised: bool) -> float:
+def logit_tolerance(
+    dtype: torch.dtype, architecture: Architecture, *, constant_epsilon: bool
+) -> float:
     """How far logits may be from those of transformers, relative to the largest.
 
     Args:
         dtype: Of both models.
         architecture: Whether transformers computes in float64 throughout.
-        disguised: Whether transformers runs norms of a constant epsilon.
+        constant_epsilon: Whether transformers runs norms with an epsilon of 1e12, which itself
+            makes a small error.
     """
     tolerance = TOLERANCE[dtype]
     if not architecture.sees_float64:
         tolerance = max(tolerance, TOLERANCE[torch.float32])
-    return max(tolerance, DISGUISE_ERROR) if disguised else tolerance
+    return max(tolerance, CONSTANT_EPSILON_ERROR) if constant_epsilon else tolerance
 
 
 def config_fields(config: PretrainedConfig, architecture: Architecture) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from lnfree_interp.checkpoints.architectures import (
     hf_config,
     logit_tolerance,
 )
-from lnfree_interp.checkpoints.disguise import disguised, is_tied
+from lnfree_interp.checkpoints.constant_epsilon import constant_epsilon_weights, is_tied
 from lnfree_interp.checkpoints.layouts import hooked_names, optional_names, to_hf_weights
 from lnfree_interp.checkpoints.model_card import model_card
-from lnfree_interp.checkpoints.published import DISGUISE_EPSILON
+from lnfree_interp.checkpoints.published import CONSTANT_EPSILON
 from lnfree_interp.checkpoints.sidecar import Sidecar
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
@@ -62,7 +62,7 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
         InexactError: if the logits differ by more than rounding explains.
 
     Examples:
-        >>> type(lf.to_transformers(free)).__name__
+        >>> type(lf.formats.to_transformers(free)).__name__
         'GPT2LMHeadModel'
     """
     return _in_transformers(model)[0]
@@ -87,8 +87,8 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     weights = _own_weights(model)
     others: dict[str, Any] = {}
     if not live:
-        weights = disguised(model, architecture, weights)
-        others[architecture.config.fields["eps"]] = DISGUISE_EPSILON
+        weights = constant_epsilon_weights(model, architecture, weights)
+        others[architecture.config.fields["eps"]] = CONSTANT_EPSILON
     elif model.b_U.any():
         raise UnsupportedModelError(f"{name} has no unembedding bias; this model has")
     weights.pop("unembed.b_U", None)
@@ -119,7 +119,7 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
         exported,
         model,
         "exported against HookedTransformer logits",
-        logit_tolerance(cfg.dtype, architecture, disguised=not live),
+        logit_tolerance(cfg.dtype, architecture, constant_epsilon=not live),
     )
     return exported, error
 
@@ -162,7 +162,7 @@ def export(
         >>> folder = lf.export(free, "my-lnfree-gpt2", source="bundled")
         >>> lf.compare_logits(lf.load(folder), free, tokens).relative < 1e-5
         True
-        >>> lf.read_sidecar(folder).form
+        >>> lf.formats.read_sidecar(folder).form
         'folded'
     """
     measured = dict(errors or {})
@@ -204,7 +204,7 @@ def _sidecar(
         form=form_of(model),
         sigma=sigma,
         epsilon=epsilon_of(model),
-        recipe=None if recipe is None else _plain_recipe(recipe),
+        recipe=None if recipe is None else recipe.to_json(),
         errors={
             what: {
                 "absolute": error.absolute,
@@ -248,8 +248,8 @@ def best_target(model: HookedTransformer) -> Target:
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"
     places = hooked_names(architecture.layout, model.cfg) | {"unembed.b_U"}
-    homeless = (W for name, W in _own_weights(model).items() if name not in places)
-    return "transformer_lens" if any(W.any() for W in homeless) else "transformers"
+    left_over = (W for name, W in _own_weights(model).items() if name not in places)
+    return "transformer_lens" if any(W.any() for W in left_over) else "transformers"
 
 
 def form_of(model: HookedTransformer) -> str:
@@ -264,10 +264,6 @@ def form_of(model: HookedTransformer) -> str:
     if is_crms(model):
         return "crms"
     return "rms" if kind == "RMSPre" else "live"
-
-
-def _plain_recipe(recipe: "Recipe") -> dict[str, Any]:
-    return recipe.to_json()
 
 
 def _own_sigma(model: HookedTransformer) -> dict[str, float]:

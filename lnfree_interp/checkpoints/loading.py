@@ -68,7 +68,7 @@ def load(
         cache_dir: Where hub files are kept.
         sigma: For nanoGPT files, which do not state by what their norms divide: a number or a
             [d_model] tensor for every `blocks.{l}.ln1`, `blocks.{l}.ln2` and `ln_final`; `{}` if
-            the norms are live. `nanogpt_sigma` makes it from the published tables.
+            the norms are live. `lf.formats.nanogpt_sigma` makes it from the published tables.
         check: Compare the logits with `transformers` on random tokens (one forward pass of each).
 
     Returns:
@@ -157,9 +157,9 @@ def load_checkpoint(
     cfg = hooked_config(opened.hf_model.config, architecture_name, dtype, device, name)
     _require_same_vocabulary(opened.tokenizer, cfg, name)
     if cfg.eps >= published.LNFREE_EPSILON:
-        published.require_roomy(dtype, name)
+        published.refuse_float16(dtype, name)
 
-    tokens = random_tokens(opened.hf_model, pos=_telling_length(cfg))
+    tokens = random_tokens(opened.hf_model, pos=_compared_length(cfg))
     expected = _reference(opened.hf_model, tokens, name) if check else None
     # From here on the weights go one by one, so that memory never holds two models.
     weights = to_hooked_weights(architecture.layout, cfg, opened.take_weights(), name)
@@ -174,7 +174,7 @@ def load_checkpoint(
                 f"{name}: its norms are live, so it has no {form} form: remove_norms first, or "
                 "load it with form=None"
             )
-        model = hooked_transformer(cfg, _drain(weights), opened.tokenizer)
+        model = hooked_transformer(cfg, _one_by_one(weights), opened.tokenizer)
     else:
         if not recognised.startswith("LN-free"):
             recognised = f"LN-free, norms with a constant epsilon of {cfg.eps:g} ({recognised})"
@@ -184,13 +184,13 @@ def load_checkpoint(
     error = measure_error(logits_of(model, tokens).cpu(), expected)
     error.require(
         f"{name}: HookedTransformer against transformers",
-        logit_tolerance(dtype, architecture, disguised=norms is not None),
+        logit_tolerance(dtype, architecture, constant_epsilon=norms is not None),
     )
     record_agreement(model, error)
     return Loaded(model, recognised, error)
 
 
-def _telling_length(cfg: HookedTransformerConfig) -> int:
+def _compared_length(cfg: HookedTransformerConfig) -> int:
     """As many tokens as it takes for a window to hide some, unless that would be many."""
     window = cfg.window_size or 0 if cfg.use_local_attn else 0
     return max(CHECK_TOKENS, window + 16) if window <= 8 * CHECK_TOKENS else CHECK_TOKENS
@@ -234,7 +234,7 @@ def _without_norms(
     return finished_model(cfg, weights, norms, opened.tokenizer, form=form)
 
 
-def _drain(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _one_by_one(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name in list(weights):
         yield name, weights.pop(name)
 
@@ -261,7 +261,7 @@ def _with_frozen_sites(
         if constants[qk] != constants[v]:
             ratio = constants[qk] / constants[v]
             rescale_queries_and_keys(weights, block, ratio, norms[v].bias)
-    model = split_norms(hooked_transformer(cfg, _drain(weights), tokenizer))
+    model = split_norms(hooked_transformer(cfg, _one_by_one(weights), tokenizer))
     for site, sigma in constants.items():
         freeze_site(model, site, sigma)
     return model

@@ -128,7 +128,7 @@ def read(
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder)
     with safe_open(weights, framework="pt", device=str(device)) as opened:
-        pairs = ((name, _sound(opened.get_tensor(name), name, weights)) for name in shapes)
+        pairs = ((name, _checked(opened.get_tensor(name), name, weights)) for name in shapes)
         if frozen:
             model = frozen_transformer(cfg, {}, frozen, tokenizer, complete=False)
         else:
@@ -179,7 +179,7 @@ def _require_fitting(
         raise CheckpointError(f"{file}: n_layers={cfg.n_layers}, but there is no {last}")
 
 
-def _sound(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
+def _checked(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
     if not W.is_floating_point():
         raise CheckpointError(f"{file}: {name} holds whole numbers")
     if not is_finite(W):

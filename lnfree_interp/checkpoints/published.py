@@ -29,8 +29,8 @@ LNFREE_EPSILON = 1e8
 _LIVE_BELOW = 1.0
 """Below this epsilon a norm is live. Between the two it is neither."""
 
-DISGUISE_EPSILON = 1e12
-DISGUISE_GAIN = 1e6
+CONSTANT_EPSILON = 1e12
+CONSTANT_GAIN = 1e6
 
 _ORDINARY_GAIN = 50.0
 """No pretrained norm has a median gain above this; no gain over sigma times 1e6 is below it."""
@@ -214,12 +214,14 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
     return sigma
 
 
-def disguise(state: State, sigma: Mapping[str, Tensor | float], dtype: torch.dtype) -> None:
+def move_constants_into_gains(
+    state: State, sigma: Mapping[str, Tensor | float], dtype: torch.dtype
+) -> None:
     """Constants moved into the gains in place, gamma * 1e6 / sigma: runs in plain transformers."""
     for norm, constant in sigma.items():
         weight = state[f"{norm}.weight"].double()
         constant = torch.as_tensor(constant, dtype=torch.float64, device=weight.device)
-        state[f"{norm}.weight"] = (weight * (DISGUISE_GAIN / constant)).to(dtype)
+        state[f"{norm}.weight"] = (weight * (CONSTANT_GAIN / constant)).to(dtype)
 
 
 def read_nanogpt(checkpoint: Mapping[str, Any], source: str) -> tuple[GPT2Config, State]:
@@ -291,7 +293,7 @@ def nanogpt_sigma(
     Examples:
         >>> std = {f"blocks.0.hook_resid_{at}": 1.0 for at in ("pre", "mid", "post")}
         >>> std_bos = {hook: 9.0 for hook in std}
-        >>> lf.nanogpt_sigma(std, std_bos, d_model=3)["ln_final"]
+        >>> lf.formats.nanogpt_sigma(std, std_bos, d_model=3)["ln_final"]
         tensor([9., 1., 1.], dtype=torch.float64)
     """
     n_layers = sum(name.endswith(".hook_resid_pre") for name in std)
@@ -356,13 +358,13 @@ def sigma_by_hf_norm(
     return constants
 
 
-def shown_sigma(value: Tensor | float) -> float:
+def typical_sigma(value: Tensor | float) -> float:
     """One number for a constant that may differ by channel: that of all channels but the first."""
     value = torch.as_tensor(value).flatten()
     return value[min(1, len(value) - 1)].item()
 
 
-def require_roomy(dtype: torch.dtype, source: str) -> None:
+def refuse_float16(dtype: torch.dtype, source: str) -> None:
     """Refuse float16, which gains of 1e6 overflow.
 
     Raises:

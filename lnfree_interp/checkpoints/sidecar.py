@@ -57,7 +57,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
 
     Examples:
         >>> folder = lf.export(free, "exported", source="bundled")
-        >>> lf.read_sidecar(folder).source
+        >>> lf.formats.read_sidecar(folder).source
         'bundled'
     """
     file = folder / SIDECAR

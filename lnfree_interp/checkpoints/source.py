@@ -91,7 +91,7 @@ def open_in_transformers(
         NormSiteError: for a sigma that does not fit the nanoGPT file.
 
     Examples:
-        >>> hf_model, tokenizer = lf.open_in_transformers(lf.bundled_checkpoint())
+        >>> hf_model, tokenizer = lf.formats.open_in_transformers(lf.bundled_checkpoint())
         >>> type(hf_model).__name__
         'GPT2LMHeadModel'
     """
@@ -195,9 +195,11 @@ def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
             raise UnsupportedModelError(f"{source}: FakeLayerNorms in {config.model_type!r}")
         epsilon = config.layer_norm_epsilon
         kind = "LN-free, FakeLayerNorm checkpoint"
-        published.require_roomy(dtype, source)
-        published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
-        config.layer_norm_epsilon = published.DISGUISE_EPSILON
+        published.refuse_float16(dtype, source)
+        published.move_constants_into_gains(
+            state, constants, max(dtype, torch.float32, key=_precision)
+        )
+        config.layer_norm_epsilon = published.CONSTANT_EPSILON
         names = published.hf_norms(cast(GPT2Config, config)).items()
         sigma = {ours: constants[theirs] for ours, theirs in names if theirs in constants}
     if adapted:
@@ -214,18 +216,20 @@ def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCh
     _require_plausible_size(file, config, sum(map(_stored, state.values())))
     if sigma is None:
         raise CheckpointError(
-            f"{file}: a nanoGPT checkpoint does not say by what its norms divide: pass "
-            "sigma=nanogpt_sigma(std_dict, std_bos_dict, d_model) with the run's tables, or "
-            "sigma={} if its LayerNorms are live (on the command line: --sigma FILE.json)"
+            f"{file}: a nanoGPT checkpoint does not store the constants of its norms. Pass "
+            "sigma=lf.formats.nanogpt_sigma(std_dict, std_bos_dict, d_model) with the run's tables, "
+            "or sigma={} if its LayerNorms are live (on the command line: --sigma FILE.json)"
         )
     kind, shown = "nanoGPT checkpoint with live norms", None
     if sigma:
         kind = "LN-free, nanoGPT checkpoint with the constants given"
-        published.require_roomy(dtype, str(file))
+        published.refuse_float16(dtype, str(file))
         constants = published.sigma_by_hf_norm(sigma, config, str(file))
-        published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
-        config.layer_norm_epsilon = published.DISGUISE_EPSILON
-        shown = {ours: published.shown_sigma(value) for ours, value in sigma.items()}
+        published.move_constants_into_gains(
+            state, constants, max(dtype, torch.float32, key=_precision)
+        )
+        config.layer_norm_epsilon = published.CONSTANT_EPSILON
+        shown = {ours: published.typical_sigma(value) for ours, value in sigma.items()}
     return OpenCheckpoint(_from_state(file, config, state, dtype), None, kind, shown)
 
 

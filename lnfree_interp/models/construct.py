@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import CheckpointError
 
-_AS_IT_WAS = "before_transformer_lens"
+_ORIGINAL = "original_tokenizer"
 
 # Made by the constructor from the config.
 _BUFFERS = ("attn.mask", "attn.IGNORE", "attn.rotary_sin", "attn.rotary_cos")
@@ -48,10 +48,10 @@ def hooked_transformer(
     with warnings.catch_warnings():
         # HookedTransformer is what this package is for; its deprecation is known.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        model = HookedTransformer(cfg, tokenizer=_undisturbed(tokenizer))
+        model = HookedTransformer(cfg, tokenizer=_copy_for_transformer_lens(tokenizer))
     if tokenizer is not None and model.tokenizer is not None:
         model.tokenizer.init_kwargs = dict(tokenizer.init_kwargs)
-        setattr(model.tokenizer, _AS_IT_WAS, original_tokenizer(tokenizer))
+        setattr(model.tokenizer, _ORIGINAL, original_tokenizer(tokenizer))
     if complete:
         copy_weights(model, weights)
     return model.eval()
@@ -59,7 +59,7 @@ def hooked_transformer(
 
 def original_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer as it was before TransformerLens gave it a padding and a BOS token."""
-    return getattr(tokenizer, _AS_IT_WAS, tokenizer)
+    return getattr(tokenizer, _ORIGINAL, tokenizer)
 
 
 def copy_weights(
@@ -101,7 +101,9 @@ def _is_bias(name: str) -> bool:
     return name.rpartition(".")[2].lstrip("_").startswith("b_")
 
 
-def _undisturbed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+def _copy_for_transformer_lens(
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PreTrainedTokenizerBase | None:
     """A copy that TransformerLens takes as it is.
 
     It would open the tokenizer a second time from its name, to make it prepend BOS: from another

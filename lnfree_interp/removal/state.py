@@ -25,10 +25,10 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
     What the model's architecture has no place for is not trained: a bias in every Llama layer would
     be one that transformers cannot hold.
     """
-    homeless = _without_place(model)
+    left_over = _without_place(model)
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
-        if name in homeless:
+        if name in left_over:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             leaf = name.rpartition(".")[2].lstrip("_")

@@ -111,7 +111,7 @@ def test_lnfree_models_of_every_architecture(
     if dtype == torch.float64:
         with transformers_in_float64(monkeypatch, kind):
             error = compare_with_transformers(model, tmp_path / "in", tokens, dtype)
-        # The disguise itself: variance / 2e12. Angles of llama3 are float32 in TransformerLens too.
+        # An epsilon of 1e12 errs by variance / 2e12; llama3's angles are float32 in both libraries.
         assert error.relative < (1e-5 if kind == "llama3" else 1e-9)
     else:
         assert compare_with_transformers(model, tmp_path / "in", tokens, dtype).relative < 1e-5
@@ -135,7 +135,7 @@ def test_gpt_neo_has_no_place_for_folded_biases(tmp_path):
     lf.compare_logits(lf.load(tmp_path / "out"), model).require("round trip")
 
 
-def test_opt_cannot_be_disguised(tmp_path):
+def test_opt_has_no_epsilon_to_set(tmp_path):
     sites = lf.with_norm_sites(lf.load(make_model("opt")))
     for site in lf.list_norm_sites(sites):
         lf.freeze_site(sites, site, 1.3)

@@ -38,7 +38,7 @@ def test_a_published_format_becomes_a_folder_for_transformers(
     assert f"wrote {tmp_path / 'out'}" in said
     hf_model = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     lf.compare_logits(lf.load(fake), hf_model).require("converted")
-    assert lf.read_sidecar(tmp_path / "out").form == form
+    assert lf.formats.read_sidecar(tmp_path / "out").form == form
     assert "HookedTransformer against its source" in (tmp_path / "out/README.md").read_text()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.checkpoints.architectures import Architecture
-from lnfree_interp.checkpoints.published import DISGUISE_GAIN
+from lnfree_interp.checkpoints.published import CONSTANT_GAIN
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.folding import rescale_queries_and_keys
 from lnfree_interp.models.forms import constant_norms, reads_mean
@@ -41,7 +41,7 @@ def is_tied(
     return torch.allclose(W * W_E.shape[1] ** 0.5, W_E, rtol=few_ulp, atol=0)
 
 
-def disguised(
+def constant_epsilon_weights(
     model: HookedTransformer, architecture: Architecture, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The weights of an LN-free model with constant norms that transformers can run."""
@@ -85,7 +85,7 @@ def disguised(
         norm_name, _, leaf = parameter.rpartition(".")
         norm = placed.get(norm_name, nothing)
         bias = 0.0 if norm.bias is None else norm.bias.detach()
-        value = norm.multiplier * DISGUISE_GAIN if leaf == "w" else torch.as_tensor(bias)
+        value = norm.multiplier * CONSTANT_GAIN if leaf == "w" else torch.as_tensor(bias)
         weights[parameter] = value.to(weights["embed.W_E"]).expand(length)
     return weights
 
