@@ -1,4 +1,4 @@
-"""An LN-free model as the weights of a class of transformers that always normalises.
+"""An LN-free model as weights of a class of transformers that always normalises.
 
 An epsilon of 1e12 and gains of 1e6 make every norm subtract the mean and multiply by a constant
 (ApolloResearch/gpt2_noLN). Folded readers ignore the mean, so nothing changes.

@@ -1,4 +1,4 @@
-"""One checkpoint into another: load, change the norms, export. Behind `lnfree convert`."""
+"""Converting a checkpoint: load, change the norms, export. `lnfree convert` calls this."""
 
 import json
 import os
@@ -25,7 +25,7 @@ NormKind = Literal["rms", "crms"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion does, to be read before it does it."""
+    """What a conversion does; a dry run returns it without doing it."""
 
     source: str
     recognised: str
@@ -86,7 +86,7 @@ def convert(
         sigma: As for `load`.
         check: Compare the logits with those of transformers after loading.
         dry_run: Load and say what would be done, but do not do it.
-        say: Gets a line before and after each step.
+        say: Called with a line of text before and after each step.
 
     Returns:
         A `Plan` of what was done, or would be, and the errors measured on the way.
@@ -106,7 +106,10 @@ def convert(
     """
     require_writable(out)
     if form is not None and to_norm is not None:
-        raise NormSiteError("form is for LN-free models, to_norm for models with live norms")
+        raise NormSiteError(
+            f"form={form!r} and to_norm={to_norm!r} exclude each other: form is for LN-free "
+            "models, to_norm for models with live norms"
+        )
     name = os.fspath(source)
     loaded = load_checkpoint(
         source,
@@ -156,9 +159,13 @@ def _plan(
     steps = []
     if to_norm is not None:
         if kind not in ("live", "rms"):
-            raise NormSiteError(f"{source}: to_norm is for live norms; its norms are {norms}")
+            raise NormSiteError(
+                f"{source}: to_norm={to_norm!r} needs live norms, and its norms are {norms}"
+            )
         if kind == "rms" and to_norm == "rms":
-            raise NormSiteError(f"{source}: its norms are RMSNorms already")
+            raise NormSiteError(
+                f"{source}: its norms are RMSNorms already: leave to_norm out, or pass 'crms'"
+            )
         if kind == "live":
             if cfg.normalization_type != "LN":
                 raise UnsupportedModelError(
@@ -172,7 +179,8 @@ def _plan(
             )
     if to_norm is not None and target == "transformers":
         raise UnsupportedModelError(
-            "transformers has no class for the result: leave target out, or say transformer_lens"
+            "transformers has no class for the result: leave target out, or pass "
+            "target='transformer_lens'"
         )
     where = target or ("transformer_lens" if to_norm else best_target(model))
     what = {

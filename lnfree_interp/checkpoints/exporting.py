@@ -69,7 +69,7 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
 
 
 def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, MeasuredError]:
-    """As `to_transformers`, and how far its logits are from the model's."""
+    """The model of transformers, and how far its logits are from the given model's."""
     cfg = model.cfg
     name = cfg.original_architecture
     said = is_frozen_form(model) or cfg.normalization_type in ("LN", "RMS", None)
@@ -82,7 +82,8 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     live = live_sites(model)
     if live and has_norm_sites(model) and len(live) < len(list_norm_sites(model)):
         raise NormSiteError(
-            f"{len(live)} norm sites are live: a model is exported before the removal or after it"
+            f"{len(live)} of {len(list_norm_sites(model))} norm sites are live: freeze the others "
+            "too, or export the model before the removal begins"
         )
     weights = _own_weights(model)
     others: dict[str, Any] = {}
@@ -167,13 +168,16 @@ def export(
     """
     measured = dict(errors or {})
     if target not in get_args(Target):
-        raise UnsupportedModelError(f"target {target!r} is none of {get_args(Target)}")
+        raise UnsupportedModelError(
+            f"target={target!r} does not exist: pass {' or '.join(map(repr, get_args(Target)))}"
+        )
     exported = None
     if target == "transformers":
         exported, measured["export against HookedTransformer"] = _in_transformers(model)
     elif has_norm_sites(model):
         raise UnsupportedModelError(
-            "norm sites have no place in TransformerLens' layout: fold or frozen_form first"
+            "TransformerLens' layout cannot hold norm sites: call fold or frozen_form first, or "
+            "export with target='transformers'"
         )
     constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model)
     with new_folder(out) as folder:
@@ -219,7 +223,7 @@ def _sidecar(
 
 
 def _public_name(source: str) -> str:
-    """A hub id as it is; of a path on this machine only the last part."""
+    """A hub id unchanged, or the last part of a path on this machine."""
     local = os.path.isabs(source) or os.path.exists(source) or source.startswith((".", "~"))
     return Path(source).name if local else source
 
@@ -229,7 +233,10 @@ def _plain_sigma(sigma: Mapping[str, float], model: HookedTransformer) -> dict[s
     sites = set(map(str, sites_of(model.cfg)))
     names = sites | set(map(whole_norm, sites))
     if unknown := sorted(set(sigma) - names):
-        raise NormSiteError(f"sigma names {unknown[0]}, which the model does not have")
+        raise NormSiteError(
+            f"sigma names {unknown[0]}, which the model does not have; list_norm_sites(model) "
+            "names its norms"
+        )
     try:
         plain = {name: float(value) for name, value in sigma.items()}
     except (TypeError, ValueError) as error:
@@ -240,7 +247,7 @@ def _plain_sigma(sigma: Mapping[str, float], model: HookedTransformer) -> dict[s
 
 
 def best_target(model: HookedTransformer) -> Target:
-    """The layout that can hold a model: transformers where it has a class for it."""
+    """The layout that can hold a model: that of transformers if it has a class for it."""
     architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
     form = form_of(model)
     if architecture is None or form in ("rms", "crms"):
@@ -253,7 +260,7 @@ def best_target(model: HookedTransformer) -> Target:
 
 
 def form_of(model: HookedTransformer) -> str:
-    """In one word what a model is: live, sites, folded, frozen, rms or crms."""
+    """Which form a model is in: live, sites, folded, frozen, rms or crms."""
     kind = model.cfg.normalization_type
     if has_norm_sites(model):
         return "live" if live_sites(model) else "sites"

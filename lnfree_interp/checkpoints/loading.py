@@ -1,4 +1,4 @@
-"""A checkpoint -> `HookedTransformer`, with provably the same logits or not at all."""
+"""A checkpoint -> `HookedTransformer`, whose logits are compared with those of transformers."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -103,11 +103,11 @@ def load(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model, and what was found out on the way."""
+    """A loaded model, its format and its measured error."""
 
     model: HookedTransformer
     format: str
-    """What the checkpoint was recognised as, for people."""
+    """What the checkpoint was recognised as, in words."""
     error: MeasuredError | None
     """The largest logit difference from transformers; None if it was not compared."""
 
@@ -124,18 +124,26 @@ def load_checkpoint(
     sigma: Sigma | None = None,
     check: bool = True,
 ) -> Loaded:
-    """As `load`, and what the checkpoint was recognised as."""
+    """What `load` returns, what the checkpoint was recognised as, and the measured error."""
     if form not in (None, *_FORMS):
-        raise NormSiteError(f"form {form!r} is none of {', '.join(map(repr, _FORMS))}")
+        raise NormSiteError(
+            f"form={form!r} does not exist: pass {', '.join(map(repr, _FORMS))} or None"
+        )
     if dtype not in TOLERANCE:
-        raise UnsupportedModelError(f"dtype {dtype} is none of {', '.join(map(str, TOLERANCE))}")
+        raise UnsupportedModelError(
+            f"dtype={dtype} is not supported: pass one of {', '.join(map(str, TOLERANCE))}"
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":
-        raise UnsupportedModelError("mps has no float64, which folding needs: use device='cpu'")
+        raise UnsupportedModelError(
+            "device='mps' has no float64, in which norms are folded: pass device='cpu'"
+        )
     if isinstance(source, PreTrainedModel):
         name = source.config.name_or_path or "custom"
         if sigma is not None:
-            raise NormSiteError("sigma is for nanoGPT files, not for a model in memory")
+            raise NormSiteError(
+                "sigma is for nanoGPT files, and this is a model in memory: leave sigma out"
+            )
         if any(W.is_meta for W in source.parameters()):
             raise CheckpointError(f"{name}: a model on the meta device has no weights")
         opened = OpenCheckpoint(source, tokenizer, "in memory")
@@ -144,7 +152,10 @@ def load_checkpoint(
         path = locate(source, revision, cache_dir)
         if native.is_native(path):
             if sigma is not None:
-                raise NormSiteError(f"{name}: sigma is for nanoGPT files; this folder has its own")
+                raise NormSiteError(
+                    f"{name}: sigma is for nanoGPT files, and this folder holds its own "
+                    "constants: leave sigma out"
+                )
             model, error = native.read(path, tokenizer, dtype, device, check=check)
             model = _in_form(model, form)
             if error is not None:
@@ -161,7 +172,7 @@ def load_checkpoint(
 
     tokens = random_tokens(opened.hf_model, pos=_compared_length(cfg))
     expected = _reference(opened.hf_model, tokens, name) if check else None
-    # From here on the weights go one by one, so that memory never holds two models.
+    # The weights are moved one by one, so that memory never holds two models.
     weights = to_hooked_weights(architecture.layout, cfg, opened.take_weights(), name)
     norms, recognised = None, opened.format
     if not architecture.fixed_epsilon:
@@ -191,7 +202,7 @@ def load_checkpoint(
 
 
 def _compared_length(cfg: HookedTransformerConfig) -> int:
-    """As many tokens as it takes for a window to hide some, unless that would be many."""
+    """How many tokens to compare: more than a sliding window holds, unless it is very long."""
     window = cfg.window_size or 0 if cfg.use_local_attn else 0
     return max(CHECK_TOKENS, window + 16) if window <= 8 * CHECK_TOKENS else CHECK_TOKENS
 
@@ -199,10 +210,10 @@ def _compared_length(cfg: HookedTransformerConfig) -> int:
 def _reference(
     hf_model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], name: str
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """What transformers computes, on the CPU."""
+    """The logits of transformers, on the CPU."""
     try:
         return logits_of(hf_model, tokens).cpu()
-    except Exception as error:  # what a config allows to build need not run
+    except Exception as error:  # a model that can be built cannot always run
         raise CheckpointError(
             f"{name}: transformers itself cannot run it: {first_line(error)}"
         ) from error
@@ -227,7 +238,7 @@ def _without_norms(
     opened: OpenCheckpoint,
     form: Form | Literal["sites"],
 ) -> HookedTransformer:
-    """An LN-free checkpoint in the form asked for."""
+    """An LN-free checkpoint in the form that the caller asked for."""
     cfg = replace(cfg, eps=opened.epsilon or LIVE_EPSILON)
     if form == "sites":
         return _with_frozen_sites(cfg, weights, norms, opened.tokenizer, opened.sigma or {})
@@ -271,7 +282,10 @@ def _in_form(model: HookedTransformer, form: Form | Literal["sites"] | None) -> 
     if form is None:
         return model
     if form == "sites":
-        raise NormSiteError("a folder in TransformerLens' layout has no norm sites to give back")
+        raise NormSiteError(
+            "form='sites' needs a folder that export(target='transformers') wrote: "
+            "TransformerLens' layout does not hold norm sites"
+        )
     if form == "frozen":
         return frozen_form(model)
     return model if model.cfg.normalization_type is None else fold(model)

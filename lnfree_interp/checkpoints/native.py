@@ -1,8 +1,9 @@
-"""A `HookedTransformer` as a folder in TransformerLens' own names, for what no class of
-transformers can hold: other norms, the frozen form, architectures with biases added.
+"""A `HookedTransformer` as a folder in TransformerLens' own names.
 
-`hooked_transformer.json` is the `HookedTransformerConfig`, the kind of norm, and a few logits to
-recognise the model by; weights are `model.safetensors`, the tokenizer lies beside them.
+For models that no class of transformers can hold: other norms, the frozen form, biases that the
+architecture does not have. `hooked_transformer.json` holds the `HookedTransformerConfig`, the kind
+of norm, and a few logits by which a damaged folder is noticed; the weights are in
+`model.safetensors`, the tokenizer is in files of its own.
 """
 
 import json
@@ -30,7 +31,7 @@ from lnfree_interp.numerics import MeasuredError, measure_error
 CONFIG = "hooked_transformer.json"
 _VERSION = 1
 
-# Of this machine, or a way to make TransformerLens fetch or run something.
+# Settings of this machine, and fields that make TransformerLens download or run something.
 _NOT_SAVED = (
     "dtype",
     "device",
@@ -53,11 +54,11 @@ def is_native(path: Path) -> bool:
 
 
 def write(model: HookedTransformer, folder: Path) -> None:
-    """Config, weights and tokenizer into an existing folder.
+    """Write config, weights and tokenizer into an existing folder.
 
     Args:
         model: Stock, in the frozen form, or with CRMSNorms; not with norm sites.
-        folder: Where to.
+        folder: The folder to write into.
     """
     cfg = {name: _plain(value) for name, value in model.cfg.to_dict().items()}
     cfg["model_name"] = Path(str(cfg["model_name"])).name
@@ -87,7 +88,7 @@ def read(
     *,
     check: bool = True,
 ) -> tuple[HookedTransformer, MeasuredError | None]:
-    """What `write` wrote, and how far its logits are from those that it had then.
+    """Read a folder that `write` made, and compare the model's logits with the stored ones.
 
     Raises:
         CheckpointError: if a file is missing, damaged, or does not fit the others.
@@ -97,7 +98,9 @@ def read(
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
-            raise CheckpointError(f"{file}: version {content['version']}, not {_VERSION}")
+            raise CheckpointError(
+                f"{file}: version {content['version']}; this package reads version {_VERSION}"
+            )
         known = {field.name for field in fields(HookedTransformerConfig)} - set(_NOT_SAVED)
         if unknown := sorted(set(content["config"]) - known):
             raise CheckpointError(f"{file}: unknown field {unknown[0]}")
@@ -105,14 +108,14 @@ def read(
             **content["config"], dtype=dtype, device=str(device), init_weights=False
         )
         if not 0 < cfg.eps < 1e30:
-            raise CheckpointError(f"{file}: eps={cfg.eps}")
+            raise CheckpointError(f"{file}: eps={cfg.eps}, and it must be a positive number")
         frozen = {name: float(sigma) for name, sigma in content["frozen"].items()}
         expected = torch.tensor(content["logits"], dtype=torch.float64)
         tokens = torch.tensor(content["tokens"])
         crms = content["crms"] is True
     except CheckpointError:
         raise
-    except Exception as error:  # whatever TransformerLens makes of a wrong type
+    except Exception as error:  # TransformerLens raises many types for a wrong value
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -155,7 +158,7 @@ def _logits(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:
 def _require_fitting(
     cfg: HookedTransformerConfig, shapes: dict[str, list[int]], file: Path
 ) -> None:
-    """Refuse sizes that the file does not have, before a model of them is built."""
+    """Refuse a config whose sizes are not those of the weights, before a model is built."""
     grouped = cfg.n_key_value_heads is not None
     expected: dict[str, list[int | None]] = {
         "embed.W_E": [cfg.d_vocab, cfg.d_model],
@@ -176,17 +179,19 @@ def _require_fitting(
             raise CheckpointError(f"{file}: {name} is {shapes.get(name)}, the config says {shape}")
     last = f"blocks.{cfg.n_layers - 1}."
     if not any(name.startswith(last) for name in shapes):
-        raise CheckpointError(f"{file}: n_layers={cfg.n_layers}, but there is no {last}")
+        raise CheckpointError(
+            f"{file}: n_layers={cfg.n_layers}, but the weights hold nothing for {last[:-1]}"
+        )
 
 
 def _checked(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
     if not W.is_floating_point():
-        raise CheckpointError(f"{file}: {name} holds whole numbers")
+        raise CheckpointError(f"{file}: {name} holds whole numbers, and a weight must be floating")
     if not is_finite(W):
         raise CheckpointError(f"{file}: {name} holds values that are not finite")
     return W
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: numpy numbers as Python's."""
+    """A value for JSON: numpy numbers become Python's."""
     return value.item() if hasattr(value, "item") else value

@@ -1,4 +1,4 @@
-"""The published LN-free GPT-2 formats, each brought into the one that transformers can run.
+"""The published LN-free GPT-2 formats, each rewritten as the one that transformers can run.
 
 **Constant epsilon** (`schaeff/gpt2-*_LNFree*`, `apollo-research/gpt2_noLN`): a `GPT2LMHeadModel`
 whose LayerNorms have epsilon 1e12 and gains multiplied by 1e6. It still subtracts the mean; the
@@ -27,7 +27,7 @@ LNFREE_EPSILON = 1e8
 """From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
 
 _LIVE_BELOW = 1.0
-"""Below this epsilon a norm is live. Between the two it is neither."""
+"""Below this epsilon a norm is live. Between the two it is neither live nor constant."""
 
 CONSTANT_EPSILON = 1e12
 CONSTANT_GAIN = 1e6
@@ -132,7 +132,7 @@ def _is_gain(name: str) -> bool:
 
 
 def merge_lora(state: State, source: str) -> bool:
-    """Adapters merged in place, W = W_frozen + A B; whether there were any.
+    """Merge adapters in place, W = W_frozen + A B, and say whether there were any.
 
     Raises:
         CheckpointError: if an adapter lacks a part.
@@ -163,7 +163,7 @@ def merge_lora(state: State, source: str) -> bool:
 
 
 def _stored_in_full(*tensors: Tensor) -> bool:
-    """Whether no tensor claims more numbers than it stores, as an expanded one does."""
+    """Whether every tensor stores all the numbers that it shows; an expanded one does not."""
     return all(W.numel() * W.element_size() <= W.untyped_storage().nbytes() for W in tensors)
 
 
@@ -183,13 +183,15 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
     sigma: dict[str, float] = {}
     for norm in norms:
         buffers = {b: state.pop(f"{norm}.{b}") for b in _BUFFERS if f"{norm}.{b}" in state}
-        # Only ln_1 is ever called for values, so only there that flag says something.
+        # Values read ln_1 alone, so only there that flag means something.
         flags = ["is_fake"] + ["attn_v_is_fake"] * norm.endswith("ln_1")
         for flag in flags:
             if flag not in buffers:
-                raise CheckpointError(f"{source}: {norm} has no {flag}: which norms are removed?")
+                raise CheckpointError(
+                    f"{source}: {norm} has no {flag}, so nothing says whether that norm is removed"
+                )
             if buffers[flag].numel() != 1:
-                raise CheckpointError(f"{source}: {norm}.{flag} is not one flag")
+                raise CheckpointError(f"{source}: {norm}.{flag} must hold a single value")
             if not bool(buffers[flag]):
                 raise CheckpointError(f"{source}: {norm}.{flag} is false: that norm is still live")
         if f"{norm}.weight" not in state:
@@ -209,7 +211,9 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
                     f"{what} are divided by another constant, which cannot be folded"
                 )
         if not 0 < constant < math.inf:
-            raise CheckpointError(f"{source}: {norm} divides by {constant}")
+            raise CheckpointError(
+                f"{source}: {norm} divides by {constant}; a constant must be positive and finite"
+            )
         sigma[norm] = constant
     return sigma
 
@@ -217,7 +221,7 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
 def move_constants_into_gains(
     state: State, sigma: Mapping[str, Tensor | float], dtype: torch.dtype
 ) -> None:
-    """Constants moved into the gains in place, gamma * 1e6 / sigma: runs in plain transformers."""
+    """Put gamma * 1e6 / sigma in the place of each gain, so that plain transformers can run it."""
     for norm, constant in sigma.items():
         weight = state[f"{norm}.weight"].double()
         constant = torch.as_tensor(constant, dtype=torch.float64, device=weight.device)
@@ -326,13 +330,16 @@ def hf_norms(config: GPT2Config) -> dict[str, str]:
 def sigma_by_hf_norm(
     sigma: Mapping[str, float | Tensor], config: GPT2Config, source: str
 ) -> dict[str, Tensor]:
-    """User-supplied constants, by Hugging Face's names of the norms; complete and positive.
+    """The user's constants by Hugging Face's names of the norms, checked.
 
     Raises:
         NormSiteError: for a norm that is missing or unknown, or a constant that cannot be one.
     """
     if not isinstance(sigma, Mapping):
-        raise NormSiteError(f"{source}: sigma must map names of norms to numbers")
+        raise NormSiteError(
+            f"{source}: sigma is a {type(sigma).__name__}; pass a dictionary from names of norms "
+            "to numbers"
+        )
     names = hf_norms(config)
     if unknown := sorted(set(sigma) - set(names)):
         raise NormSiteError(f"{source}: sigma names {unknown[0]}, which the model does not have")
@@ -359,7 +366,7 @@ def sigma_by_hf_norm(
 
 
 def typical_sigma(value: Tensor | float) -> float:
-    """One number for a constant that may differ by channel: that of all channels but the first."""
+    """One number for a constant that differs by channel: that of all channels but the first."""
     value = torch.as_tensor(value).flatten()
     return value[min(1, len(value) - 1)].item()
 

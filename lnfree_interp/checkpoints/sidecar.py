@@ -37,7 +37,7 @@ class Sidecar:
     """Name and version of the package that wrote it."""
 
     def write(self, folder: Path) -> None:
-        """Into the folder."""
+        """Write it into a folder."""
         content = {"version": _VERSION, **asdict(self)}
         (folder / SIDECAR).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

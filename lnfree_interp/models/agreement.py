@@ -41,7 +41,7 @@ def logits_of(
 
 
 def require_tokens(model: HookedTransformer, tokens: Int[Tensor, "*batch pos"]) -> None:
-    """Refuse tokens that the model cannot read, before they become an index error.
+    """Refuse tokens that the model cannot read.
 
     Raises:
         DataError: if there are none, a row is longer than the context, or an id is outside the
@@ -49,13 +49,13 @@ def require_tokens(model: HookedTransformer, tokens: Int[Tensor, "*batch pos"]) 
     """
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     if tokens.numel() == 0:
-        raise DataError("there are no tokens")
+        raise DataError("there are no tokens: pass at least one")
     if tokens.shape[-1] > n_ctx:
         raise DataError(f"{tokens.shape[-1]} tokens in a row; the model's context is {n_ctx}")
     if tokens.min() < 0 or tokens.max() >= d_vocab:
         raise DataError(
             f"token ids go from {tokens.min()} to {tokens.max()}; the model has 0 to "
-            f"{d_vocab - 1}: is this text tokenized for another model?"
+            f"{d_vocab - 1}. Tokenize the text with this model's tokenizer"
         )
 
 

@@ -33,9 +33,9 @@ def hooked_transformer(
 
     Args:
         cfg: As for `HookedTransformer`.
-        weights: By TransformerLens' names; consumed one by one, so that an iterator need not hold
-            two copies of the model. Biases may be missing: they are zero then.
-        tokenizer: Goes along, a copy.
+        weights: By TransformerLens' names, taken one by one, so that an iterator can free each.
+            A bias that is missing is zero.
+        tokenizer: The model gets a copy.
         complete: Copy the weights. False: leave them uninitialised, for `copy_weights` later.
 
     Raises:
@@ -68,15 +68,15 @@ def copy_weights(
     *,
     zero_biases: bool = True,
 ) -> None:
-    """Copy weights into a model, each into its place or not at all.
+    """Copy weights into a model; every weight must have a place of its shape.
 
     Args:
-        model: Where to.
-        weights: As for `hooked_transformer`.
-        zero_biases: Whether biases may be missing.
+        model: The model to fill.
+        weights: By TransformerLens' names, taken one by one.
+        zero_biases: Whether a bias may be missing, and stays what it is.
 
     Raises:
-        CheckpointError: as `hooked_transformer`.
+        CheckpointError: if a weight is missing, unexpected or of another shape.
     """
     places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -106,9 +106,10 @@ def _copy_for_transformer_lens(
 ) -> PreTrainedTokenizerBase | None:
     """A copy that TransformerLens takes as it is.
 
-    It would open the tokenizer a second time from its name, to make it prepend BOS: from another
-    revision or cache, without tokens added since, or not at all. Told that it prepends BOS already,
-    TransformerLens takes this one, finds out whether it does, and else prepends by itself.
+    To make a tokenizer prepend BOS, TransformerLens opens it a second time by its name. That may
+    give another revision, one without tokens that were added since, or fail without a network. A
+    tokenizer that says that it prepends BOS is taken as it is; TransformerLens then tests whether
+    it does, and prepends BOS itself if not.
     """
     if tokenizer is None:
         return None

@@ -34,12 +34,12 @@ _Narrowing = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class NormConversion:
-    """A converted model and what was done to it."""
+    """A converted model, and how it was converted."""
 
     model: HookedTransformer
     """The converted one; the given model is as it was."""
     steps: tuple[str, ...]
-    """What was done, in order."""
+    """The steps of the conversion, in order, in words."""
     error: MeasuredError
     """The largest logit difference from the model before."""
     d_model: tuple[int, int]
@@ -101,7 +101,10 @@ def to_rms(model: HookedTransformer) -> NormConversion:
         'RMSPre'
     """
     if has_norm_sites(model):
-        raise UnsupportedModelError("convert the stock model, before with_norm_sites")
+        raise UnsupportedModelError(
+            "a model with norm sites cannot be converted: convert the stock model, then call "
+            "with_norm_sites"
+        )
     cfg = model.cfg
     after = cfg.use_normalization_before_and_after or cfg.post_embedding_ln
     if cfg.normalization_type != "LN" or cfg.final_rms or after or cfg.use_qk_norm:
@@ -155,7 +158,9 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
         (192, 191)
     """
     if basis not in get_args(Basis):
-        raise UnsupportedModelError(f"basis {basis!r} is none of {get_args(Basis)}")
+        raise UnsupportedModelError(
+            f"basis={basis!r} does not exist: pass {' or '.join(map(repr, get_args(Basis)))}"
+        )
     steps: tuple[str, ...] = ()
     original = model
     if model.cfg.normalization_type == "LN":
@@ -165,7 +170,9 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
     cfg = model.cfg
     d = cfg.d_model
     if d < 2:
-        raise UnsupportedModelError("a residual stream of one dimension has none to spare")
+        raise UnsupportedModelError(
+            "d_model=1: CRMSNorm leaves out one dimension, so the residual stream needs at least 2"
+        )
     writer, reader = _orthonormal(d) if basis == "orthonormal" else _dropping()
     weights: dict[str, Tensor] = {}
     for name, W in model.named_parameters():
@@ -202,8 +209,8 @@ def _require_zero_mean_stream(model: HookedTransformer) -> None:
             tolerance = ROUNDING[W.dtype] * W.abs().max()
             if W.double().mean(-1).abs().max() > tolerance:
                 raise UnsupportedModelError(
-                    f"{name} writes a mean into the residual stream, which CRMSNorm has no room "
-                    "for: only models converted from LayerNorm have a zero-mean stream"
+                    f"{name} writes a mean into the residual stream, and CRMSNorm needs a stream "
+                    "of zero mean, as models converted from LayerNorm have"
                 )
 
 

@@ -1,7 +1,7 @@
 """Forward passes over whole rows of tokens.
 
-Where the tokenizer pads on the left, TransformerLens masks what it takes for padding, and a leading
-beginning-of-sequence token often looks like it. Nothing here is padded, so nothing is masked.
+Where the tokenizer pads on the left, TransformerLens masks leading tokens that equal the padding
+token, and the beginning-of-sequence token often does. No row here is padded, so none is masked.
 """
 
 from collections.abc import Collection
@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 def run(
     model: HookedTransformer, tokens: Int[Tensor, "batch pos"], stop_at_layer: int | None = None
 ) -> Float[Tensor, "batch pos _"]:
-    """Logits, or the stream before a layer."""
+    """The logits, or the residual stream before layer `stop_at_layer`."""
     return model(tokens, padding_side="right", stop_at_layer=stop_at_layer)
 
 
@@ -26,7 +26,10 @@ def run_and_keep(
     stop_at_layer: int | None = None,
     start_at_layer: int | None = None,
 ) -> tuple[Float[Tensor, "batch pos _"], dict[str, Tensor]]:
-    """The same, and the activations of some hooks; from a stream on if there is a first layer."""
+    """The logits or the stream as from `run`, and the activations of the named hooks.
+
+    With `start_at_layer`, `tokens` is the residual stream before that layer.
+    """
     out, cache = model.run_with_cache(
         tokens,
         padding_side="right",
@@ -43,7 +46,7 @@ def run_hooked(
     hooks: list[Any],
     stop_at_layer: int | None = None,
 ) -> Float[Tensor, "batch pos _"]:
-    """Logits, or the stream before a layer, with hooks."""
+    """The logits or the stream as from `run`, with hooks."""
     return model.run_with_hooks(
         tokens, padding_side="right", stop_at_layer=stop_at_layer, fwd_hooks=hooks
     )

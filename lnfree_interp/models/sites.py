@@ -63,7 +63,10 @@ class NormSite:
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
             layer, kind = int(match[1]), match[2]
         if kind not in get_args(SiteKind) or (layer is None) != (kind == "ln_final"):
-            raise NormSiteError(f"{name!r} is not the name of a norm site")
+            raise NormSiteError(
+                f"{name!r} is not the name of a norm site. Names are like 'blocks.0.ln1.qk', "
+                "'blocks.0.ln1.v', 'blocks.0.ln2' and 'ln_final'"
+            )
         return cls(cast(SiteKind, kind), layer)
 
 
@@ -189,7 +192,7 @@ def _require_pre_norm(model: HookedTransformer) -> None:
     found = [what for what, is_so in unsupported.items() if is_so]
     if found:
         raise UnsupportedModelError(
-            f"freezing norms one by one needs blocks that normalise what a sublayer reads; this "
+            f"norms can be frozen one by one in blocks that normalise what a sublayer reads; this "
             f"model has {', '.join(found)}"
         )
 
@@ -226,7 +229,7 @@ def with_norm_sites(model: HookedTransformer, copy_weights: bool = True) -> Hook
 
 
 def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTransformer:
-    """As `with_norm_sites` of a stock model, without comparing logits."""
+    """The copy that `with_norm_sites` makes of a stock model, without comparing logits."""
     _require_pre_norm(model)
     model = _copied(model, copy_weights)
     for index, block in enumerate(model.blocks):
@@ -240,7 +243,8 @@ def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTr
 
 
 def _copied(model: HookedTransformer, copy_weights: bool) -> HookedTransformer:
-    """Without hooks. deepcopy takes what its memo holds for copied already."""
+    """A copy without hooks, which shares the parameters unless they are to be copied."""
+    # deepcopy takes what is in its memo as copied already.
     own: dict[int, object] = {} if copy_weights else {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, own)
     copied.reset_hooks(including_permanent=True)

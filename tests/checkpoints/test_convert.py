@@ -105,7 +105,7 @@ def test_requests_that_contradict_themselves_or_the_model(gpt2_folder, fake, tmp
         lf.convert(gpt2_folder, tmp_path / "out", form="folded", to_norm="rms")
     with pytest.raises(NormSiteError, match="its norms are live"):
         lf.convert(gpt2_folder, tmp_path / "out", form="folded")
-    with pytest.raises(NormSiteError, match="to_norm is for live norms"):
+    with pytest.raises(NormSiteError, match="needs live norms"):
         lf.convert(fake, tmp_path / "out", to_norm="rms")
     with pytest.raises(OutputError, match="already exists"):
         lf.convert(gpt2_folder, fake)

@@ -255,7 +255,7 @@ def test_interrupted_export_leaves_nothing(folded, tmp_path, monkeypatch):
 
 def test_what_gpt2_cannot_say_is_refused(frozen, folded, live):
     lf.get_norm(frozen, "blocks.1.ln2").thaw()
-    with pytest.raises(NormSiteError, match="before the removal or after it"):
+    with pytest.raises(NormSiteError, match="1 of 10 norm sites are live"):
         lf.formats.to_transformers(frozen)
     with torch.no_grad():
         folded.blocks[1].mlp.W_in.add_(0.1)
