@@ -5,9 +5,9 @@ An epsilon of 1e12 and gains of 1e6 make every norm subtract the mean and multip
 
 The unembedding of a folded model is not the embedding any more. Where it is C diag(a) W_E^T, with a
 bias beta W_E^T, it is tied again, and a and beta go into ln_f, as in the published checkpoints.
-Otherwise the bias, for which there is no slot, rides on the direction that centring has emptied:
-with s in every entry of ln_f's bias and b_U / (s d_model) added to every row of W_U, ln_f's output
-x + s reads
+Otherwise the bias, for which the class has no parameter, goes into the direction that centring has
+emptied: with s in every entry of ln_f's bias and b_U / (s d_model) added to every row of W_U, the
+output x + s of ln_f reads
 
     (x + s 1) (W_U + 1 b_U / (s d))  =  x W_U + b_U        since  x 1 = 0  and  1 W_U = 0
 """
@@ -53,7 +53,7 @@ def constant_epsilon_weights(
         )
     if cfg.dtype == torch.float16:
         raise UnsupportedModelError(
-            "float16 ends at 65504, the exported gains are 1e6: use float32"
+            "the exported gains are 1e6, which float16 cannot hold: use float32"
         )
     norms = constant_norms(model)
     centres = architecture.centres
@@ -62,6 +62,11 @@ def constant_epsilon_weights(
         raise UnsupportedModelError(
             f"{reader} reads the mean of the residual stream, which {name}'s LayerNorm subtracts: "
             "only models folded from LayerNorm can be exported to it"
+        )
+    if sites and (other := [site for site, norm in norms.items() if norm.centred != centres]):
+        raise UnsupportedModelError(
+            f"{name} has norms that {'subtract' if centres else 'do not subtract'} the mean, and "
+            f"{other[0]} is not one: fold the model and export it with target='transformer_lens'"
         )
     weights = {key: W for key, W in weights.items() if not key.startswith("ln_final.")}
     for layer in range(cfg.n_layers):

@@ -55,7 +55,7 @@ def require_tokens(model: HookedTransformer, tokens: Int[Tensor, "*batch pos"]) 
     if tokens.min() < 0 or tokens.max() >= d_vocab:
         raise DataError(
             f"token ids go from {tokens.min()} to {tokens.max()}; the model has 0 to "
-            f"{d_vocab - 1}. Tokenize the text with this model's tokenizer"
+            f"{d_vocab - 1}. The text is tokenized for another model: use this model's tokenizer"
         )
 
 

@@ -278,6 +278,10 @@ def test_a_model_rebuilt_from_the_config_alone_gives_no_plausible_number(how, ki
         require_same_logits(tools, rebuilt(tools, how), "rebuilt")
 
 
+def test_a_folded_model_can_be_rebuilt_from_its_config(folded, tokens):
+    assert torch.equal(rebuilt(folded, "plain")(tokens), folded(tokens))
+
+
 def test_the_epsilon_is_not_lost(frozen, folded, tools, tmp_path):
     assert lf.fold(tools).cfg.eps == lf.frozen_form(folded).ln_final.eps == frozen.cfg.eps
     assert lf.frozen_form(tools, {"ln_final": 2.0}).blocks[0].ln1.eps == frozen.cfg.eps

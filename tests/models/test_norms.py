@@ -127,6 +127,11 @@ def test_norms_behind_a_weight_fold_with_centring_and_bias(kind, tokens):
         assert lf.compare_logits(made, sited, tokens).relative < 1e-10
 
 
+def test_a_class_whose_norms_do_not_centre_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.ln1_post is not one"):
+        lf.formats.to_transformers(output_norms("gemma2"))
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "qwen3"])
 def test_a_bias_that_the_weights_lack_is_made(kind):
     from lnfree_interp.models.folding import fold_weights
