@@ -36,7 +36,7 @@ class Plan:
     """The norms of the source, in words."""
     steps: tuple[str, ...]
     target: Target
-    """As for `export`."""
+    """The layout to write: `"transformers"` or `"transformer_lens"`."""
     errors: Mapping[str, MeasuredError]
     """Measured while loading, and while converting unless it was a dry run."""
 
@@ -71,19 +71,19 @@ def convert(
     """Load a checkpoint, change its norms, write it as another.
 
     Args:
-        source: As for `load`.
+        source: Hub id, local folder or nanoGPT `ckpt.pt`.
         out: A folder that does not exist yet or is empty.
         form: For LN-free checkpoints: whether the constants are folded into the weights (the
             default) or stay in the norms.
         to_norm: Convert live LayerNorms to RMSNorms or CRMSNorms, exactly.
-        basis: As for `to_crms`.
-        target: As for `export`. Default: a folder for plain transformers where it has a class for
-            the result, else TransformerLens' layout.
+        basis: Of `to_norm="crms"`: `"orthonormal"` or `"drop"`, see `to_crms`.
+        target: `"transformers"` or `"transformer_lens"`, see `export`. Default: a folder for plain
+            transformers where it has a class for the result, else TransformerLens' layout.
         dtype: Of the weights.
-        revision: As for `load`.
-        cache_dir: As for `load`.
-        tokenizer: As for `load`; goes along into the folder.
-        sigma: As for `load`.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Where hub files are kept.
+        tokenizer: In place of the checkpoint's own; it is written into the folder.
+        sigma: The constants of a nanoGPT file, see `load`.
         check: Compare the logits with those of transformers after loading.
         dry_run: Load and say what would be done, but do not do it.
         say: Called with a line of text before and after each step.
@@ -96,8 +96,8 @@ def convert(
         UnsupportedModelError: if the target cannot hold the result; and as `load`, `to_rms` and
             `to_crms`.
         OutputError: if the folder holds something, or cannot be written.
-        CheckpointError: as `load`.
-        InexactError: as `load`, `to_rms`, `to_crms` and `export`.
+        CheckpointError: if the source is missing, incomplete, broken or unreachable.
+        InexactError: if the logits after a step differ by more than rounding explains.
 
     Examples:
         >>> plan = lf.convert(lf.bundled_checkpoint(), "rms", to_norm="rms", dry_run=True)

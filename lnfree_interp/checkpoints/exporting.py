@@ -138,8 +138,8 @@ def export(
     """Write a folder: weights as safetensors, config, tokenizer, model card and `lnfree.json`.
 
     Args:
-        model: As for `to_transformers`; with target `"transformer_lens"`, any model but one with
-            norm sites.
+        model: With live norms, LN-free in the folded or the frozen form, or with norm sites that
+            are all frozen; with target `"transformer_lens"`, any model but one with norm sites.
         out: A folder that does not exist yet or is empty. It appears when it is complete.
         target: `"transformers"`: a Hugging Face folder that plain `transformers` loads.
             `"transformer_lens"`: config and weights by TransformerLens' names, for what no class
@@ -154,10 +154,10 @@ def export(
 
     Raises:
         OutputError: if the folder holds something, or cannot be written.
-        NormSiteError: as `to_transformers`, and if sigma names a norm that the model does not have,
-            or is not positive and finite.
-        UnsupportedModelError: as `to_transformers`, and for norm sites in TransformerLens' layout.
-        InexactError: as `to_transformers`.
+        NormSiteError: if some norm sites are live and some frozen, or sigma names a norm that the
+            model does not have, or is not positive and finite.
+        UnsupportedModelError: for a model that the target cannot hold.
+        InexactError: if the logits differ by more than rounding explains.
 
     Examples:
         >>> folder = lf.export(free, "my-lnfree-gpt2", source="bundled")

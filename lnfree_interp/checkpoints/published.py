@@ -22,6 +22,7 @@ from transformers import GPT2Config
 
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.sites import sites_in
 
 LNFREE_EPSILON = 1e8
 """From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
@@ -109,7 +110,7 @@ def constant_epsilon_norms(
     norms, known = {}, sigma or {}
     for name, W in gains.items():
         gain = W.double() / root
-        shown = known.get(name) or known.get(f"{name}.v") or 1 / gain.abs().mean().item()
+        shown = known.get(name) or known.get(sites_in(name)[-1]) or 1 / gain.abs().mean().item()
         weights.pop(f"{name}.w")
         bias = weights.pop(f"{name}.b", None)
         # A copy, which does not keep the whole file in memory.
@@ -121,8 +122,7 @@ def constant_epsilon_norms(
             gain=gain,
             bias=None if bias is None else bias.clone(),
         )
-        halves = (".qk", ".v") if name.endswith(".ln1") else ("",)
-        norms |= {f"{name}{half}": norm for half in halves}
+        norms |= dict.fromkeys(sites_in(name), norm)
     return norms
 
 

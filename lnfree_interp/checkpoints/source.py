@@ -79,7 +79,7 @@ def open_in_transformers(
         device: Where the weights go.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where hub files are kept. Default: that of `huggingface_hub`.
-        sigma: As for `load`.
+        sigma: The constants of a nanoGPT file, see `load`.
 
     Returns:
         The model, and its tokenizer or None.

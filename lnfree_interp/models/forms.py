@@ -151,11 +151,12 @@ def fold(model: HookedTransformer) -> HookedTransformer:
 
     Returns:
         A new model with no class of this package in it. Its logits have been compared with the
-            given model's on random tokens; `compare_logits` gives the number.
+            given model's on random tokens; `measured_agreement` gives the difference.
 
     Raises:
         NormSiteError: if a norm is still live, or there is none to fold.
-        InexactError: if the logits differ by more than rounding in the model's dtype explains.
+        InexactError: if the logits differ by more than rounding in the model's dtype explains, or
+            are not finite.
 
     Examples:
         >>> sited = lf.with_norm_sites(model)
@@ -184,12 +185,16 @@ def frozen_form(
             positive numbers are exact. Default: those the model knows; 1 for a folded one.
 
     Returns:
-        A new model; its logits have been compared with the given model's on random tokens.
+        A new model; its logits have been compared with the given model's on random tokens, and
+            `measured_agreement` gives the difference. Save it with `export`: its `cfg.eps` is NaN,
+            so a model that is built from its `cfg` and weights alone, whose norms would be live,
+            gives NaN.
 
     Raises:
         NormSiteError: if a norm is still live, or sigma names a norm that the model does not have,
             or is not a number for each.
-        InexactError: as `fold`.
+        InexactError: if the logits differ by more than rounding in the model's dtype explains, or
+            are not finite.
 
     Examples:
         >>> token = free.to_single_token(" range")

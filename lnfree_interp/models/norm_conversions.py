@@ -145,8 +145,9 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
 
     Raises:
         UnsupportedModelError: if gains are not folded, the stream is not zero-mean, as in models
-            that were trained with RMSNorm, or there is no such basis; and as `to_rms`.
-        InexactError: as `to_rms`.
+            that were trained with RMSNorm, or there is no such basis; for norms after the
+            sublayers or the embedding.
+        InexactError: if the logits differ by more than rounding explains.
 
     Source:
         arXiv 2305.14858, whose CRMSNorm is `"drop"`; the orthonormal basis is ours: it needs no
@@ -251,5 +252,8 @@ def _orthonormal(d: int) -> tuple[_Narrowing, _Narrowing]:
 
 
 def _dropping() -> tuple[_Narrowing, _Narrowing]:
-    """As `_orthonormal`: the last coordinate of writers left out, of readers subtracted."""
+    """What takes writers and (transposed) readers, [..., d], to d - 1 dimensions.
+
+    The last coordinate of writers is left out, that of readers is subtracted from the others.
+    """
     return (lambda W: W[..., :-1]), (lambda W: W[..., :-1] - W[..., -1:])

@@ -75,6 +75,11 @@ def whole_norm(name: str) -> str:
     return name.rpartition(".")[0] if name.endswith((".ln1.qk", ".ln1.v")) else name
 
 
+def sites_in(norm: str) -> tuple[str, ...]:
+    """The sites that a norm of a stock model holds: the halves of `ln1`, the values' last."""
+    return (f"{norm}.qk", f"{norm}.v") if norm.endswith(".ln1") else (norm,)
+
+
 def stock_name(parameter: str) -> str:
     """What a parameter of a model with norm sites is called in a stock model."""
     module, _, leaf = parameter.rpartition(".")
@@ -306,7 +311,7 @@ def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
     """The sites that still normalise. Empty: everything reads the stream by an affine map.
 
     Args:
-        model: As for `list_norm_sites`.
+        model: Stock, with norm sites, in the frozen form or folded.
 
     Returns:
         Those of `list_norm_sites` that are not frozen.
