@@ -21,7 +21,12 @@ from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
-from lnfree_interp.models.agreement import logits_of, random_tokens, record_agreement
+from lnfree_interp.models.agreement import (
+    logits_of,
+    measured_agreement,
+    random_tokens,
+    record_agreement,
+)
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
@@ -159,7 +164,8 @@ def load_checkpoint(
             model, error = native.read(path, tokenizer, dtype, device, check=check)
             model = _in_form(model, form)
             if error is not None:
-                record_agreement(model, error)
+                changed = measured_agreement(model) or error
+                record_agreement(model, max(error, changed, key=lambda one: one.absolute))
             return Loaded(model, "TransformerLens' own layout", error)
         opened = open_checkpoint(
             path, name, dtype=dtype, device=device, sigma=sigma, tokenizer=tokenizer

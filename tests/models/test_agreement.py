@@ -40,6 +40,8 @@ def test_a_folder_in_our_layout_is_compared_too(folded, tmp_path):
     folder = lf.export(folded, tmp_path / "out", target="transformer_lens")
     assert lf.measured_agreement(lf.load(folder, dtype=folded.cfg.dtype)).absolute == 0.0
     assert lf.measured_agreement(lf.load(folder, check=False)) is None
+    changed = lf.load(folder, form="frozen", dtype=folded.cfg.dtype)
+    assert lf.measured_agreement(changed) == lf.compare_logits(changed, folded)
 
 
 def test_logits_that_are_not_numbers_are_named(live):
