@@ -59,12 +59,10 @@ if TYPE_CHECKING:
         virtual_weights,
     )
     from lnfree_interp.bundled import bundled_checkpoint
+    from lnfree_interp.checkpoints import formats
     from lnfree_interp.checkpoints.converting import convert
-    from lnfree_interp.checkpoints.exporting import export, to_transformers
+    from lnfree_interp.checkpoints.exporting import export
     from lnfree_interp.checkpoints.loading import load
-    from lnfree_interp.checkpoints.published import nanogpt_sigma
-    from lnfree_interp.checkpoints.sidecar import Sidecar, read_sidecar
-    from lnfree_interp.checkpoints.source import open_in_transformers
     from lnfree_interp.data.named import evaluation_text, tokens_seen, without_tokens
     from lnfree_interp.data.packing import pack
     from lnfree_interp.data.stdlib import stdlib_corpus
@@ -90,7 +88,7 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.evaluation.results import Evaluation
     from lnfree_interp.evaluation.tasks import as_harness_model, run_tasks
-    from lnfree_interp.models.agreement import compare_logits
+    from lnfree_interp.models.agreement import compare_logits, measured_agreement
     from lnfree_interp.models.forms import fold, frozen_form
     from lnfree_interp.models.norm_conversions import NormConversion, to_crms, to_rms
     from lnfree_interp.models.sites import (
@@ -163,12 +161,7 @@ _HOME = {
     "bundled_checkpoint": "lnfree_interp.bundled",
     "convert": "lnfree_interp.checkpoints.converting",
     "export": "lnfree_interp.checkpoints.exporting",
-    "to_transformers": "lnfree_interp.checkpoints.exporting",
     "load": "lnfree_interp.checkpoints.loading",
-    "nanogpt_sigma": "lnfree_interp.checkpoints.published",
-    "Sidecar": "lnfree_interp.checkpoints.sidecar",
-    "read_sidecar": "lnfree_interp.checkpoints.sidecar",
-    "open_in_transformers": "lnfree_interp.checkpoints.source",
     "evaluation_text": "lnfree_interp.data.named",
     "tokens_seen": "lnfree_interp.data.named",
     "without_tokens": "lnfree_interp.data.named",
@@ -193,6 +186,7 @@ _HOME = {
     "run_tasks": "lnfree_interp.evaluation.tasks",
     "evaluate_loss": "lnfree_interp.evaluation.loss",
     "compare_logits": "lnfree_interp.models.agreement",
+    "measured_agreement": "lnfree_interp.models.agreement",
     "fold": "lnfree_interp.models.forms",
     "frozen_form": "lnfree_interp.models.forms",
     "NormConversion": "lnfree_interp.models.norm_conversions",
@@ -213,6 +207,7 @@ _HOME = {
 _MODULES = {
     "errors": "lnfree_interp.errors",
     "parts": "lnfree_interp.analysis.parts",
+    "formats": "lnfree_interp.checkpoints.formats",
     "plots": "lnfree_interp.plots",
     "recipes": "lnfree_interp.removal.recipes",
 }

@@ -22,6 +22,8 @@ def _public() -> Iterator[tuple[str, Any]]:
         member = getattr(lf, name)
         if not inspect.ismodule(member):
             yield name, member
+    for name in lf.formats.__all__:
+        yield f"formats.{name}", getattr(lf.formats, name)
     for name in lf.plots.__all__:
         if name != "circuits":
             yield f"plots.{name}", getattr(lf.plots, name)

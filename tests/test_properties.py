@@ -80,7 +80,7 @@ def test_live_models_come_in_and_go_out(drawn):
     hf_model = make_model(kind, **config)
     model = lf.load(hf_model, check=False)
     same_logits(model, hf_model)
-    same_logits(model, lf.to_transformers(model))
+    same_logits(model, lf.formats.to_transformers(model))
 
 
 @MANY

@@ -18,7 +18,8 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.view import view_of
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.models.norm_conversions import reads_stream, writes_to_stream
+from lnfree_interp.models.folding import is_reader
+from lnfree_interp.models.norm_conversions import writes_to_stream
 from lnfree_interp.numerics import TOLERANCE, MeasuredError
 
 Metric = Callable[[HookedTransformer], float | int | Tensor]
@@ -86,7 +87,7 @@ def random_gauge(
     for name, W in turned.named_parameters():
         if writes_to_stream(name):
             W.copy_(W.double() @ M)
-        elif reads_stream(name):
+        elif is_reader(name):
             W.copy_(back @ W.double())
     compare_logits(turned, model).require("the model in another basis against itself")
     return turned

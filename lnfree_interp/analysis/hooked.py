@@ -3,16 +3,16 @@
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 
 from lnfree_interp.analysis.view import MLP, Attention, Read, Stream, View
 from lnfree_interp.errors import UnsupportedModelError
-from lnfree_interp.models.norms import FrozenNorm, Norm
 from lnfree_interp.models.running import Edit, run_and_keep, to_logits, watched
+from lnfree_interp.models.sites import norm_at, norm_path
 
 
 class HookedView(View):
@@ -76,66 +76,42 @@ class HookedView(View):
 
     def scale_hook(self, site: str) -> str | None:
         """As `View.scale_hook`."""
-        norm = self._norm(site)
-        if norm is None or isinstance(norm, FrozenNorm):
+        if self.cfg.normalization_type is None or norm_at(self.model, site).affine:
             return None
-        if isinstance(norm, Norm) and norm.frozen:
-            return None
-        return f"{self._path(site)}.hook_scale"
+        return f"{norm_path(self.model, site)}.hook_scale"
 
     def read(self, site: str, scale: Float[Tensor, "*batch one"] | None) -> Read:
         """As `View.read`."""
-        norm = self._norm(site)
-        if norm is None:
+        if self.cfg.normalization_type is None:
             return Read()
-        gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
-        centred = (
-            norm.centred
-            if isinstance(norm, Norm | FrozenNorm)
-            else isinstance(norm, LayerNorm | LayerNormPre)
-        )
-        if isinstance(norm, FrozenNorm):
-            scale_held: Tensor | float = norm.sigma.item()
-        elif isinstance(norm, Norm) and norm.frozen:
-            scale_held = norm.constant
-        else:
-            assert scale is not None
-            scale_held = scale
+        norm = norm_at(self.model, site)
+        if norm.pointwise:
+            raise UnsupportedModelError(f"{site} bends each entry by a curve, which is not affine")
+        divisor = norm.scale if norm.affine else scale
+        assert divisor is not None
+        gain, bias = (None if x is None else x.detach() for x in (norm.gain, norm.bias))
         return Read(
-            scale_held,
-            None if gain is None else gain.detach(),
-            None if bias is None else bias.detach(),
-            centred,
+            divisor / norm.factor if norm.factor != 1 else divisor, gain, bias, norm.centred
         )
-
-    def _path(self, site: str) -> str:
-        """The module that a site's name means in this model."""
-        parent, _, leaf = site.rpartition(".")
-        if leaf in ("qk", "v") and not hasattr(self.model.get_submodule(parent), leaf):
-            return parent
-        return site
 
     def _norm(self, site: str) -> nn.Module | None:
         if self.cfg.normalization_type is None:
             return None
-        norm = self.model.get_submodule(self._path(site))
-        known = (FrozenNorm, Norm, LayerNorm, LayerNormPre, RMSNorm, RMSNormPre)
-        if not isinstance(norm, known):
-            raise UnsupportedModelError(f"{site} is a {type(norm).__name__}, which is not linear")
-        return norm
+        return self.model.get_submodule(norm_path(self.model, site))
 
     def through_norm(self, site: str, x: Float[Tensor, "*batch d_model"]) -> Tensor:
         """As `View.through_norm`."""
-        return x if self._norm(site) is None else self.model.get_submodule(self._path(site))(x)
+        norm = self._norm(site)
+        return x if norm is None else norm(x)
 
     def through_norm_in_float64(self, site: str) -> Callable[[Tensor], Tensor]:
         """As `View.through_norm_in_float64`."""
-        if self._norm(site) is None:
+        found = self._norm(site)
+        if found is None:
             return lambda x: x
-        norm = copy.deepcopy(self.model.get_submodule(self._path(site))).double()
+        norm: Any = copy.deepcopy(found).double()
         if hasattr(norm, "cfg"):  # TransformerLens' own cast their output to its dtype
             norm.cfg = replace(norm.cfg, dtype=torch.float64)
-        norm.dtype = torch.float64
         return norm
 
     def run(

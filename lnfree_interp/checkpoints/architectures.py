@@ -1,8 +1,8 @@
-"""Which Hugging Face architectures can be represented faithfully, and how.
+"""Which Hugging Face architectures are supported, and how they become a `HookedTransformer`.
 
-Configs are converted here rather than by `HookedTransformer.from_pretrained`, which knows only
-official names and takes the config (epsilon included) from the name, not from the checkpoint.
-What TransformerLens 3.9 computes differently is refused by name.
+`HookedTransformer.from_pretrained` knows only official names, and takes the config (epsilon
+included) from the name, not from the checkpoint. So configs are converted here. A variant that
+TransformerLens 3.9 computes differently is refused by name.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from lnfree_interp.checkpoints.layouts import Layout
 from lnfree_interp.errors import CheckpointError, UnsupportedModelError
 from lnfree_interp.numerics import TOLERANCE
 
-# Hugging Face's name -> TransformerLens' name of the same function. The first of several is
-# what an export says.
+# Hugging Face's name -> TransformerLens' name of the same function. An export writes the first of
+# several.
 _ACTIVATIONS = {
     "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
@@ -32,7 +32,7 @@ _ACTIVATIONS = {
 _HF_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
 
-DISGUISE_ERROR = 1e-7
+CONSTANT_EPSILON_ERROR = 1e-7
 """Relative error that a constant epsilon of 1e12 itself may cause: variance / (2 * epsilon), below
 1e-8 at the largest residual norms of GPT-2. Only float64 can see it."""
 
@@ -44,7 +44,7 @@ class Architecture:
     """How one Hugging Face architecture becomes a `HookedTransformer`, and back."""
 
     config: ConfigMap
-    """How its config is said in the other library."""
+    """How its config is written in either library."""
     layout: Layout
     """Where its weights are."""
     sees_float64: bool = False
@@ -126,7 +126,8 @@ def architecture_of(
         if name in ARCHITECTURES:
             if config.model_type != ARCHITECTURES[name].config.model_type:
                 raise CheckpointError(
-                    f"config.json: architectures says {name}, model_type {config.model_type!r}"
+                    f"config.json: architectures says {name} and model_type says "
+                    f"{config.model_type!r}: these are different models"
                 )
             return name, ARCHITECTURES[name]
     found = ", ".join(names) or f"model_type {config.model_type!r} without architectures"
@@ -135,18 +136,21 @@ def architecture_of(
     )
 
 
-def logit_tolerance(dtype: torch.dtype, architecture: Architecture, *, disguised: bool) -> float:
+def logit_tolerance(
+    dtype: torch.dtype, architecture: Architecture, *, constant_epsilon: bool
+) -> float:
     """How far logits may be from those of transformers, relative to the largest.
 
     Args:
         dtype: Of both models.
         architecture: Whether transformers computes in float64 throughout.
-        disguised: Whether transformers runs norms of a constant epsilon.
+        constant_epsilon: Whether transformers runs norms with an epsilon of 1e12, which itself
+            makes a small error.
     """
     tolerance = TOLERANCE[dtype]
     if not architecture.sees_float64:
         tolerance = max(tolerance, TOLERANCE[torch.float32])
-    return max(tolerance, DISGUISE_ERROR) if disguised else tolerance
+    return max(tolerance, CONSTANT_EPSILON_ERROR) if constant_epsilon else tolerance
 
 
 def config_fields(config: PretrainedConfig, architecture: Architecture) -> dict[str, Any]:
@@ -161,8 +165,8 @@ def config_fields(config: PretrainedConfig, architecture: Architecture) -> dict[
         size, limit = named.get(name, 1), _LARGEST.get(name, 1 << 62)
         if not isinstance(size, int) or not 1 <= size < limit:
             raise CheckpointError(
-                f"config.json: {architecture.config.fields[name]}={size!r}, which must be a whole "
-                f"number of at least 1 (and not absurd)"
+                f"config.json: {architecture.config.fields[name]}={size!r}, and it must be a whole "
+                f"number from 1 to {limit - 1:,}"
             )
     if not isinstance(named.get("eps", 1e-5), float | int) or not 0 < named.get("eps", 1e-5) < 1e30:
         raise CheckpointError(
@@ -170,11 +174,13 @@ def config_fields(config: PretrainedConfig, architecture: Architecture) -> dict[
             "number"
         )
     if getattr(config, "is_causal", True) is False:
-        raise UnsupportedModelError("attention that is not causal (is_causal=False)")
+        raise UnsupportedModelError(
+            "config.json says is_causal=False: only models with causal attention are supported"
+        )
     if named["act_fn"] not in _ACTIVATIONS:
         raise UnsupportedModelError(
-            f"{architecture.activation_field} {named['act_fn']!r} is not one of "
-            f"{sorted(_ACTIVATIONS)}"
+            f"{architecture.activation_field}={named['act_fn']!r} is not supported. Supported are "
+            f"{', '.join(sorted(_ACTIVATIONS))}"
         )
     named["act_fn"] = _ACTIVATIONS[named["act_fn"]]
     common = {
@@ -194,7 +200,8 @@ def hooked_config(
     """The `HookedTransformerConfig` of a Hugging Face config.
 
     Raises:
-        UnsupportedModelError, CheckpointError: as `config_fields`.
+        UnsupportedModelError: for a variant that cannot be represented faithfully.
+        CheckpointError: if the config contradicts itself.
     """
     return HookedTransformerConfig(
         **config_fields(config, ARCHITECTURES[architecture_name]),

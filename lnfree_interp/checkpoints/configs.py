@@ -1,7 +1,7 @@
 """Configs of Hugging Face and TransformerLens, architecture by architecture, in both directions.
 
-For each: the fields that both have under different names, a function for those that need thought,
-which refuses what TransformerLens 3.9 computes differently, and a function for the way back.
+For each: the fields that both have under different names, a function for the other fields, which
+refuses what TransformerLens 3.9 computes differently, and a function for the way back.
 """
 
 import math
@@ -18,7 +18,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class ConfigMap:
-    """How the config of one architecture is said in the other library."""
+    """How the config of one architecture is written in either library."""
 
     model_type: str
     """`model_type` in config.json."""
@@ -40,7 +40,8 @@ def _refuse(unsupported: Mapping[str, Any]) -> None:
 def _require_even(rotary_dim: int) -> None:
     if rotary_dim < 2 or rotary_dim % 2:
         raise UnsupportedModelError(
-            f"rotary positions in {rotary_dim} dimensions of a head: they come in pairs"
+            f"rotary positions in {rotary_dim} dimensions of a head: the number must be even, and "
+            "at least 2"
         )
 
 
@@ -303,7 +304,9 @@ def _rotary(hf: Any, local: bool = False) -> dict[str, Any]:
     numbers = [name for name in rope if name not in ("rope_type", "type")]
     for name in numbers:
         if not isinstance(rope[name], int | float) or not 0 < rope[name] < math.inf:
-            raise CheckpointError(f"config.json: {name}={rope[name]!r} of its rotary positions")
+            raise CheckpointError(
+                f"config.json: {name}={rope[name]!r} (rotary positions) must be a positive number"
+            )
     kind = rope.get("rope_type", "default")
     fields: dict[str, Any] = {
         "positional_embedding_type": "rotary",

@@ -1,4 +1,4 @@
-"""One checkpoint into another: load, change the norms, export. Behind `lnfree convert`."""
+"""Converting a checkpoint: load, change the norms, export. `lnfree convert` calls this."""
 
 import json
 import os
@@ -25,7 +25,7 @@ NormKind = Literal["rms", "crms"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion does, to be read before it does it."""
+    """What a conversion does; a dry run returns it without doing it."""
 
     source: str
     recognised: str
@@ -36,7 +36,7 @@ class Plan:
     """The norms of the source, in words."""
     steps: tuple[str, ...]
     target: Target
-    """As for `export`."""
+    """The layout to write: `"transformers"` or `"transformer_lens"`."""
     errors: Mapping[str, MeasuredError]
     """Measured while loading, and while converting unless it was a dry run."""
 
@@ -71,22 +71,22 @@ def convert(
     """Load a checkpoint, change its norms, write it as another.
 
     Args:
-        source: As for `load`.
+        source: Hub id, local folder or nanoGPT `ckpt.pt`.
         out: A folder that does not exist yet or is empty.
         form: For LN-free checkpoints: whether the constants are folded into the weights (the
             default) or stay in the norms.
         to_norm: Convert live LayerNorms to RMSNorms or CRMSNorms, exactly.
-        basis: As for `to_crms`.
-        target: As for `export`. Default: a folder for plain transformers where it has a class for
-            the result, else TransformerLens' layout.
+        basis: Of `to_norm="crms"`: `"orthonormal"` or `"drop"`, see `to_crms`.
+        target: `"transformers"` or `"transformer_lens"`, see `export`. Default: a folder for plain
+            transformers where it has a class for the result, else TransformerLens' layout.
         dtype: Of the weights.
-        revision: As for `load`.
-        cache_dir: As for `load`.
-        tokenizer: As for `load`; goes along into the folder.
-        sigma: As for `load`.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Where hub files are kept.
+        tokenizer: In place of the checkpoint's own; it is written into the folder.
+        sigma: The constants of a nanoGPT file, see `load`.
         check: Compare the logits with those of transformers after loading.
         dry_run: Load and say what would be done, but do not do it.
-        say: Gets a line before and after each step.
+        say: Called with a line of text before and after each step.
 
     Returns:
         A `Plan` of what was done, or would be, and the errors measured on the way.
@@ -96,8 +96,8 @@ def convert(
         UnsupportedModelError: if the target cannot hold the result; and as `load`, `to_rms` and
             `to_crms`.
         OutputError: if the folder holds something, or cannot be written.
-        CheckpointError: as `load`.
-        InexactError: as `load`, `to_rms`, `to_crms` and `export`.
+        CheckpointError: if the source is missing, incomplete, broken or unreachable.
+        InexactError: if the logits after a step differ by more than rounding explains.
 
     Examples:
         >>> plan = lf.convert(lf.bundled_checkpoint(), "rms", to_norm="rms", dry_run=True)
@@ -106,7 +106,10 @@ def convert(
     """
     require_writable(out)
     if form is not None and to_norm is not None:
-        raise NormSiteError("form is for LN-free models, to_norm for models with live norms")
+        raise NormSiteError(
+            f"form={form!r} and to_norm={to_norm!r} exclude each other: form is for LN-free "
+            "models, to_norm for models with live norms"
+        )
     name = os.fspath(source)
     loaded = load_checkpoint(
         source,
@@ -156,9 +159,13 @@ def _plan(
     steps = []
     if to_norm is not None:
         if kind not in ("live", "rms"):
-            raise NormSiteError(f"{source}: to_norm is for live norms; its norms are {norms}")
+            raise NormSiteError(
+                f"{source}: to_norm={to_norm!r} needs live norms, and its norms are {norms}"
+            )
         if kind == "rms" and to_norm == "rms":
-            raise NormSiteError(f"{source}: its norms are RMSNorms already")
+            raise NormSiteError(
+                f"{source}: its norms are RMSNorms already: leave to_norm out, or pass 'crms'"
+            )
         if kind == "live":
             if cfg.normalization_type != "LN":
                 raise UnsupportedModelError(
@@ -172,7 +179,8 @@ def _plan(
             )
     if to_norm is not None and target == "transformers":
         raise UnsupportedModelError(
-            "transformers has no class for the result: leave target out, or say transformer_lens"
+            "transformers has no class for the result: leave target out, or pass "
+            "target='transformer_lens'"
         )
     where = target or ("transformer_lens" if to_norm else best_target(model))
     what = {

@@ -16,18 +16,27 @@ from lnfree_interp.checkpoints.architectures import (
     hf_config,
     logit_tolerance,
 )
-from lnfree_interp.checkpoints.disguise import disguised, is_tied
+from lnfree_interp.checkpoints.constant_epsilon import constant_epsilon_weights, is_tied
 from lnfree_interp.checkpoints.layouts import hooked_names, optional_names, to_hf_weights
 from lnfree_interp.checkpoints.model_card import model_card
-from lnfree_interp.checkpoints.published import DISGUISE_EPSILON
+from lnfree_interp.checkpoints.published import CONSTANT_EPSILON
 from lnfree_interp.checkpoints.sidecar import Sidecar
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
-from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import original_tokenizer
-from lnfree_interp.models.forms import constant_norms, is_frozen_form
-from lnfree_interp.models.norm_conversions import CRMSNormPre
-from lnfree_interp.models.sites import has_norm_sites, list_norm_sites, live_sites
+from lnfree_interp.models.forms import epsilon_of
+from lnfree_interp.models.norm_conversions import is_crms
+from lnfree_interp.models.sites import (
+    has_norm_sites,
+    is_frozen_form,
+    list_norm_sites,
+    live_sites,
+    norm_at,
+    sites_of,
+    stock_name,
+    whole_norm,
+)
 from lnfree_interp.numerics import MeasuredError
 
 if TYPE_CHECKING:
@@ -53,14 +62,14 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
         InexactError: if the logits differ by more than rounding explains.
 
     Examples:
-        >>> type(lf.to_transformers(free)).__name__
+        >>> type(lf.formats.to_transformers(free)).__name__
         'GPT2LMHeadModel'
     """
     return _in_transformers(model)[0]
 
 
 def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, MeasuredError]:
-    """As `to_transformers`, and how far its logits are from the model's."""
+    """The model of transformers, and how far its logits are from the given model's."""
     cfg = model.cfg
     name = cfg.original_architecture
     said = is_frozen_form(model) or cfg.normalization_type in ("LN", "RMS", None)
@@ -73,13 +82,14 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     live = live_sites(model)
     if live and has_norm_sites(model) and len(live) < len(list_norm_sites(model)):
         raise NormSiteError(
-            f"{len(live)} norm sites are live: a model is exported before the removal or after it"
+            f"{len(live)} of {len(list_norm_sites(model))} norm sites are live: freeze the others "
+            "too, or export the model before the removal begins"
         )
     weights = _own_weights(model)
     others: dict[str, Any] = {}
     if not live:
-        weights = disguised(model, architecture, weights)
-        others[architecture.config.fields["eps"]] = DISGUISE_EPSILON
+        weights = constant_epsilon_weights(model, architecture, weights)
+        others[architecture.config.fields["eps"]] = CONSTANT_EPSILON
     elif model.b_U.any():
         raise UnsupportedModelError(f"{name} has no unembedding bias; this model has")
     weights.pop("unembed.b_U", None)
@@ -106,10 +116,11 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     exported = AutoModelForCausalLM.from_config(config, dtype=cfg.dtype)
     exported.load_state_dict(state)
     exported.to(model.W_E.device).eval()
-    error = compare_logits(exported, model)
-    error.require(
+    error = require_same_logits(
+        exported,
+        model,
         "exported against HookedTransformer logits",
-        logit_tolerance(cfg.dtype, architecture, disguised=not live),
+        logit_tolerance(cfg.dtype, architecture, constant_epsilon=not live),
     )
     return exported, error
 
@@ -127,8 +138,8 @@ def export(
     """Write a folder: weights as safetensors, config, tokenizer, model card and `lnfree.json`.
 
     Args:
-        model: As for `to_transformers`; with target `"transformer_lens"`, any model but one with
-            norm sites.
+        model: With live norms, LN-free in the folded or the frozen form, or with norm sites that
+            are all frozen; with target `"transformer_lens"`, any model but one with norm sites.
         out: A folder that does not exist yet or is empty. It appears when it is complete.
         target: `"transformers"`: a Hugging Face folder that plain `transformers` loads.
             `"transformer_lens"`: config and weights by TransformerLens' names, for what no class
@@ -143,29 +154,32 @@ def export(
 
     Raises:
         OutputError: if the folder holds something, or cannot be written.
-        NormSiteError: as `to_transformers`, and if sigma names a norm that the model does not have,
-            or is not positive and finite.
-        UnsupportedModelError: as `to_transformers`, and for norm sites in TransformerLens' layout.
-        InexactError: as `to_transformers`.
+        NormSiteError: if some norm sites are live and some frozen, or sigma names a norm that the
+            model does not have, or is not positive and finite.
+        UnsupportedModelError: for a model that the target cannot hold.
+        InexactError: if the logits differ by more than rounding explains.
 
     Examples:
         >>> folder = lf.export(free, "my-lnfree-gpt2", source="bundled")
         >>> lf.compare_logits(lf.load(folder), free, tokens).relative < 1e-5
         True
-        >>> lf.read_sidecar(folder).form
+        >>> lf.formats.read_sidecar(folder).form
         'folded'
     """
     measured = dict(errors or {})
     if target not in get_args(Target):
-        raise UnsupportedModelError(f"target {target!r} is none of {get_args(Target)}")
+        raise UnsupportedModelError(
+            f"target={target!r} does not exist: pass {' or '.join(map(repr, get_args(Target)))}"
+        )
     exported = None
     if target == "transformers":
         exported, measured["export against HookedTransformer"] = _in_transformers(model)
     elif has_norm_sites(model):
         raise UnsupportedModelError(
-            "norm sites have no place in TransformerLens' layout: fold or frozen_form first"
+            "TransformerLens' layout cannot hold norm sites: call fold or frozen_form first, or "
+            "export with target='transformers'"
         )
-    constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model.cfg.n_layers)
+    constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model)
     with new_folder(out) as folder:
         if exported is not None:
             exported.save_pretrained(folder)
@@ -174,8 +188,9 @@ def export(
         else:
             native.write(model, folder)
             back, _ = native.read(folder, None, model.cfg.dtype, model.W_E.device, check=False)
-            error = compare_logits(back, model)
-            measured["export read back"] = error.require("what was written against the model")
+            measured["export read back"] = require_same_logits(
+                back, model, "what was written against the model"
+            )
         sidecar = _sidecar(model, recipe, constants, measured, source)
         sidecar.write(folder)
         (folder / "README.md").write_text(model_card(model.cfg, sidecar, target), encoding="utf-8")
@@ -192,8 +207,8 @@ def _sidecar(
     return Sidecar(
         form=form_of(model),
         sigma=sigma,
-        epsilon=float(model.cfg.eps),
-        recipe=None if recipe is None else _plain_recipe(recipe),
+        epsilon=epsilon_of(model),
+        recipe=None if recipe is None else recipe.to_json(),
         errors={
             what: {
                 "absolute": error.absolute,
@@ -208,17 +223,20 @@ def _sidecar(
 
 
 def _public_name(source: str) -> str:
-    """A hub id as it is; of a path on this machine only the last part."""
+    """A hub id unchanged, or the last part of a path on this machine."""
     local = os.path.isabs(source) or os.path.exists(source) or source.startswith((".", "~"))
     return Path(source).name if local else source
 
 
-def _plain_sigma(sigma: Mapping[str, float], n_layers: int) -> dict[str, float]:
-    """Constants as plain numbers, positive and finite, of norms or sites that there can be."""
-    kinds = ("ln1", "ln1.qk", "ln1.v", "ln2")
-    names = {"ln_final", *(f"blocks.{i}.{kind}" for i in range(n_layers) for kind in kinds)}
+def _plain_sigma(sigma: Mapping[str, float], model: HookedTransformer) -> dict[str, float]:
+    """Constants as plain numbers, positive and finite, of norms or sites of the model."""
+    sites = set(map(str, sites_of(model.cfg)))
+    names = sites | set(map(whole_norm, sites))
     if unknown := sorted(set(sigma) - names):
-        raise NormSiteError(f"sigma names {unknown[0]}, which the model does not have")
+        raise NormSiteError(
+            f"sigma names {unknown[0]}, which the model does not have; list_norm_sites(model) "
+            "names its norms"
+        )
     try:
         plain = {name: float(value) for name, value in sigma.items()}
     except (TypeError, ValueError) as error:
@@ -229,7 +247,7 @@ def _plain_sigma(sigma: Mapping[str, float], n_layers: int) -> dict[str, float]:
 
 
 def best_target(model: HookedTransformer) -> Target:
-    """The layout that can hold a model: transformers where it has a class for it."""
+    """The layout that can hold a model: that of transformers if it has a class for it."""
     architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
     form = form_of(model)
     if architecture is None or form in ("rms", "crms"):
@@ -237,12 +255,12 @@ def best_target(model: HookedTransformer) -> Target:
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"
     places = hooked_names(architecture.layout, model.cfg) | {"unembed.b_U"}
-    homeless = (W for name, W in _own_weights(model).items() if name not in places)
-    return "transformer_lens" if any(W.any() for W in homeless) else "transformers"
+    left_over = (W for name, W in _own_weights(model).items() if name not in places)
+    return "transformer_lens" if any(W.any() for W in left_over) else "transformers"
 
 
 def form_of(model: HookedTransformer) -> str:
-    """In one word what a model is: live, sites, folded, frozen, rms or crms."""
+    """Which form a model is in: live, sites, folded, frozen, rms or crms."""
     kind = model.cfg.normalization_type
     if has_norm_sites(model):
         return "live" if live_sites(model) else "sites"
@@ -250,27 +268,26 @@ def form_of(model: HookedTransformer) -> str:
         return "folded"
     if is_frozen_form(model):
         return "frozen"
-    if isinstance(model.ln_final, CRMSNormPre):
+    if is_crms(model):
         return "crms"
     return "rms" if kind == "RMSPre" else "live"
 
 
-def _plain_recipe(recipe: "Recipe") -> dict[str, Any]:
-    return recipe.to_json()
-
-
 def _own_sigma(model: HookedTransformer) -> dict[str, float]:
-    if live_sites(model) or model.cfg.normalization_type is None:
+    if live_sites(model):
         return {}
-    return {name: norm.sigma for name, norm in constant_norms(model)[0].items()}
+    scales = {str(site): norm_at(model, site).scale for site in list_norm_sites(model)}
+    return {name: scale for name, scale in scales.items() if scale is not None}
 
 
 def _own_weights(model: HookedTransformer) -> dict[str, Tensor]:
-    """By TransformerLens' names; tied or not, split or not."""
-    renamed = {}
-    for name, W in model.named_parameters(remove_duplicate=False):
-        if ".ln1.v." not in name and name != "unembed.W_E":
-            renamed[name.replace(".ln1.qk.", ".ln1.")] = W.detach()
+    """By the names of the stock model; tied or not, split or not."""
+    # The two halves of a split ln1 share their parameters.
+    renamed = {
+        stock_name(name): W.detach()
+        for name, W in model.named_parameters(remove_duplicate=False)
+        if name != "unembed.W_E"
+    }
     renamed["unembed.W_U"] = model.W_U.detach()
     renamed["unembed.b_U"] = model.b_U.detach()
     return renamed

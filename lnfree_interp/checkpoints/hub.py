@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a local path as it is, a hub id as the folder it is downloaded to."""
+"""Finding a checkpoint: a local path is used as it is, a hub id is downloaded."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ OFFLINE_WAYS = (
 )
 
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
-"""In one piece; an index of shards has the same name and `.index.json`."""
+"""Names of a file with all weights; an index of shards adds `.index.json` to the name."""
 
 _NANOGPT_SUFFIXES = (".pt", ".pth")
 
@@ -47,12 +47,14 @@ def locate(
     if path.is_dir() or (path.is_file() and path.suffix in _NANOGPT_SUFFIXES):
         return path
     if path.exists():
-        raise CheckpointError(f"{name}: a file; a checkpoint is a folder, a ckpt.pt or a hub id")
+        raise CheckpointError(
+            f"{name}: a file of another kind: pass a folder, a nanoGPT file (.pt, .pth) or a hub id"
+        )
     return _download(name, revision, cache_dir)
 
 
 def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The snapshot folder of a hub model; from the cache alone if it is complete there."""
+    """The snapshot folder of a hub model, without a network if the cache holds all of it."""
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         for config in ("config.json", "hooked_transformer.json"):

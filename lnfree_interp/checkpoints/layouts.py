@@ -332,9 +332,9 @@ def to_hf_weights(
         if rule.skip_rows:
             W = torch.cat([W.new_zeros(rule.skip_rows, *W.shape[1:]), W])
         hf[rule.hf] = W.contiguous()
-    if homeless := [name for name, W in left.items() if W.any()]:
+    if left_over := [name for name, W in left.items() if W.any()]:
         raise UnsupportedModelError(
-            f"{cfg.original_architecture} has no place for {', '.join(homeless[:3])}: export it "
+            f"{cfg.original_architecture} has no place for {', '.join(left_over[:3])}: export it "
             "with target='transformer_lens'"
         )
     return hf

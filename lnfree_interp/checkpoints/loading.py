@@ -1,4 +1,4 @@
-"""A checkpoint -> `HookedTransformer`, with provably the same logits or not at all."""
+"""A checkpoint -> `HookedTransformer`, whose logits are compared with those of transformers."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -21,11 +21,16 @@ from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
-from lnfree_interp.models.agreement import logits_of, random_tokens
+from lnfree_interp.models.agreement import (
+    logits_of,
+    measured_agreement,
+    random_tokens,
+    record_agreement,
+)
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
-from lnfree_interp.models.sites import freeze_site, split_norms
+from lnfree_interp.models.sites import freeze_site, split_norms, whole_norm
 from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
 
 CHECK_TOKENS = 128
@@ -68,7 +73,7 @@ def load(
         cache_dir: Where hub files are kept.
         sigma: For nanoGPT files, which do not state by what their norms divide: a number or a
             [d_model] tensor for every `blocks.{l}.ln1`, `blocks.{l}.ln2` and `ln_final`; `{}` if
-            the norms are live. `nanogpt_sigma` makes it from the published tables.
+            the norms are live. `lf.formats.nanogpt_sigma` makes it from the published tables.
         check: Compare the logits with `transformers` on random tokens (one forward pass of each).
 
     Returns:
@@ -103,11 +108,11 @@ def load(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model, and what was found out on the way."""
+    """A loaded model, its format and its measured error."""
 
     model: HookedTransformer
     format: str
-    """What the checkpoint was recognised as, for people."""
+    """What the checkpoint was recognised as, in words."""
     error: MeasuredError | None
     """The largest logit difference from transformers; None if it was not compared."""
 
@@ -124,18 +129,26 @@ def load_checkpoint(
     sigma: Sigma | None = None,
     check: bool = True,
 ) -> Loaded:
-    """As `load`, and what the checkpoint was recognised as."""
+    """What `load` returns, what the checkpoint was recognised as, and the measured error."""
     if form not in (None, *_FORMS):
-        raise NormSiteError(f"form {form!r} is none of {', '.join(map(repr, _FORMS))}")
+        raise NormSiteError(
+            f"form={form!r} does not exist: pass {', '.join(map(repr, _FORMS))} or None"
+        )
     if dtype not in TOLERANCE:
-        raise UnsupportedModelError(f"dtype {dtype} is none of {', '.join(map(str, TOLERANCE))}")
+        raise UnsupportedModelError(
+            f"dtype={dtype} is not supported: pass one of {', '.join(map(str, TOLERANCE))}"
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":
-        raise UnsupportedModelError("mps has no float64, which folding needs: use device='cpu'")
+        raise UnsupportedModelError(
+            "device='mps' has no float64, in which norms are folded: pass device='cpu'"
+        )
     if isinstance(source, PreTrainedModel):
         name = source.config.name_or_path or "custom"
         if sigma is not None:
-            raise NormSiteError("sigma is for nanoGPT files, not for a model in memory")
+            raise NormSiteError(
+                "sigma is for nanoGPT files, and this is a model in memory: leave sigma out"
+            )
         if any(W.is_meta for W in source.parameters()):
             raise CheckpointError(f"{name}: a model on the meta device has no weights")
         opened = OpenCheckpoint(source, tokenizer, "in memory")
@@ -144,9 +157,16 @@ def load_checkpoint(
         path = locate(source, revision, cache_dir)
         if native.is_native(path):
             if sigma is not None:
-                raise NormSiteError(f"{name}: sigma is for nanoGPT files; this folder has its own")
+                raise NormSiteError(
+                    f"{name}: sigma is for nanoGPT files, and this folder holds its own "
+                    "constants: leave sigma out"
+                )
             model, error = native.read(path, tokenizer, dtype, device, check=check)
-            return Loaded(_in_form(model, form), "TransformerLens' own layout", error)
+            model = _in_form(model, form)
+            if error is not None:
+                changed = measured_agreement(model) or error
+                record_agreement(model, max(error, changed, key=lambda one: one.absolute))
+            return Loaded(model, "TransformerLens' own layout", error)
         opened = open_checkpoint(
             path, name, dtype=dtype, device=device, sigma=sigma, tokenizer=tokenizer
         )
@@ -154,22 +174,24 @@ def load_checkpoint(
     cfg = hooked_config(opened.hf_model.config, architecture_name, dtype, device, name)
     _require_same_vocabulary(opened.tokenizer, cfg, name)
     if cfg.eps >= published.LNFREE_EPSILON:
-        published.require_roomy(dtype, name)
+        published.refuse_float16(dtype, name)
 
-    tokens = random_tokens(opened.hf_model, pos=_telling_length(cfg))
+    tokens = random_tokens(opened.hf_model, pos=_compared_length(cfg))
     expected = _reference(opened.hf_model, tokens, name) if check else None
-    # From here on the weights go one by one, so that memory never holds two models.
+    # The weights are moved one by one, so that memory never holds two models.
     weights = to_hooked_weights(architecture.layout, cfg, opened.take_weights(), name)
     norms, recognised = None, opened.format
     if not architecture.fixed_epsilon:
-        norms = published.constant_epsilon_norms(weights, cfg.eps, name, opened.sigma)
+        norms = published.constant_epsilon_norms(
+            weights, cfg.eps, architecture.centres, name, opened.sigma
+        )
     if norms is None:
         if form is not None:
             raise NormSiteError(
                 f"{name}: its norms are live, so it has no {form} form: remove_norms first, or "
                 "load it with form=None"
             )
-        model = hooked_transformer(cfg, _drain(weights), opened.tokenizer)
+        model = hooked_transformer(cfg, _one_by_one(weights), opened.tokenizer)
     else:
         if not recognised.startswith("LN-free"):
             recognised = f"LN-free, norms with a constant epsilon of {cfg.eps:g} ({recognised})"
@@ -179,13 +201,14 @@ def load_checkpoint(
     error = measure_error(logits_of(model, tokens).cpu(), expected)
     error.require(
         f"{name}: HookedTransformer against transformers",
-        logit_tolerance(dtype, architecture, disguised=norms is not None),
+        logit_tolerance(dtype, architecture, constant_epsilon=norms is not None),
     )
+    record_agreement(model, error)
     return Loaded(model, recognised, error)
 
 
-def _telling_length(cfg: HookedTransformerConfig) -> int:
-    """As many tokens as it takes for a window to hide some, unless that would be many."""
+def _compared_length(cfg: HookedTransformerConfig) -> int:
+    """How many tokens to compare: more than a sliding window holds, unless it is very long."""
     window = cfg.window_size or 0 if cfg.use_local_attn else 0
     return max(CHECK_TOKENS, window + 16) if window <= 8 * CHECK_TOKENS else CHECK_TOKENS
 
@@ -193,10 +216,10 @@ def _telling_length(cfg: HookedTransformerConfig) -> int:
 def _reference(
     hf_model: PreTrainedModel, tokens: Int[Tensor, "batch pos"], name: str
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """What transformers computes, on the CPU."""
+    """The logits of transformers, on the CPU."""
     try:
         return logits_of(hf_model, tokens).cpu()
-    except Exception as error:  # what a config allows to build need not run
+    except Exception as error:  # a model that can be built cannot always run
         raise CheckpointError(
             f"{name}: transformers itself cannot run it: {first_line(error)}"
         ) from error
@@ -221,15 +244,14 @@ def _without_norms(
     opened: OpenCheckpoint,
     form: Form | Literal["sites"],
 ) -> HookedTransformer:
-    """An LN-free checkpoint in the form asked for."""
-    centred = cfg.normalization_type == "LN"
+    """An LN-free checkpoint in the form that the caller asked for."""
     cfg = replace(cfg, eps=opened.epsilon or LIVE_EPSILON)
     if form == "sites":
         return _with_frozen_sites(cfg, weights, norms, opened.tokenizer, opened.sigma or {})
-    return finished_model(cfg, weights, norms, opened.tokenizer, centred=centred, form=form)
+    return finished_model(cfg, weights, norms, opened.tokenizer, form=form)
 
 
-def _drain(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _one_by_one(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name in list(weights):
         yield name, weights.pop(name)
 
@@ -242,21 +264,21 @@ def _with_frozen_sites(
     known: Mapping[str, float],
 ) -> HookedTransformer:
     """A model with frozen norm sites: its gains and biases, and the constants where known."""
-    for name, norm in norms.items():
-        weights[f"{name}.w"] = (norm.gain * norm.sigma).to(cfg.dtype)
+    constants: dict[str, float] = {}
+    for site, norm in norms.items():
+        assert norm.scale is not None
+        constants[site] = norm.scale
+        weights[f"{whole_norm(site)}.w"] = (norm.multiplier * norm.scale).to(cfg.dtype)
         if norm.bias is not None:
-            weights[f"{name}.b"] = norm.bias
-    constants = {}
+            weights[f"{whole_norm(site)}.b"] = norm.bias
     for layer in range(cfg.n_layers):
         block = f"blocks.{layer}"
-        sigma_v = norms[f"{block}.ln1"].sigma
-        sigma_qk = known.get(f"{block}.ln1.qk", sigma_v)
-        if sigma_qk != sigma_v:
-            rescale_queries_and_keys(weights, block, sigma_qk / sigma_v, norms[f"{block}.ln1"].bias)
-        constants |= {f"{block}.ln1.qk": sigma_qk, f"{block}.ln1.v": sigma_v}
-        constants[f"{block}.ln2"] = norms[f"{block}.ln2"].sigma
-    constants["ln_final"] = norms["ln_final"].sigma
-    model = split_norms(hooked_transformer(cfg, _drain(weights), tokenizer))
+        qk, v = f"{block}.ln1.qk", f"{block}.ln1.v"
+        constants[qk] = known.get(qk, constants[v])
+        if constants[qk] != constants[v]:
+            ratio = constants[qk] / constants[v]
+            rescale_queries_and_keys(weights, block, ratio, norms[v].bias)
+    model = split_norms(hooked_transformer(cfg, _one_by_one(weights), tokenizer))
     for site, sigma in constants.items():
         freeze_site(model, site, sigma)
     return model
@@ -266,7 +288,10 @@ def _in_form(model: HookedTransformer, form: Form | Literal["sites"] | None) -> 
     if form is None:
         return model
     if form == "sites":
-        raise NormSiteError("a folder in TransformerLens' layout has no norm sites to give back")
+        raise NormSiteError(
+            "form='sites' needs a folder that export(target='transformers') wrote: "
+            "TransformerLens' layout does not hold norm sites"
+        )
     if form == "frozen":
         return frozen_form(model)
     return model if model.cfg.normalization_type is None else fold(model)

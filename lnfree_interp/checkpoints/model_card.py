@@ -22,7 +22,7 @@ def model_card(
     sidecar: Sidecar,
     target: Literal["transformers", "transformer_lens"],
 ) -> str:
-    """Markdown with the front matter that the hub reads."""
+    """The model card as Markdown, with the front matter that the hub reads."""
     lnfree = sidecar.form in ("sites", "folded", "frozen")
     tags = ["mechanistic-interpretability", "transformer-lens"] + ["layernorm-free"] * lnfree
     parts = [
@@ -52,7 +52,7 @@ def model_card(
     if sidecar.sigma:
         rows = [f"| `{name}` | {value:.6g} |" for name, value in sidecar.sigma.items()]
         parts += [
-            "## By what each norm divides",
+            "## The constant of each norm",
             "\n".join(["| norm | sigma |", "|---|---|", *rows]),
         ]
     if sidecar.errors:

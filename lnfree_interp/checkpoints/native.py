@@ -1,8 +1,9 @@
-"""A `HookedTransformer` as a folder in TransformerLens' own names, for what no class of
-transformers can hold: other norms, the frozen form, architectures with biases added.
+"""A `HookedTransformer` as a folder in TransformerLens' own names.
 
-`hooked_transformer.json` is the `HookedTransformerConfig`, the kind of norm, and a few logits to
-recognise the model by; weights are `model.safetensors`, the tokenizer lies beside them.
+For models that no class of transformers can hold: other norms, the frozen form, biases that the
+architecture does not have. `hooked_transformer.json` holds the `HookedTransformerConfig`, the kind
+of norm, and a few logits by which a damaged folder is noticed; the weights are in
+`model.safetensors`, the tokenizer is in files of its own.
 """
 
 import json
@@ -22,15 +23,15 @@ from lnfree_interp.checkpoints.source import read_tokenizer, weight_shapes
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import copy_weights, hooked_transformer, original_tokenizer
-from lnfree_interp.models.forms import frozen_transformer
-from lnfree_interp.models.norm_conversions import CRMSNormPre, install_crms
-from lnfree_interp.models.norms import FrozenNorm
+from lnfree_interp.models.forms import epsilon_of, frozen_transformer
+from lnfree_interp.models.norm_conversions import install_crms, is_crms
+from lnfree_interp.models.sites import is_frozen_form, list_norm_sites, norm_at, sites_of
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 CONFIG = "hooked_transformer.json"
 _VERSION = 1
 
-# Of this machine, or a way to make TransformerLens fetch or run something.
+# Settings of this machine, and fields that make TransformerLens download or run something.
 _NOT_SAVED = (
     "dtype",
     "device",
@@ -43,8 +44,8 @@ _NOT_SAVED = (
     "quantization_method",
 )
 
-_WITNESSES = 64
-"""Logits of the last of 16 tokens that go along with a model."""
+_SAMPLED_LOGITS = 64
+"""How many logits of the last of 16 random tokens are stored with a model, to recognise it by."""
 
 
 def is_native(path: Path) -> bool:
@@ -53,24 +54,22 @@ def is_native(path: Path) -> bool:
 
 
 def write(model: HookedTransformer, folder: Path) -> None:
-    """Config, weights and tokenizer into an existing folder.
+    """Write config, weights and tokenizer into an existing folder.
 
     Args:
         model: Stock, in the frozen form, or with CRMSNorms; not with norm sites.
-        folder: Where to.
+        folder: The folder to write into.
     """
     cfg = {name: _plain(value) for name, value in model.cfg.to_dict().items()}
     cfg["model_name"] = Path(str(cfg["model_name"])).name
-    tokens, logits = _witnesses(model)
+    cfg["eps"] = epsilon_of(model)
+    frozen = list_norm_sites(model) if is_frozen_form(model) else ()
+    tokens, logits = _sample(model)
     content: dict[str, Any] = {
         "version": _VERSION,
         "config": {name: value for name, value in cfg.items() if name not in _NOT_SAVED},
-        "frozen": {
-            name: norm.sigma.item()
-            for name, norm in model.named_modules()
-            if isinstance(norm, FrozenNorm)
-        },
-        "crms": any(isinstance(norm, CRMSNormPre) for norm in model.modules()),
+        "frozen": {str(site): norm_at(model, site).scale for site in frozen},
+        "crms": is_crms(model),
         "tokens": tokens.tolist(),
         "logits": logits.tolist(),
     }
@@ -89,7 +88,7 @@ def read(
     *,
     check: bool = True,
 ) -> tuple[HookedTransformer, MeasuredError | None]:
-    """What `write` wrote, and how far its logits are from those that it had then.
+    """Read a folder that `write` made, and compare the model's logits with the stored ones.
 
     Raises:
         CheckpointError: if a file is missing, damaged, or does not fit the others.
@@ -99,7 +98,9 @@ def read(
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
-            raise CheckpointError(f"{file}: version {content['version']}, not {_VERSION}")
+            raise CheckpointError(
+                f"{file}: version {content['version']}; this package reads version {_VERSION}"
+            )
         known = {field.name for field in fields(HookedTransformerConfig)} - set(_NOT_SAVED)
         if unknown := sorted(set(content["config"]) - known):
             raise CheckpointError(f"{file}: unknown field {unknown[0]}")
@@ -107,27 +108,30 @@ def read(
             **content["config"], dtype=dtype, device=str(device), init_weights=False
         )
         if not 0 < cfg.eps < 1e30:
-            raise CheckpointError(f"{file}: eps={cfg.eps}")
+            raise CheckpointError(f"{file}: eps={cfg.eps}, and it must be a positive number")
         frozen = {name: float(sigma) for name, sigma in content["frozen"].items()}
         expected = torch.tensor(content["logits"], dtype=torch.float64)
         tokens = torch.tensor(content["tokens"])
         crms = content["crms"] is True
     except CheckpointError:
         raise
-    except Exception as error:  # whatever TransformerLens makes of a wrong type
+    except Exception as error:  # TransformerLens raises many types for a wrong value
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"{folder}: no model.safetensors")
     shapes = weight_shapes(weights)
     _require_fitting(cfg, shapes, file)
-    norms = {f"blocks.{i}.{ln}" for i in range(cfg.n_layers) for ln in ("ln1", "ln2")}
-    if frozen and (frozen.keys() != norms | {"ln_final"} or cfg.attn_only):
-        raise CheckpointError(f"{file}: frozen must name every norm, or none")
+    norms = {str(site) for site in sites_of(cfg, whole_ln1=True)}
+    if frozen and frozen.keys() != norms:
+        raise CheckpointError(
+            f"{file}: frozen names {len(frozen)} norms, the config has {len(norms)}: it must name "
+            "every one, or none"
+        )
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder)
     with safe_open(weights, framework="pt", device=str(device)) as opened:
-        pairs = ((name, _sound(opened.get_tensor(name), name, weights)) for name in shapes)
+        pairs = ((name, _checked(opened.get_tensor(name), name, weights)) for name in shapes)
         if frozen:
             model = frozen_transformer(cfg, {}, frozen, tokenizer, complete=False)
         else:
@@ -141,21 +145,22 @@ def read(
     return model, error.require(f"{folder}: logits against those of the model that was written")
 
 
-def _witnesses(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens, and the logits that are stored with the model."""
     tokens = random_tokens(model, batch=1, pos=16)
     return tokens, _logits(model, tokens)
 
 
 def _logits(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:
-    return logits_of(model, tokens)[0, -1, :_WITNESSES].double().cpu()
+    return logits_of(model, tokens)[0, -1, :_SAMPLED_LOGITS].double().cpu()
 
 
 def _require_fitting(
     cfg: HookedTransformerConfig, shapes: dict[str, list[int]], file: Path
 ) -> None:
-    """Refuse sizes that the file does not have, before a model of them is built."""
+    """Refuse a config whose sizes are not those of the weights, before a model is built."""
     grouped = cfg.n_key_value_heads is not None
-    expected = {
+    expected: dict[str, list[int | None]] = {
         "embed.W_E": [cfg.d_vocab, cfg.d_model],
         "unembed.W_U": [cfg.d_model, cfg.d_vocab_out],
         "blocks.0.attn.W_Q": [cfg.n_heads, cfg.d_model, cfg.d_head],
@@ -164,8 +169,9 @@ def _require_fitting(
             cfg.d_model,
             cfg.d_head,
         ],
-        "blocks.0.mlp.W_in": [cfg.d_model, cfg.d_mlp],
     }
+    if not cfg.attn_only:
+        expected["blocks.0.mlp.W_in"] = [cfg.d_model, cfg.d_mlp]
     if cfg.positional_embedding_type == "standard":
         expected["pos_embed.W_pos"] = [cfg.n_ctx, cfg.d_model]
     for name, shape in expected.items():
@@ -173,17 +179,19 @@ def _require_fitting(
             raise CheckpointError(f"{file}: {name} is {shapes.get(name)}, the config says {shape}")
     last = f"blocks.{cfg.n_layers - 1}."
     if not any(name.startswith(last) for name in shapes):
-        raise CheckpointError(f"{file}: n_layers={cfg.n_layers}, but there is no {last}")
+        raise CheckpointError(
+            f"{file}: n_layers={cfg.n_layers}, but the weights hold nothing for {last[:-1]}"
+        )
 
 
-def _sound(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
+def _checked(W: torch.Tensor, name: str, file: Path) -> torch.Tensor:
     if not W.is_floating_point():
-        raise CheckpointError(f"{file}: {name} holds whole numbers")
+        raise CheckpointError(f"{file}: {name} holds whole numbers, and a weight must be floating")
     if not is_finite(W):
         raise CheckpointError(f"{file}: {name} holds values that are not finite")
     return W
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: numpy numbers as Python's."""
+    """A value for JSON: numpy numbers become Python's."""
     return value.item() if hasattr(value, "item") else value

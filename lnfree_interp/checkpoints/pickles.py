@@ -1,4 +1,4 @@
-"""Pickles that published formats force upon us: tensors and plain data, never code."""
+"""Reading the pickles of published formats: tensors and plain data, never code."""
 
 import json
 import pickle
@@ -21,7 +21,7 @@ def read_pickle(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the protocol of the pickle
-            try:  # mapped: what is not needed, such as an optimiser's state, is never read
+            try:  # mapped: tensors that nobody needs, such as an optimiser's, are never read
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format of before 2020 cannot be mapped
                 return torch.load(file, map_location="cpu", weights_only=True)
@@ -58,7 +58,7 @@ def read_state_dict(folder: Path) -> dict[str, Tensor]:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The files that an index of shards names, all of them there.
+    """The files that an index of shards names, after checking that all of them exist.
 
     Raises:
         CheckpointError: if the index cannot be read or a file is missing.

@@ -1,4 +1,4 @@
-"""The published LN-free GPT-2 formats, each brought into the one that transformers can run.
+"""The published LN-free GPT-2 formats, each rewritten as the one that transformers can run.
 
 **Constant epsilon** (`schaeff/gpt2-*_LNFree*`, `apollo-research/gpt2_noLN`): a `GPT2LMHeadModel`
 whose LayerNorms have epsilon 1e12 and gains multiplied by 1e6. It still subtracts the mean; the
@@ -21,16 +21,17 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
-from lnfree_interp.models.folding import ConstantNorm
+from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.sites import sites_in
 
 LNFREE_EPSILON = 1e8
 """From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
 
 _LIVE_BELOW = 1.0
-"""Below this epsilon a norm is live. Between the two it is neither."""
+"""Below this epsilon a norm is live. Between the two it is neither live nor constant."""
 
-DISGUISE_EPSILON = 1e12
-DISGUISE_GAIN = 1e6
+CONSTANT_EPSILON = 1e12
+CONSTANT_GAIN = 1e6
 
 _ORDINARY_GAIN = 50.0
 """No pretrained norm has a median gain above this; no gain over sigma times 1e6 is below it."""
@@ -52,13 +53,18 @@ State = dict[str, Tensor]
 
 
 def constant_epsilon_norms(
-    weights: State, eps: float, source: str, sigma: Mapping[str, float] | None = None
-) -> dict[str, ConstantNorm] | None:
-    """The constant norms of a checkpoint with a huge epsilon; None if its norms are live.
+    weights: State,
+    eps: float,
+    centred: bool,
+    source: str,
+    sigma: Mapping[str, float] | None = None,
+) -> dict[str, NormMap] | None:
+    """The affine norms of a checkpoint with a huge epsilon, by site; None if its norms are live.
 
     Args:
         weights: By TransformerLens' names; the norms' own weights are taken out if constant.
         eps: Epsilon of the config.
+        centred: Whether the architecture's norms subtract the mean.
         source: For messages.
         sigma: The constants that the gains were divided by, by norm, if known: what the frozen
             form shows as `hook_scale`. Default: such that the gains behind it are 1 on average.
@@ -104,11 +110,19 @@ def constant_epsilon_norms(
     norms, known = {}, sigma or {}
     for name, W in gains.items():
         gain = W.double() / root
-        shown = known.get(name) or known.get(f"{name}.v") or 1 / gain.abs().mean().item()
+        shown = known.get(name) or known.get(sites_in(name)[-1]) or 1 / gain.abs().mean().item()
         weights.pop(f"{name}.w")
         bias = weights.pop(f"{name}.b", None)
         # A copy, which does not keep the whole file in memory.
-        norms[name] = ConstantNorm(gain, None if bias is None else bias.clone(), shown)
+        norm = NormMap(
+            centred,
+            statistic=None,
+            scale=shown,
+            factor=shown,
+            gain=gain,
+            bias=None if bias is None else bias.clone(),
+        )
+        norms |= dict.fromkeys(sites_in(name), norm)
     return norms
 
 
@@ -118,7 +132,7 @@ def _is_gain(name: str) -> bool:
 
 
 def merge_lora(state: State, source: str) -> bool:
-    """Adapters merged in place, W = W_frozen + A B; whether there were any.
+    """Merge adapters in place, W = W_frozen + A B, and say whether there were any.
 
     Raises:
         CheckpointError: if an adapter lacks a part.
@@ -149,7 +163,7 @@ def merge_lora(state: State, source: str) -> bool:
 
 
 def _stored_in_full(*tensors: Tensor) -> bool:
-    """Whether no tensor claims more numbers than it stores, as an expanded one does."""
+    """Whether every tensor stores all the numbers that it shows; an expanded one does not."""
     return all(W.numel() * W.element_size() <= W.untyped_storage().nbytes() for W in tensors)
 
 
@@ -169,13 +183,15 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
     sigma: dict[str, float] = {}
     for norm in norms:
         buffers = {b: state.pop(f"{norm}.{b}") for b in _BUFFERS if f"{norm}.{b}" in state}
-        # Only ln_1 is ever called for values, so only there that flag says something.
+        # Values read ln_1 alone, so only there that flag means something.
         flags = ["is_fake"] + ["attn_v_is_fake"] * norm.endswith("ln_1")
         for flag in flags:
             if flag not in buffers:
-                raise CheckpointError(f"{source}: {norm} has no {flag}: which norms are removed?")
+                raise CheckpointError(
+                    f"{source}: {norm} has no {flag}, so nothing says whether that norm is removed"
+                )
             if buffers[flag].numel() != 1:
-                raise CheckpointError(f"{source}: {norm}.{flag} is not one flag")
+                raise CheckpointError(f"{source}: {norm}.{flag} must hold a single value")
             if not bool(buffers[flag]):
                 raise CheckpointError(f"{source}: {norm}.{flag} is false: that norm is still live")
         if f"{norm}.weight" not in state:
@@ -195,17 +211,21 @@ def take_fake_layer_norms(state: State, source: str) -> dict[str, float] | None:
                     f"{what} are divided by another constant, which cannot be folded"
                 )
         if not 0 < constant < math.inf:
-            raise CheckpointError(f"{source}: {norm} divides by {constant}")
+            raise CheckpointError(
+                f"{source}: {norm} divides by {constant}; a constant must be positive and finite"
+            )
         sigma[norm] = constant
     return sigma
 
 
-def disguise(state: State, sigma: Mapping[str, Tensor | float], dtype: torch.dtype) -> None:
-    """Constants moved into the gains in place, gamma * 1e6 / sigma: runs in plain transformers."""
+def move_constants_into_gains(
+    state: State, sigma: Mapping[str, Tensor | float], dtype: torch.dtype
+) -> None:
+    """Put gamma * 1e6 / sigma in the place of each gain, so that plain transformers can run it."""
     for norm, constant in sigma.items():
         weight = state[f"{norm}.weight"].double()
         constant = torch.as_tensor(constant, dtype=torch.float64, device=weight.device)
-        state[f"{norm}.weight"] = (weight * (DISGUISE_GAIN / constant)).to(dtype)
+        state[f"{norm}.weight"] = (weight * (CONSTANT_GAIN / constant)).to(dtype)
 
 
 def read_nanogpt(checkpoint: Mapping[str, Any], source: str) -> tuple[GPT2Config, State]:
@@ -277,7 +297,7 @@ def nanogpt_sigma(
     Examples:
         >>> std = {f"blocks.0.hook_resid_{at}": 1.0 for at in ("pre", "mid", "post")}
         >>> std_bos = {hook: 9.0 for hook in std}
-        >>> lf.nanogpt_sigma(std, std_bos, d_model=3)["ln_final"]
+        >>> lf.formats.nanogpt_sigma(std, std_bos, d_model=3)["ln_final"]
         tensor([9., 1., 1.], dtype=torch.float64)
     """
     n_layers = sum(name.endswith(".hook_resid_pre") for name in std)
@@ -310,13 +330,16 @@ def hf_norms(config: GPT2Config) -> dict[str, str]:
 def sigma_by_hf_norm(
     sigma: Mapping[str, float | Tensor], config: GPT2Config, source: str
 ) -> dict[str, Tensor]:
-    """User-supplied constants, by Hugging Face's names of the norms; complete and positive.
+    """The user's constants by Hugging Face's names of the norms, checked.
 
     Raises:
         NormSiteError: for a norm that is missing or unknown, or a constant that cannot be one.
     """
     if not isinstance(sigma, Mapping):
-        raise NormSiteError(f"{source}: sigma must map names of norms to numbers")
+        raise NormSiteError(
+            f"{source}: sigma is a {type(sigma).__name__}; pass a dictionary from names of norms "
+            "to numbers"
+        )
     names = hf_norms(config)
     if unknown := sorted(set(sigma) - set(names)):
         raise NormSiteError(f"{source}: sigma names {unknown[0]}, which the model does not have")
@@ -342,13 +365,13 @@ def sigma_by_hf_norm(
     return constants
 
 
-def shown_sigma(value: Tensor | float) -> float:
-    """One number for a constant that may differ by channel: that of all channels but the first."""
+def typical_sigma(value: Tensor | float) -> float:
+    """One number for a constant that differs by channel: that of all channels but the first."""
     value = torch.as_tensor(value).flatten()
     return value[min(1, len(value) - 1)].item()
 
 
-def require_roomy(dtype: torch.dtype, source: str) -> None:
+def refuse_float16(dtype: torch.dtype, source: str) -> None:
     """Refuse float16, which gains of 1e6 overflow.
 
     Raises:

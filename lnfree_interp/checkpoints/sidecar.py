@@ -37,7 +37,7 @@ class Sidecar:
     """Name and version of the package that wrote it."""
 
     def write(self, folder: Path) -> None:
-        """Into the folder."""
+        """Write it into a folder."""
         content = {"version": _VERSION, **asdict(self)}
         (folder / SIDECAR).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -57,7 +57,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
 
     Examples:
         >>> folder = lf.export(free, "exported", source="bundled")
-        >>> lf.read_sidecar(folder).source
+        >>> lf.formats.read_sidecar(folder).source
         'bundled'
     """
     file = folder / SIDECAR

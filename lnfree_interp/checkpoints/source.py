@@ -1,8 +1,8 @@
-"""Opening a checkpoint: a hub id, a folder or a file becomes a `transformers` model, or the reason
-why not.
+"""Opening a checkpoint: a hub id, a folder or a file becomes a model of `transformers`.
 
-Published LN-free formats that transformers does not know are brought into the one that it can run
-(`checkpoints.published`), so that whatever is imported can be compared with it.
+Published LN-free formats that transformers does not know are rewritten as one that it can run
+(`checkpoints.published`), so that every import can be compared with it. What cannot be opened is
+refused with the reason.
 """
 
 import os
@@ -42,19 +42,19 @@ Sigma = Mapping[str, float | Tensor]
 
 @dataclass
 class OpenCheckpoint:
-    """A checkpoint as a `transformers` model, and what it said beyond that."""
+    """A checkpoint as a `transformers` model, and what else its files say."""
 
     hf_model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     format: str
-    """What it was recognised as, for people; a published format says that it is LN-free."""
+    """What it was recognised as, in words; a published LN-free format begins with "LN-free"."""
     sigma: dict[str, float] | None = None
     """The constants of its norms by TransformerLens' names, where the format states them."""
     epsilon: float | None = None
-    """What its norms added to the variance while they were live, where that is known."""
+    """What its norms added to the variance while they were live; None if that is not known."""
 
     def take_weights(self) -> dict[str, Tensor]:
-        """The weights; the model is given up, so that nothing else holds on to them."""
+        """The weights. The model is dropped, so that each weight can be freed once it is used."""
         state = dict(self.hf_model.state_dict())
         del self.hf_model
         return state
@@ -79,7 +79,7 @@ def open_in_transformers(
         device: Where the weights go.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where hub files are kept. Default: that of `huggingface_hub`.
-        sigma: As for `load`.
+        sigma: The constants of a nanoGPT file, see `load`.
 
     Returns:
         The model, and its tokenizer or None.
@@ -91,7 +91,7 @@ def open_in_transformers(
         NormSiteError: for a sigma that does not fit the nanoGPT file.
 
     Examples:
-        >>> hf_model, tokenizer = lf.open_in_transformers(lf.bundled_checkpoint())
+        >>> hf_model, tokenizer = lf.formats.open_in_transformers(lf.bundled_checkpoint())
         >>> type(hf_model).__name__
         'GPT2LMHeadModel'
     """
@@ -109,25 +109,29 @@ def open_checkpoint(
     sigma: Sigma | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> OpenCheckpoint:
-    """What lies at a local path, as a `transformers` model.
+    """The checkpoint at a local path as a `transformers` model.
 
     Args:
         path: As `locate` returns it.
-        name: How the user called it, for messages.
+        name: The name that the user gave, for messages.
         dtype: Of the weights in memory.
         device: Where they go.
         sigma: Constants of the norms, for a format that does not state them.
-        tokenizer: Instead of the checkpoint's own, which it then need not have.
+        tokenizer: Used in place of the checkpoint's own, which may then be missing.
 
     Raises:
-        CheckpointError, UnsupportedModelError: as `open_in_transformers`.
+        CheckpointError: if something is missing or unreadable.
+        UnsupportedModelError: if the architecture is not supported.
     """
     if path.is_file():
         opened = _open_nanogpt(path, dtype, sigma)
         opened.tokenizer = tokenizer
     else:
         if sigma is not None:
-            raise CheckpointError(f"{name}: sigma is for nanoGPT files; this folder has its own")
+            raise CheckpointError(
+                f"{name}: sigma is for nanoGPT files, and this folder holds its own constants: "
+                "leave sigma out"
+            )
         _require_files(path, tokenizer_needed=tokenizer is None)
         config = read_config(path, name)
         tokenizer = tokenizer or read_tokenizer(path)
@@ -148,7 +152,7 @@ def open_checkpoint(
 
 
 def _release_file(model: PreTrainedModel) -> None:
-    """Weights that are a view of a mapped file copied, so that each can be freed by itself."""
+    """Copy weights that are views of a mapped file, so that each can be freed by itself."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -192,12 +196,17 @@ def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     sigma, epsilon = None, None
     if constants is not None:
         if config.model_type != "gpt2":
-            raise UnsupportedModelError(f"{source}: FakeLayerNorms in {config.model_type!r}")
+            raise UnsupportedModelError(
+                f"{source}: FakeLayerNorms in a model of type {config.model_type!r}: only GPT-2 "
+                "checkpoints with them are supported"
+            )
         epsilon = config.layer_norm_epsilon
         kind = "LN-free, FakeLayerNorm checkpoint"
-        published.require_roomy(dtype, source)
-        published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
-        config.layer_norm_epsilon = published.DISGUISE_EPSILON
+        published.refuse_float16(dtype, source)
+        published.move_constants_into_gains(
+            state, constants, max(dtype, torch.float32, key=_precision)
+        )
+        config.layer_norm_epsilon = published.CONSTANT_EPSILON
         names = published.hf_norms(cast(GPT2Config, config)).items()
         sigma = {ours: constants[theirs] for ours, theirs in names if theirs in constants}
     if adapted:
@@ -209,23 +218,25 @@ def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
 def _open_nanogpt(file: Path, dtype: torch.dtype, sigma: Sigma | None) -> OpenCheckpoint:
     content = read_pickle(file)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a nanoGPT checkpoint (no dictionary)")
+        raise CheckpointError(f"{file}: not a nanoGPT checkpoint: it holds no dictionary")
     config, state = published.read_nanogpt(content, str(file))
     _require_plausible_size(file, config, sum(map(_stored, state.values())))
     if sigma is None:
         raise CheckpointError(
-            f"{file}: a nanoGPT checkpoint does not say by what its norms divide: pass "
-            "sigma=nanogpt_sigma(std_dict, std_bos_dict, d_model) with the run's tables, or "
+            f"{file}: a nanoGPT checkpoint does not store the constants of its norms. Pass sigma="
+            "lf.formats.nanogpt_sigma(std_dict, std_bos_dict, d_model), with its run's tables, or "
             "sigma={} if its LayerNorms are live (on the command line: --sigma FILE.json)"
         )
     kind, shown = "nanoGPT checkpoint with live norms", None
     if sigma:
         kind = "LN-free, nanoGPT checkpoint with the constants given"
-        published.require_roomy(dtype, str(file))
+        published.refuse_float16(dtype, str(file))
         constants = published.sigma_by_hf_norm(sigma, config, str(file))
-        published.disguise(state, constants, max(dtype, torch.float32, key=_precision))
-        config.layer_norm_epsilon = published.DISGUISE_EPSILON
-        shown = {ours: published.shown_sigma(value) for ours, value in sigma.items()}
+        published.move_constants_into_gains(
+            state, constants, max(dtype, torch.float32, key=_precision)
+        )
+        config.layer_norm_epsilon = published.CONSTANT_EPSILON
+        shown = {ours: published.typical_sigma(value) for ours, value in sigma.items()}
     return OpenCheckpoint(_from_state(file, config, state, dtype), None, kind, shown)
 
 
@@ -274,12 +285,14 @@ def _in_transformers(
 
 def _require_files(folder: Path, tokenizer_needed: bool) -> None:
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json, so not a Hugging Face checkpoint folder")
+        raise CheckpointError(
+            f"{folder}: no config.json, so this is not a Hugging Face checkpoint folder"
+        )
     indices = [folder / f"{name}.index.json" for name in WEIGHTS_FILES]
     if not any((folder / name).is_file() for name in WEIGHTS_FILES) and not any(
         index.is_file() for index in indices
     ):
-        raise CheckpointError(f"{folder}: no model.safetensors (or pytorch_model.bin)")
+        raise CheckpointError(f"{folder}: no model.safetensors and no pytorch_model.bin")
     for index in indices:
         if index.is_file():
             shards_of(index)
@@ -294,7 +307,8 @@ def has_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -
     """Whether a checkpoint brings a tokenizer.
 
     Raises:
-        CheckpointError: as `locate`.
+        CheckpointError: if the checkpoint is neither local nor on the hub, or the hub cannot be
+            reached.
     """
     folder = locate(source, revision)
     return any((folder / file).is_file() for file in _TOKENIZER_FILES)
@@ -324,12 +338,12 @@ def _count_weights(folder: Path) -> int:
 
 
 def _stored(W: Tensor) -> int:
-    """How many numbers a tensor stores: an expanded one fewer than it has."""
+    """How many numbers a tensor stores; an expanded tensor stores fewer than it shows."""
     return min(W.numel(), W.untyped_storage().nbytes() // W.element_size())
 
 
 def _require_plausible_size(source: Path, config: PretrainedConfig, stored: int) -> None:
-    """Refuse a config that describes a far larger model than the files hold, before it is built."""
+    """Refuse a config that describes a larger model than the files hold, before it is built."""
     fields = config_fields(config, architecture_of(config)[1])
     d_model, d_mlp = fields["d_model"], fields["d_mlp"]
     attention = 2 * d_model * fields["d_head"] * fields["n_heads"]  # W_Q and W_O

@@ -1,4 +1,4 @@
-"""Do two models compute the same logits? The check behind every conversion."""
+"""Do two models compute the same logits? The check behind every conversion, and its record."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,11 +6,16 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
-from lnfree_interp.models.running import run
+from lnfree_interp.errors import InexactError
+from lnfree_interp.models.running import Edit, run, run_and_keep
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 LanguageModel = HookedTransformer | PreTrainedModel
 """Either kind of causal language model."""
+
+_RECORD = "_lnfree_measured_agreement"
+"""Attribute of a made model: absolute, relative, dtype. Plain values, so that a stock model stays
+one that needs no class of this package."""
 
 
 def logits_of(
@@ -70,3 +75,80 @@ def compare_logits(
     """
     tokens = random_tokens(expected) if tokens is None else tokens
     return measure_error(logits_of(found, tokens), logits_of(expected, tokens))
+
+
+def require_same_logits(
+    made: LanguageModel, given: LanguageModel, what: str, tolerance: float | None = None
+) -> MeasuredError:
+    """Compare a model with the one that it was made from, and keep the error with it.
+
+    Args:
+        made: The new model.
+        given: What it was made from; not changed.
+        what: What was compared, for messages.
+        tolerance: Largest relative error allowed. Default: by dtype.
+
+    Raises:
+        InexactError: if the given model's logits are not finite, or the made one's differ from
+            them by more than the tolerance.
+    """
+    tokens = random_tokens(given)
+    expected = logits_of(given, tokens)
+    if not expected.isfinite().all():
+        raise InexactError(f"{what}: {_not_finite(given, tokens)}")
+    error = measure_error(logits_of(made, tokens), expected).require(what, tolerance)
+    record_agreement(made, error)
+    return error
+
+
+def _not_finite(model: LanguageModel, tokens: Int[Tensor, "batch pos"]) -> str:
+    """Why there is nothing to compare with, for a message: where the first NaN arises."""
+    said = "the logits of the given model are not finite numbers, so nothing can be compared"
+    if isinstance(model, HookedTransformer):
+        found: list[str] = []
+
+        def look(name: str) -> Edit:
+            def at(activation: Tensor) -> None:
+                # Masked scores are -inf, as they should be.
+                if activation.isnan().any() or activation.isposinf().any():
+                    found.append(name)
+
+            return at
+
+        with torch.no_grad():
+            run_and_keep(model, tokens, (), edits={name: look(name) for name in model.hook_dict})
+        said += f". The first activation that is not finite is {found[0]}" if found else ""
+    broken = [name for name, W in model.named_parameters() if not W.isfinite().all()]
+    if broken:
+        return f"{said}. The weight {broken[0]} is not finite: load or make the model again"
+    return f"{said}. No weight is broken: the activations overflow, so use float32 or float64"
+
+
+def record_agreement(model: LanguageModel, error: MeasuredError) -> None:
+    """Keep with a model how far its logits were from those of what it was made from."""
+    setattr(model, _RECORD, (error.absolute, error.relative, error.dtype))
+
+
+def measured_agreement(model: HookedTransformer) -> MeasuredError | None:
+    """How far a model's logits were from those of what it was made from.
+
+    Measured on random tokens when the model was made, and kept with it and its copies; a change
+    of the weights afterwards does not change it.
+
+    Args:
+        model: From `fold`, `frozen_form`, `with_norm_sites`, `to_rms(...).model`,
+            `to_crms(...).model` or `load`, which compares with `transformers`, or with the logits
+            in a folder of TransformerLens' layout.
+
+    Returns:
+        The largest logit difference; None for a model that was not compared with another, such as
+            one from `load(..., check=False)`.
+
+    Examples:
+        >>> lf.measured_agreement(lf.frozen_form(free)).relative < 1e-5
+        True
+        >>> lf.measured_agreement(lf.load(lf.bundled_checkpoint(), check=False)) is None
+        True
+    """
+    record = getattr(model, _RECORD, None)
+    return None if record is None else MeasuredError(*record)

@@ -1,9 +1,9 @@
 """The transformer block while norms are being removed.
 
-TransformerLens' own block and attention, with two differences: `ln1` is two sites
-(`SplitNorm`), and what nobody looks at is computed fused: one q/k/v product, and
-`scaled_dot_product_attention` when no hook reads scores or patterns. Any hook brings the explicit
-computation back for its module, so that it sees and can change what TransformerLens shows.
+TransformerLens' own block and attention, with two differences: `ln1` is two sites (`SplitNorm`),
+and attention is computed fused, by one q/k/v product and `scaled_dot_product_attention`, while no
+hook reads scores or patterns. With such a hook it is computed as in TransformerLens, so that the
+hook sees and can change the same activations.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from lnfree_interp.models.running import is_watched
 
 
 class _Fused(AbstractAttention):
-    """Attention that materialises scores only when somebody looks at them."""
+    """Attention that materialises scores only when a hook reads them."""
 
     q_norm: Any
     k_norm: Any
@@ -71,7 +71,7 @@ class _Fused(AbstractAttention):
         attention_mask: Tensor | None = None,
         position_bias: Tensor | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """As `Attention.forward`; `attn_out` before it is added to the stream."""
+        """What attention writes to the stream, [batch, pos, d_model], as `Attention.forward`."""
         unusual: Any = (past_kv_cache_entry, additive_attention_mask, attention_mask, position_bias)
         if not self._fusible(query_input, *unusual):
             return super().forward(query_input, key_input, value_input, *unusual)
@@ -124,7 +124,7 @@ class _Fused(AbstractAttention):
         return [project(x, [W[i]], [b[i]])[0] for i, x in enumerate(inputs)]
 
     def _apply_qk_norm(self, x: Tensor, norm_module: Any) -> Tensor:
-        """With batch and position apart, as every other site."""
+        """The norm on queries or keys, batch and position kept apart, as at every other site."""
         return norm_module(x)
 
 
@@ -167,7 +167,7 @@ class SiteBlock(TransformerBlock):
         past_kv_cache_entry: Any = None,
         attention_mask: Tensor | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """As `TransformerBlock.forward`: `resid_pre` to `resid_post`."""
+        """From `resid_pre` to `resid_post`, as `TransformerBlock.forward`."""
         cfg = self.cfg
         resid_pre = self.hook_resid_pre(resid_pre)
         attn_out = self.attn(
@@ -188,7 +188,7 @@ class SiteBlock(TransformerBlock):
         return self.hook_resid_post(resid_mid + mlp_out)
 
     def _attention_inputs(self, resid_pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries, keys and values read: normalised, with a head dimension if asked for."""
+        """What queries, keys and values read, with a head dimension if the config says so."""
         cfg = self.cfg
         if not (cfg.use_split_qkv_input or cfg.use_attn_in):
             x_qk, x_v = self.ln1(resid_pre)
@@ -212,7 +212,7 @@ class SiteBlock(TransformerBlock):
 class LookupEmbed(Embed):
     """The embedding as a lookup, whose gradient is summed in a fixed order, and faster.
 
-    TransformerLens indexes the weight, whose gradient adds up in whatever order threads arrive.
+    TransformerLens indexes the weight, whose gradient threads add up in no fixed order.
     """
 
     def __init__(self, stock: Embed):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import CheckpointError
 
-_AS_IT_WAS = "before_transformer_lens"
+_ORIGINAL = "original_tokenizer"
 
 # Made by the constructor from the config.
 _BUFFERS = ("attn.mask", "attn.IGNORE", "attn.rotary_sin", "attn.rotary_cos")
@@ -33,9 +33,9 @@ def hooked_transformer(
 
     Args:
         cfg: As for `HookedTransformer`.
-        weights: By TransformerLens' names; consumed one by one, so that an iterator need not hold
-            two copies of the model. Biases may be missing: they are zero then.
-        tokenizer: Goes along, a copy.
+        weights: By TransformerLens' names, taken one by one, so that an iterator can free each.
+            A bias that is missing is zero.
+        tokenizer: The model gets a copy.
         complete: Copy the weights. False: leave them uninitialised, for `copy_weights` later.
 
     Raises:
@@ -48,10 +48,10 @@ def hooked_transformer(
     with warnings.catch_warnings():
         # HookedTransformer is what this package is for; its deprecation is known.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        model = HookedTransformer(cfg, tokenizer=_undisturbed(tokenizer))
+        model = HookedTransformer(cfg, tokenizer=_copy_for_transformer_lens(tokenizer))
     if tokenizer is not None and model.tokenizer is not None:
         model.tokenizer.init_kwargs = dict(tokenizer.init_kwargs)
-        setattr(model.tokenizer, _AS_IT_WAS, original_tokenizer(tokenizer))
+        setattr(model.tokenizer, _ORIGINAL, original_tokenizer(tokenizer))
     if complete:
         copy_weights(model, weights)
     return model.eval()
@@ -59,7 +59,7 @@ def hooked_transformer(
 
 def original_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer as it was before TransformerLens gave it a padding and a BOS token."""
-    return getattr(tokenizer, _AS_IT_WAS, tokenizer)
+    return getattr(tokenizer, _ORIGINAL, tokenizer)
 
 
 def copy_weights(
@@ -68,15 +68,15 @@ def copy_weights(
     *,
     zero_biases: bool = True,
 ) -> None:
-    """Copy weights into a model, each into its place or not at all.
+    """Copy weights into a model; every weight must have a place of its shape.
 
     Args:
-        model: Where to.
-        weights: As for `hooked_transformer`.
-        zero_biases: Whether biases may be missing.
+        model: The model to fill.
+        weights: By TransformerLens' names, taken one by one.
+        zero_biases: Whether a bias may be missing, and stays what it is.
 
     Raises:
-        CheckpointError: as `hooked_transformer`.
+        CheckpointError: if a weight is missing, unexpected or of another shape.
     """
     places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -101,12 +101,15 @@ def _is_bias(name: str) -> bool:
     return name.rpartition(".")[2].lstrip("_").startswith("b_")
 
 
-def _undisturbed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+def _copy_for_transformer_lens(
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PreTrainedTokenizerBase | None:
     """A copy that TransformerLens takes as it is.
 
-    It would open the tokenizer a second time from its name, to make it prepend BOS: from another
-    revision or cache, without tokens added since, or not at all. Told that it prepends BOS already,
-    TransformerLens takes this one, finds out whether it does, and else prepends by itself.
+    To make a tokenizer prepend BOS, TransformerLens opens it a second time by its name. That may
+    give another revision, one without tokens that were added since, or fail without a network. A
+    tokenizer that says that it prepends BOS is taken as it is; TransformerLens then tests whether
+    it does, and prepends BOS itself if not.
     """
     if tokenizer is None:
         return None

@@ -3,29 +3,32 @@
 **Folded**: nothing is left of the norms, `normalization_type=None`. **Frozen**: the readers keep a
 factor sigma and a `FrozenNorm` divides by it, `normalization_type="LNPre"`, or `"RMSPre"`, so that
 the tools of TransformerLens that look for `hook_scale` run. Readers are centred in both.
+
+The `cfg` of the frozen form alone describes a model whose norms are live. Its epsilon is NaN, so
+that whoever builds a model from that `cfg`, without the constants, gets NaN in place of plausible
+logits; the epsilon itself stays in the norms (`epsilon_of`).
 """
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import replace
-from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import NormSiteError
-from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
-from lnfree_interp.models.folding import (
-    ConstantNorm,
-    ConstantNorms,
-    Form,
-    fold_weights,
-    sigma_of,
+from lnfree_interp.models.folding import ConstantNorms, Form, fold_weights, frozen_scales, is_reader
+from lnfree_interp.models.norms import FrozenNorm, NormMap
+from lnfree_interp.models.sites import (
+    has_norm_sites,
+    norm_at,
+    norm_path,
+    sites_of,
+    whole_norm,
 )
-from lnfree_interp.models.norms import FrozenNorm, Norm
-from lnfree_interp.models.sites import get_norm, has_norm_sites, list_norm_sites, live_sites
 from lnfree_interp.numerics import ROUNDING
 
 
@@ -35,31 +38,26 @@ def finished_model(
     norms: ConstantNorms,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
-    centred: bool,
     form: Form,
 ) -> HookedTransformer:
     """A model in one of the two finished forms.
 
     Args:
-        cfg: Of the model with norms.
-        weights: As for `fold_weights`.
-        norms: As for `fold_weights`.
+        cfg: Of the model with norms, with the epsilon that they had.
+        weights: All weights but the norms' own; emptied on the way.
+        norms: An affine norm for every site.
         tokenizer: Goes along.
-        centred: As for `fold_weights`.
         form: `"folded"` or `"frozen"`.
     """
+    scales = frozen_scales(norms)
+    centred = all(norm.centred for site, norm in norms.items() if whole_norm(site) in scales)
     kind = None if form == "folded" else "LNPre" if centred else "RMSPre"
     cfg = replace(
         cfg, normalization_type=kind, use_normalization_before_and_after=False, use_qk_norm=False
     )
-    finished = fold_weights(weights, norms, centred, form)
+    finished = fold_weights(weights, norms, form)
     if form == "folded":
         return hooked_transformer(cfg, finished, tokenizer)
-    scales = {"ln_final": norms["ln_final"].sigma}
-    for layer in range(cfg.n_layers):
-        block = f"blocks.{layer}"
-        scales[f"{block}.ln1"] = sigma_of(norms, block, "W_V")
-        scales[f"{block}.ln2"] = sigma_of(norms, block, "W_in")
     return frozen_transformer(cfg, finished, scales, tokenizer)
 
 
@@ -74,92 +72,72 @@ def frozen_transformer(
     """A stock model of type LNPre or RMSPre whose norms divide by constants.
 
     Args:
-        cfg: With `normalization_type` `"LNPre"` or `"RMSPre"`.
+        cfg: With `normalization_type` `"LNPre"` or `"RMSPre"`, and the epsilon that the norms had.
         weights: Its weights as they are.
         scales: sigma by norm, `blocks.0.ln1`, `blocks.0.ln2`, ..., `ln_final`.
         tokenizer: Goes along.
-        complete: As for `hooked_transformer`.
+        complete: Copy the weights. False: leave them uninitialised, for `copy_weights` later.
     """
     model = hooked_transformer(cfg, {}, tokenizer, complete=False)
     for name, sigma in scales.items():
-        norm = FrozenNorm(sigma, cfg.normalization_type == "LNPre", cfg.dtype)
+        norm = FrozenNorm(sigma, cfg.normalization_type == "LNPre", cfg.eps)
         model.set_submodule(name, norm.to(cfg.device))
+    model.cfg.eps = math.nan
     model.setup()
     if complete:
         copy_weights(model, weights)
     return model.eval()
 
 
-def is_frozen_form(model: HookedTransformer) -> bool:
-    """Whether the model is in the frozen form: every norm module a `FrozenNorm`."""
-    sites = list_norm_sites(model)
-    return bool(sites) and all(
-        site.kind in ("ln1", "ln2", "ln_final")
-        and isinstance(model.get_submodule(site.name), FrozenNorm)
-        for site in sites
-    )
+def epsilon_of(model: HookedTransformer) -> float:
+    """What the norms add to the variance, or added while they were live."""
+    final = getattr(model, "ln_final", None)  # a folded model has none
+    return float(model.cfg.eps if final is None else final.eps)
 
 
 def reads_mean(model: HookedTransformer) -> str | None:
     """The name of a weight that reads the mean of the residual stream, or None."""
     tolerance = ROUNDING[model.cfg.dtype]
-    blocks = cast(Iterable[Any], model.blocks)
-    readers = {"W_Q": model.W_Q, "W_K": model.W_K, "W_V": model.W_V, "W_in": model.W_in}
-    if model.cfg.gated_mlp:
-        readers["W_gate"] = torch.stack([block.mlp.W_gate for block in blocks])
-    for name, W in (readers | {"W_U": model.W_U}).items():
-        if W.mean(-2).abs().max() > tolerance * W.abs().max():
+    for name, W in model.named_parameters():
+        if is_reader(name) and W.mean(-2).abs().max() > tolerance * W.abs().max():
             return name
     return None
 
 
-def constant_norms(model: HookedTransformer) -> tuple[dict[str, ConstantNorm], bool]:
-    """The constant norms of an LN-free model in any form, and whether they subtract the mean.
+def constant_norms(model: HookedTransformer) -> dict[str, NormMap]:
+    """The affine norms of an LN-free model in any form, by site.
 
     A folded model has none left; it is described as dividing by one.
 
     Raises:
         NormSiteError: if a norm is live.
     """
-    if not has_norm_sites(model):
-        if model.cfg.normalization_type is None:
-            names = ["ln_final"]
-            blocks = range(model.cfg.n_layers)
-            names += [f"blocks.{i}.{ln}" for i in blocks for ln in ("ln1", "ln2")]
-            one = ConstantNorm(torch.ones(model.cfg.d_model, device=model.W_E.device), None, 1.0)
-            # final_rms is kept from the model with norms; rounding cannot tell in bfloat16.
-            centred = not model.cfg.final_rms and reads_mean(model) is None
-            return dict.fromkeys(names, one), centred
-        if is_frozen_form(model):
-            norms = {}
-            for name, norm in model.named_modules():
-                if isinstance(norm, FrozenNorm):
-                    sigma = norm.sigma.item()
-                    gain = torch.full_like(model.W_E[0], 1 / sigma, dtype=torch.float64)
-                    norms[name] = ConstantNorm(gain, None, sigma)
-            return norms, _centres(model)
+    sites = sites_of(model.cfg)
+    if model.cfg.normalization_type is None:
+        # final_rms is kept from the model with norms; rounding cannot tell in bfloat16.
+        centred = not model.cfg.final_rms and reads_mean(model) is None
+        return {str(site): NormMap(centred, statistic=None, scale=1.0) for site in sites}
+    norms = {str(site): norm_at(model, site) for site in sites}
+    if live := [name for name, norm in norms.items() if not norm.affine]:
+        if not has_norm_sites(model):
+            raise NormSiteError(
+                "nothing to fold: the norms of this model are live. Remove them with "
+                "remove_norms(model, recipe, data) and fold the .model of what it returns"
+            )
+        names = ", ".join(live[:4]) + (", ..." if len(live) > 4 else "")
         raise NormSiteError(
-            "nothing to fold: the model has no frozen norm sites; remove_norms(...).model has"
+            f"{len(live)} norm sites are still live, and a live norm cannot be folded: {names}. "
+            "Freeze them first (remove_norms or freeze_site)"
         )
-    if live := live_sites(model):
-        names = ", ".join(map(str, live[:4])) + (", ..." if len(live) > 4 else "")
-        raise NormSiteError(f"{len(live)} norm sites are still live and cannot be folded: {names}")
-    norms = {}
-    for site in list_norm_sites(model):
-        norm = get_norm(model, site)
-        gain = norm.w.detach().double() / norm.sigma.double()
-        bias = None if norm.b is None else norm.b.detach()
-        norms[str(site)] = ConstantNorm(gain, bias, norm.constant)
-    return norms, _centres(model)
+    return norms
 
 
-def _centres(model: HookedTransformer) -> bool:
-    return cast(Norm | FrozenNorm, model.ln_final).centred
-
-
-def _weights_around_norms(model: HookedTransformer) -> dict[str, Tensor]:
-    norm = (".ln", "ln_final", "_norm.")
-    state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in norm)}
+def weights_around_norms(model: HookedTransformer) -> dict[str, Tensor]:
+    """The weights of a model but those of its norms, by the names of the stock model."""
+    norms = {norm_path(model, site) for site in sites_of(model.cfg)}
+    state = {
+        name: W for name, W in model.state_dict().items() if name.rpartition(".")[0] not in norms
+    }
     state.pop("unembed.W_E", None)  # present when tied
     state["unembed.W_U"] = model.W_U.detach()
     return state
@@ -173,11 +151,12 @@ def fold(model: HookedTransformer) -> HookedTransformer:
 
     Returns:
         A new model with no class of this package in it. Its logits have been compared with the
-            given model's on random tokens; `compare_logits` gives the number.
+            given model's on random tokens; `measured_agreement` gives the difference.
 
     Raises:
         NormSiteError: if a norm is still live, or there is none to fold.
-        InexactError: if the logits differ by more than rounding in the model's dtype explains.
+        InexactError: if the logits differ by more than rounding in the model's dtype explains, or
+            are not finite.
 
     Examples:
         >>> sited = lf.with_norm_sites(model)
@@ -206,12 +185,16 @@ def frozen_form(
             positive numbers are exact. Default: those the model knows; 1 for a folded one.
 
     Returns:
-        A new model; its logits have been compared with the given model's on random tokens.
+        A new model; its logits have been compared with the given model's on random tokens, and
+            `measured_agreement` gives the difference. Save it with `export`: its `cfg.eps` is NaN,
+            so a model that is built from its `cfg` and weights alone, whose norms would be live,
+            gives NaN.
 
     Raises:
         NormSiteError: if a norm is still live, or sigma names a norm that the model does not have,
             or is not a number for each.
-        InexactError: as `fold`.
+        InexactError: if the logits differ by more than rounding in the model's dtype explains, or
+            are not finite.
 
     Examples:
         >>> token = free.to_single_token(" range")
@@ -226,38 +209,38 @@ def frozen_form(
 def _in_form(
     model: HookedTransformer, form: Form, sigma: Mapping[str, float] | None
 ) -> HookedTransformer:
-    norms, centred = constant_norms(model)
+    norms = constant_norms(model)
     if sigma:
-        norms = with_sigma(norms, sigma)
+        norms = _with_scales(norms, sigma)
     finished = finished_model(
-        model.cfg,
-        _weights_around_norms(model),
+        replace(model.cfg, eps=epsilon_of(model)),
+        weights_around_norms(model),
         norms,
         model.tokenizer,
-        centred=centred,
         form=form,
     )
-    compare_logits(finished, model).require(f"{form} against the given model's logits")
+    require_same_logits(finished, model, f"{form} against the given model's logits")
     return finished
 
 
-def with_sigma(norms: ConstantNorms, sigma: Mapping[str, float]) -> dict[str, ConstantNorm]:
-    """The same norms with other constants to show.
+def _with_scales(norms: ConstantNorms, sigma: Mapping[str, float]) -> dict[str, NormMap]:
+    """The same norms, written as divisions by other constants.
 
     Raises:
-        NormSiteError: for a name that is not among them.
+        NormSiteError: for a name that is not a norm of the frozen form, or a value that is not a
+            positive number.
     """
-
-    def whole(name: str) -> str:  # blocks.0.ln1.qk is a part of blocks.0.ln1
-        return name.removesuffix(".qk").removesuffix(".v")
-
-    known = dict.fromkeys(map(whole, norms))
+    known = frozen_scales(norms)
     if unknown := sorted(set(sigma) - set(known)):
-        raise NormSiteError(f"no norm {unknown[0]!r}; the model's norms: {', '.join(known)}")
-    try:
-        return {
-            name: replace(norm, sigma=float(sigma.get(whole(name), norm.sigma)))
-            for name, norm in norms.items()
-        }
-    except (TypeError, ValueError) as error:
-        raise NormSiteError(f"sigma must be one number for each norm: {error}") from error
+        raise NormSiteError(
+            f"sigma names {unknown[0]!r}, which is not a norm of this model's frozen form. Its "
+            f"norms are {', '.join(known)}"
+        )
+    shown = {}
+    for site, norm in norms.items():
+        value = sigma.get(whole_norm(site))
+        try:
+            shown[site] = norm if value is None else norm.showing(float(value))
+        except (TypeError, ValueError) as error:
+            raise NormSiteError(f"sigma of {site} is not a number: {value!r}") from error
+    return shown

@@ -6,40 +6,40 @@ zero-mean stream in d dimensions needs only d - 1 numbers. (Pre-RMSNorm and Pre-
 Transformers, arXiv 2305.14858; the orthonormal basis is ours.)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.components import LayerNorm, RMSNormPre
-from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import UnsupportedModelError
-from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
-from lnfree_interp.models.folding import ConstantNorm, fold_weights
-from lnfree_interp.models.sites import has_norm_sites
+from lnfree_interp.models.folding import fold_weights, is_reader
+from lnfree_interp.models.forms import weights_around_norms
+from lnfree_interp.models.norms import CRMSNormPre
+from lnfree_interp.models.sites import has_norm_sites, live_sites, norm_at, sites_of
 from lnfree_interp.numerics import ROUNDING, MeasuredError
 
 Basis = Literal["orthonormal", "drop"]
 
 _WRITERS = ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out")
-_READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate", "W_U")
 
 _Narrowing = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class NormConversion:
-    """A converted model and what was done to it."""
+    """A converted model, and how it was converted."""
 
     model: HookedTransformer
     """The converted one; the given model is as it was."""
     steps: tuple[str, ...]
-    """What was done, in order."""
+    """The steps of the conversion, in order, in words."""
     error: MeasuredError
     """The largest logit difference from the model before."""
     d_model: tuple[int, int]
@@ -57,35 +57,22 @@ class NormConversion:
         return "\n".join(lines)
 
 
-class CRMSNormPre(nn.Module):
-    """RMSNorm of a zero-mean vector of which the last entry is left out.
-
-    x in d - 1 dimensions stands for (x, -sum(x)) in d: x / sqrt((sum x^2 + (sum x)^2) / d + eps).
-    """
-
-    def __init__(self, d: int, eps: float, dtype: torch.dtype):
-        super().__init__()
-        self.d = d
-        self.eps = eps
-        self.dtype = dtype
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
-
-    def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
-        """As `RMSNormPre.forward`, over the vector that x stands for."""
-        x = x if x.dtype == torch.float64 else x.float()
-        square = x.pow(2).sum(-1, keepdim=True) + x.sum(-1, keepdim=True).pow(2)
-        scale = self.hook_scale((square / self.d + self.eps).sqrt())
-        return self.hook_normalized(x / scale).to(self.dtype)
-
-
 def install_crms(model: HookedTransformer) -> None:
-    """Put a `CRMSNormPre` of width d_model + 1 wherever the model has an `RMSNormPre`."""
+    """Put a `CRMSNormPre` of width d_model + 1 in the place of every norm.
+
+    Epsilon stays in the norms and becomes NaN in the config, as in the frozen form: a model that
+    somebody builds from this config alone has other norms, and must not look right.
+    """
     cfg = model.cfg
-    for name, module in list(model.named_modules()):
-        if isinstance(module, RMSNormPre):
-            model.set_submodule(name, CRMSNormPre(cfg.d_model + 1, cfg.eps, cfg.dtype))
+    for site in sites_of(cfg, whole_ln1=True):
+        model.set_submodule(str(site), CRMSNormPre(cfg.d_model + 1, cfg.eps))
+    cfg.eps = math.nan
     model.setup()
+
+
+def is_crms(model: HookedTransformer) -> bool:
+    """Whether the norms are `CRMSNormPre`: `to_crms` with basis "drop" made the model."""
+    return isinstance(getattr(model, "ln_final", None), CRMSNormPre)
 
 
 def to_rms(model: HookedTransformer) -> NormConversion:
@@ -114,7 +101,10 @@ def to_rms(model: HookedTransformer) -> NormConversion:
         'RMSPre'
     """
     if has_norm_sites(model):
-        raise UnsupportedModelError("convert the stock model, before with_norm_sites")
+        raise UnsupportedModelError(
+            "a model with norm sites cannot be converted: convert the stock model, then call "
+            "with_norm_sites"
+        )
     cfg = model.cfg
     after = cfg.use_normalization_before_and_after or cfg.post_embedding_ln
     if cfg.normalization_type != "LN" or cfg.final_rms or after or cfg.use_qk_norm:
@@ -123,13 +113,12 @@ def to_rms(model: HookedTransformer) -> NormConversion:
             f"normalization_type={cfg.normalization_type!r}"
             + (" with norms after the sublayers or the embedding" if after else "")
         )
+    # Gain and bias alone: the norm that stays centres and divides.
     norms = {
-        name: ConstantNorm(norm.w.detach(), norm.b.detach(), 1.0)
-        for name, norm in model.named_modules()
-        if isinstance(norm, LayerNorm)
+        str(site): replace(norm_at(model, site), centred=False, statistic=None, scale=1.0)
+        for site in sites_of(cfg)
     }
-    weights = {name: W.detach() for name, W in model.named_parameters() if name[:-2] not in norms}
-    folded = dict(fold_weights(weights, norms, centred=False, form="folded"))
+    folded = dict(fold_weights(weights_around_norms(model), norms, form="folded"))
     centred = {name: _centred(W) if writes_to_stream(name) else W for name, W in folded.items()}
     rms = replace(cfg, normalization_type="RMSPre", final_rms=True, tie_word_embeddings=False)
     converted = hooked_transformer(rms, centred, model.tokenizer)
@@ -156,8 +145,9 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
 
     Raises:
         UnsupportedModelError: if gains are not folded, the stream is not zero-mean, as in models
-            that were trained with RMSNorm, or there is no such basis; and as `to_rms`.
-        InexactError: as `to_rms`.
+            that were trained with RMSNorm, or there is no such basis; for norms after the
+            sublayers or the embedding.
+        InexactError: if the logits differ by more than rounding explains.
 
     Source:
         arXiv 2305.14858, whose CRMSNorm is `"drop"`; the orthonormal basis is ours: it needs no
@@ -169,7 +159,9 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
         (192, 191)
     """
     if basis not in get_args(Basis):
-        raise UnsupportedModelError(f"basis {basis!r} is none of {get_args(Basis)}")
+        raise UnsupportedModelError(
+            f"basis={basis!r} does not exist: pass {' or '.join(map(repr, get_args(Basis)))}"
+        )
     steps: tuple[str, ...] = ()
     original = model
     if model.cfg.normalization_type == "LN":
@@ -179,14 +171,16 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
     cfg = model.cfg
     d = cfg.d_model
     if d < 2:
-        raise UnsupportedModelError("a residual stream of one dimension has none to spare")
+        raise UnsupportedModelError(
+            "d_model=1: CRMSNorm leaves out one dimension, so the residual stream needs at least 2"
+        )
     writer, reader = _orthonormal(d) if basis == "orthonormal" else _dropping()
     weights: dict[str, Tensor] = {}
     for name, W in model.named_parameters():
         W64 = W.detach().double()
         if writes_to_stream(name):
             weights[name] = writer(W64).to(W.dtype)
-        elif reads_stream(name):
+        elif is_reader(name):
             weights[name] = reader(W64.transpose(-1, -2)).transpose(-1, -2).to(W.dtype)
         else:
             weights[name] = W.detach()
@@ -206,9 +200,7 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
 
 
 def _require_zero_mean_stream(model: HookedTransformer) -> None:
-    if model.cfg.normalization_type != "RMSPre" or any(
-        not isinstance(norm, RMSNormPre) for name, norm in model.named_modules() if _is_norm(name)
-    ):
+    if model.cfg.normalization_type != "RMSPre" or is_crms(model) or live_sites(model) == ():
         raise UnsupportedModelError(
             "CRMSNorm needs RMSNorms with folded gains (to_rms of a LayerNorm model), not "
             f"normalization_type={model.cfg.normalization_type!r}"
@@ -218,15 +210,15 @@ def _require_zero_mean_stream(model: HookedTransformer) -> None:
             tolerance = ROUNDING[W.dtype] * W.abs().max()
             if W.double().mean(-1).abs().max() > tolerance:
                 raise UnsupportedModelError(
-                    f"{name} writes a mean into the residual stream, which CRMSNorm has no room "
-                    "for: only models converted from LayerNorm have a zero-mean stream"
+                    f"{name} writes a mean into the residual stream, and CRMSNorm needs a stream "
+                    "of zero mean, as models converted from LayerNorm have"
                 )
 
 
 def _measured(
     before: HookedTransformer, after: HookedTransformer, steps: tuple[str, ...], what: str
 ) -> NormConversion:
-    error = compare_logits(after, before).require(what)
+    error = require_same_logits(after, before, what)
     widths = (before.cfg.d_model, after.cfg.d_model)
     return NormConversion(after, steps, error, widths, (_count(before), _count(after)))
 
@@ -235,22 +227,9 @@ def _count(model: HookedTransformer) -> int:
     return sum(W.numel() for W in model.parameters())
 
 
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2].lstrip("_")
-
-
 def writes_to_stream(name: str) -> bool:
     """Whether a parameter writes to the residual stream, by its name."""
-    return _leaf(name) in _WRITERS
-
-
-def reads_stream(name: str) -> bool:
-    """Whether a parameter reads the residual stream, by its name."""
-    return _leaf(name) in _READERS
-
-
-def _is_norm(name: str) -> bool:
-    return name.rpartition(".")[2] in ("ln1", "ln2", "ln_final")
+    return name.rpartition(".")[2].lstrip("_") in _WRITERS
 
 
 def _centred(W: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
@@ -274,5 +253,8 @@ def _orthonormal(d: int) -> tuple[_Narrowing, _Narrowing]:
 
 
 def _dropping() -> tuple[_Narrowing, _Narrowing]:
-    """As `_orthonormal`: the last coordinate of writers left out, of readers subtracted."""
+    """What takes writers and (transposed) readers, [..., d], to d - 1 dimensions.
+
+    The last coordinate of writers is left out, that of readers is subtracted from the others.
+    """
     return (lambda W: W[..., :-1]), (lambda W: W[..., :-1] - W[..., -1:])

@@ -1,4 +1,4 @@
-"""The maps that can stand at a norm site: LayerNorm or RMSNorm, live, frozen or between the two.
+"""The maps that can stand at a norm site, and one description for all of them.
 
 Live, a norm divides by each token's own standard deviation (RMSNorm: root mean square). Frozen, it
 divides by one constant:
@@ -12,32 +12,138 @@ quotient before gain and bias. A frozen norm fires both, with the constant at fu
 are ours: `hook_in`, the norm's input, and `hook_sigma`, the constant before the gate.
 
 Sources: frozen, "You can remove GPT2's LayerNorm by fine-tuning", arXiv 2409.13710; the gate,
-TaperNorm, arXiv 2602.10408.
-
-`FrozenNorm` is what a finished model keeps of it when gain and bias are folded away.
+TaperNorm, arXiv 2602.10408; CRMSNorm, arXiv 2305.14858.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformer_lens.components import LayerNorm, RMSNorm
+from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 from transformer_lens.hook_points import HookPoint
 
-from lnfree_interp.errors import NormSiteError
+from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.running import is_watched
 
+Statistic = Literal["standard deviation", "root mean square"]
+"""What a live norm computes from each token and divides by."""
 
-class Norm(nn.Module):
+
+@dataclass(frozen=True, eq=False)
+class NormMap:
+    """What a norm does to a vector: x -> (C x / scale) * factor * gain + bias.
+
+    Code that handles norms asks this description, never the class of the module.
+    """
+
+    centred: bool
+    """Whether C subtracts the mean; else C is the identity."""
+    statistic: Statistic | None
+    """What it computes from each token and divides by; None where it divides by a constant."""
+    scale: float | None = None
+    """The constant that it divides by; None while it is live. A norm on its way from live to
+    frozen has both a statistic and a constant."""
+    factor: float = 1.0
+    """A constant that multiplies all channels alike."""
+    pointwise: bool = False
+    """Whether a function of each entry, such as tanh, takes the place of the division."""
+    gain: Float[Tensor, " d"] | None = None
+    """What each channel is multiplied by; None for ones."""
+    bias: Float[Tensor, " d"] | None = None
+    """What is added at the end; None for zeros."""
+
+    @property
+    def affine(self) -> bool:
+        """Whether the map is affine: the same constants for every token."""
+        return self.scale is not None and self.statistic is None and not self.pointwise
+
+    @property
+    def multiplier(self) -> Float[Tensor, "*d"]:
+        """What an affine map multiplies each centred channel by, in float64: [d], or a scalar where
+        all channels are multiplied alike."""
+        assert self.affine
+        assert self.scale is not None
+        if self.gain is None:
+            return torch.tensor(self.factor / self.scale, dtype=torch.float64)
+        return self.gain.detach().double() * (self.factor / self.scale)
+
+    def showing(self, scale: float) -> "NormMap":
+        """The same affine map, written as a division by another constant.
+
+        Raises:
+            NormSiteError: if the constant is not positive and finite.
+        """
+        require_positive(scale)
+        assert self.scale is not None
+        return replace(self, scale=scale, factor=self.factor * scale / self.scale)
+
+
+def describe(norm: nn.Module) -> NormMap:
+    """What a norm module does.
+
+    Args:
+        norm: The module at a norm site: this package's, or a norm of TransformerLens.
+
+    Raises:
+        UnsupportedModelError: for a module of any other class.
+    """
+    if isinstance(norm, FrozenNorm):
+        return NormMap(norm.centred, None, norm.constant)
+    if isinstance(norm, Norm):
+        return NormMap(
+            norm.centred,
+            statistic=None if norm.frozen else norm.statistic,
+            scale=None if norm.live else norm.constant,
+            gain=norm.w,
+            bias=norm.b,
+        )
+    if isinstance(norm, LayerNorm | LayerNormPre):
+        gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+        return NormMap(True, "standard deviation", gain=gain, bias=bias)
+    if isinstance(norm, RMSNorm | RMSNormPre | CRMSNormPre):
+        return NormMap(False, "root mean square", gain=getattr(norm, "w", None))
+    raise UnsupportedModelError(
+        f"{type(norm).__name__} stands where a norm is expected, and what it computes is not known "
+        "here. Known are LayerNorm and RMSNorm of TransformerLens, with or without gain, and the "
+        "norms of lnfree_interp"
+    )
+
+
+def require_positive(sigma: float) -> None:
+    """Refuse a constant that no norm can divide by.
+
+    Raises:
+        NormSiteError: if it is not positive and finite.
+    """
+    if not 0 < sigma < float("inf"):
+        raise NormSiteError(
+            f"a norm cannot divide by sigma={sigma}: pass a positive and finite number"
+        )
+
+
+class _ExactConstants(nn.Module):
+    """A module whose own buffers stay in float64 when the model is cast to another dtype."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, constant in exact.items():
+            setattr(self, name, constant.to(self.get_buffer(name).device))
+        return self
+
+
+class Norm(_ExactConstants):
     """A norm that can be frozen.
 
     Attributes:
         w: Gain, [d].
         b: Bias, [d]; None for an RMSNorm.
         centred: Whether the mean is subtracted: LayerNorm, not RMSNorm.
+        statistic: What it divides by while live: the standard deviation or the root mean square.
         eps: Added to the variance while live.
         sigma: The constant that a frozen norm divides by, a scalar; NaN while there is none.
         gate: Share of the live norm, a scalar: 1 live, 0 frozen.
@@ -46,9 +152,12 @@ class Norm(nn.Module):
 
     def __init__(self, norm: LayerNorm | RMSNorm):
         super().__init__()
+        given = describe(norm)
+        assert given.statistic is not None  # of every live norm
         self.w = norm.w
-        self.b = norm.b if isinstance(norm, LayerNorm) else None
-        self.centred = isinstance(norm, LayerNorm)
+        self.b = given.bias
+        self.centred = given.centred
+        self.statistic: Statistic = given.statistic
         self.eps = norm.eps
         self.register_buffer("sigma", torch.full((), torch.nan, dtype=torch.float64))
         self.register_buffer("gate", torch.ones((), dtype=torch.float64))
@@ -86,10 +195,9 @@ class Norm(nn.Module):
         Raises:
             NormSiteError: if sigma is not a positive finite number, or the gate not in 0..1.
         """
-        if not 0 < sigma < float("inf"):
-            raise NormSiteError(f"sigma must be positive and finite, not {sigma}")
+        require_positive(sigma)
         if not 0 <= gate <= 1:
-            raise NormSiteError(f"a gate lies in 0..1, not at {gate}")
+            raise NormSiteError(f"gate={gate} is not a share of the live norm: pass 0 to 1")
         self.sigma.fill_(sigma)
         self.gate.fill_(gate)
         self.remember()
@@ -108,7 +216,7 @@ class Norm(nn.Module):
 
     def token_sigma(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
         """Each token's own standard deviation or root mean square: what a live norm divides by."""
-        x = x if x.dtype == torch.float64 else x.float()
+        x = _wide(x)
         squares = x.var(-1, keepdim=True, correction=0) if self.centred else _mean_square(x)
         return (squares + self.eps).sqrt()
 
@@ -128,8 +236,7 @@ class Norm(nn.Module):
                 if not self.centred:
                     return x * gain
                 return _CentredAffine.apply(x, gain, self.b)
-        # As TransformerLens: squares of half-precision activations overflow.
-        dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
+        dtype, x = x.dtype, _wide(x)
         centred = x - x.mean(-1, keepdim=True) if self.centred else x
         scale = self.hook_scale(self._scale(centred))
         y = self.hook_normalized(centred / scale).to(dtype) * self.w
@@ -155,6 +262,11 @@ class Norm(nn.Module):
             return "live"
         constant = f"sigma={self.constant:.4g}"
         return constant if self.frozen else f"{constant}, gate={self._gate:.3g}"
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least, as TransformerLens does: squares of half-precision values overflow."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _mean_square(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
@@ -214,36 +326,63 @@ class SplitNorm(nn.Module):
         return (qk.live and v.live) or (qk.frozen and v.frozen and qk.constant == v.constant)
 
 
-class FrozenNorm(nn.Module):
+class FrozenNorm(_ExactConstants):
     """Centre, divide by a constant: `LayerNormPre` (`RMSNormPre` without centring) made linear.
 
     Fires TransformerLens' `hook_scale` and `hook_normalized`, so that its tools run, and are exact.
 
     Attributes:
-        sigma: The constant, a scalar.
+        sigma: The constant, a scalar, float64 whatever the model's dtype.
         centred: Whether the mean is subtracted.
+        eps: What the live norm added to the variance. Not used here: it is kept for the way back,
+            since `cfg.eps` of a model with these norms is NaN (`models.forms`).
     """
 
-    def __init__(self, sigma: float, centred: bool, dtype: torch.dtype = torch.float32):
+    def __init__(self, sigma: float, centred: bool, eps: float):
         super().__init__()
-        if not 0 < sigma < float("inf"):
-            raise NormSiteError(f"sigma must be positive and finite, not {sigma}")
+        require_positive(sigma)
         self.centred = centred
-        self.dtype = dtype
+        self.eps = eps
         self.register_buffer("sigma", torch.tensor(sigma, dtype=torch.float64))
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
     sigma: Tensor
 
+    @property
+    def constant(self) -> float:
+        """Sigma as a plain number."""
+        return self.sigma.item()
+
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """As `LayerNormPre.forward`, with `hook_scale` [batch, pos, 1] constant."""
-        x = x if x.dtype == torch.float64 else x.float()
+        dtype, x = x.dtype, _wide(x)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         scale = self.hook_scale(self.sigma.to(x).expand(*x.shape[:-1], 1))
-        return self.hook_normalized(x / scale).to(self.dtype)
+        return self.hook_normalized(x / scale).to(dtype)
 
     def extra_repr(self) -> str:
         """The constant, and whether the mean is subtracted."""
-        return f"sigma={self.sigma.item():.4g}, centred={self.centred}"
+        return f"sigma={self.constant:.4g}, centred={self.centred}"
+
+
+class CRMSNormPre(nn.Module):
+    """RMSNorm of a zero-mean vector of which the last entry is left out.
+
+    x in d - 1 dimensions stands for (x, -sum(x)) in d: x / sqrt((sum x^2 + (sum x)^2) / d + eps).
+    """
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.d = d
+        self.eps = eps
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
+        """As `RMSNormPre.forward`, over the vector that x stands for."""
+        dtype, x = x.dtype, _wide(x)
+        square = x.pow(2).sum(-1, keepdim=True) + x.sum(-1, keepdim=True).pow(2)
+        scale = self.hook_scale((square / self.d + self.eps).sqrt())
+        return self.hook_normalized(x / scale).to(dtype)

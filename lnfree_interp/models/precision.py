@@ -1,10 +1,10 @@
-"""What the hardware is fast at."""
+"""Which arithmetic the hardware runs fast."""
 
 import torch
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 products are native there; emulated ones are slower than float32."""
+    """Whether the device multiplies in bfloat16 natively; emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

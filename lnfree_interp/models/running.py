@@ -153,7 +153,7 @@ def require_tokens(model: Any, tokens: Int[Tensor, "*batch pos"]) -> None:
     """
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     if tokens.numel() == 0:
-        raise DataError("there are no tokens: give at least one")
+        raise DataError("there are no tokens: pass at least one")
     if tokens.shape[-1] > n_ctx:
         raise DataError(
             f"{tokens.shape[-1]} tokens in a row; the model's context is {n_ctx} tokens"
@@ -161,5 +161,5 @@ def require_tokens(model: Any, tokens: Int[Tensor, "*batch pos"]) -> None:
     if tokens.min() < 0 or tokens.max() >= d_vocab:
         raise DataError(
             f"token ids go from {tokens.min()} to {tokens.max()}; the model has 0 to "
-            f"{d_vocab - 1}: is this text tokenized for another model?"
+            f"{d_vocab - 1}. The text is tokenized for another model: use this model's tokenizer"
         )

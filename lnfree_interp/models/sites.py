@@ -3,7 +3,8 @@
 A site is named by TransformerLens' own module path, with `ln1` split by who reads it:
 `blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`, ..., `ln_final`. Some architectures have more:
 `attn.q_norm` and `attn.k_norm` on queries and keys (Qwen3), `ln1_post` and `ln2_post` on what the
-sublayers write (Gemma 2). Whatever touches norms does so through sites.
+sublayers write (Gemma 2). Whatever touches norms does so through sites; which module a site's name
+means in a model is decided in `norm_path` alone.
 """
 
 import copy
@@ -13,13 +14,13 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
-from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.block import LookupEmbed, SiteBlock, TiedUnembed
-from lnfree_interp.models.norms import FrozenNorm, Norm
+from lnfree_interp.models.norms import Norm, NormMap, SplitNorm, describe
 
 SiteKind = Literal[
     "ln1.qk",
@@ -62,8 +63,84 @@ class NormSite:
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
             layer, kind = int(match[1]), match[2]
         if kind not in get_args(SiteKind) or (layer is None) != (kind == "ln_final"):
-            raise NormSiteError(f"{name!r} is not the name of a norm site")
+            raise NormSiteError(
+                f"{name!r} is not the name of a norm site. Names are like 'blocks.0.ln1.qk', "
+                "'blocks.0.ln1.v', 'blocks.0.ln2' and 'ln_final'"
+            )
         return cls(cast(SiteKind, kind), layer)
+
+
+def whole_norm(name: str) -> str:
+    """The norm that a site is part of in a stock model: `blocks.0.ln1` for both of its halves."""
+    return name.rpartition(".")[0] if name.endswith((".ln1.qk", ".ln1.v")) else name
+
+
+def sites_in(norm: str) -> tuple[str, ...]:
+    """The sites that a norm of a stock model holds: the halves of `ln1`, the values' last."""
+    return (f"{norm}.qk", f"{norm}.v") if norm.endswith(".ln1") else (norm,)
+
+
+def stock_name(parameter: str) -> str:
+    """What a parameter of a model with norm sites is called in a stock model."""
+    module, _, leaf = parameter.rpartition(".")
+    return f"{whole_norm(module)}.{leaf}"
+
+
+def norm_path(model: HookedTransformer, site: NormSite | str) -> str:
+    """The path of the module that a site means in this model.
+
+    Args:
+        model: In any form.
+        site: A site, or its name.
+
+    Returns:
+        `blocks.0.ln1.qk` itself in a model with norm sites, `blocks.0.ln1` in one whose `ln1` is
+            one module; every other name as it is.
+
+    Raises:
+        NormSiteError: if the model has no such block.
+    """
+    name = str(site)
+    whole = whole_norm(name)
+    if whole == name:
+        return name
+    try:
+        ln1 = model.get_submodule(whole)
+    except AttributeError as error:
+        raise NormSiteError(
+            f"no norm site {name!r}: the model has {model.cfg.n_layers} layers, counted from 0"
+        ) from error
+    return name if isinstance(ln1, SplitNorm) else whole
+
+
+def norm_at(model: HookedTransformer, site: NormSite | str) -> NormMap:
+    """What the norm at a site does, in a model that has norms.
+
+    Raises:
+        UnsupportedModelError: for a module that is not a norm known here.
+    """
+    return describe(model.get_submodule(norm_path(model, site)))
+
+
+def sites_of(cfg: HookedTransformerConfig, whole_ln1: bool = False) -> tuple[NormSite, ...]:
+    """The places where a model of this config normalises, in the order of computation.
+
+    Args:
+        cfg: Its `normalization_type` is not asked: a folded model has the same places, without
+            norms.
+        whole_ln1: Whether `ln1` is one site, read by queries, keys and values alike.
+    """
+    kinds: list[SiteKind] = ["ln1"] if whole_ln1 else ["ln1.qk", "ln1.v"]
+    if cfg.use_qk_norm:
+        kinds.extend(["attn.q_norm", "attn.k_norm"])
+    if cfg.use_normalization_before_and_after:
+        kinds.append("ln1_post")
+    if not cfg.attn_only:
+        kinds.append("ln2")
+        if cfg.use_normalization_before_and_after:
+            kinds.append("ln2_post")
+    sites = [NormSite(kind, layer) for layer in range(cfg.n_layers) for kind in kinds]
+    return (*sites, NormSite("ln_final"))
 
 
 def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
@@ -84,27 +161,21 @@ def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
         >>> lf.list_norm_sites(free)
         ()
     """
-    cfg = model.cfg
-    if cfg.normalization_type is None:
+    if model.cfg.normalization_type is None:
         return ()
-    one_ln1 = isinstance(model.ln_final, FrozenNorm)
-    kinds: list[SiteKind] = []
-    kinds.extend(["ln1"] if one_ln1 else ["ln1.qk", "ln1.v"])
-    if cfg.use_qk_norm:
-        kinds.extend(["attn.q_norm", "attn.k_norm"])
-    if cfg.use_normalization_before_and_after:
-        kinds.append("ln1_post")
-    if not cfg.attn_only:
-        kinds.append("ln2")
-        if cfg.use_normalization_before_and_after:
-            kinds.append("ln2_post")
-    sites = [NormSite(kind, layer) for layer in range(cfg.n_layers) for kind in kinds]
-    return (*sites, NormSite("ln_final"))
+    return sites_of(model.cfg, whole_ln1=is_frozen_form(model))
 
 
 def has_norm_sites(model: HookedTransformer) -> bool:
     """Whether the norms are `Norm` modules, which can be frozen one by one."""
     return all(isinstance(block, SiteBlock) for block in model.blocks)
+
+
+def is_frozen_form(model: HookedTransformer) -> bool:
+    """Whether the model is in the frozen form: stock blocks, and norms that are all affine."""
+    if model.cfg.normalization_type is None or has_norm_sites(model):
+        return False
+    return all(norm_at(model, site).affine for site in sites_of(model.cfg, whole_ln1=True))
 
 
 def _require_pre_norm(model: HookedTransformer) -> None:
@@ -126,7 +197,7 @@ def _require_pre_norm(model: HookedTransformer) -> None:
     found = [what for what, is_so in unsupported.items() if is_so]
     if found:
         raise UnsupportedModelError(
-            f"freezing norms one by one needs blocks that normalise what a sublayer reads; this "
+            f"norms can be frozen one by one in blocks that normalise what a sublayer reads; this "
             f"model has {', '.join(found)}"
         )
 
@@ -158,12 +229,12 @@ def with_norm_sites(model: HookedTransformer, copy_weights: bool = True) -> Hook
     if has_norm_sites(model):
         return _copied(model, copy_weights)
     split = split_norms(model, copy_weights)
-    compare_logits(split, model).require("model with norm sites against stock")
+    require_same_logits(split, model, "model with norm sites against stock")
     return split
 
 
 def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTransformer:
-    """As `with_norm_sites` of a stock model, without comparing logits."""
+    """The copy that `with_norm_sites` makes of a stock model, without comparing logits."""
     _require_pre_norm(model)
     model = _copied(model, copy_weights)
     for index, block in enumerate(model.blocks):
@@ -177,7 +248,8 @@ def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTr
 
 
 def _copied(model: HookedTransformer, copy_weights: bool) -> HookedTransformer:
-    """Without hooks. deepcopy takes what its memo holds for copied already."""
+    """A copy without hooks, which shares the parameters unless they are to be copied."""
+    # deepcopy takes what is in its memo as copied already.
     own: dict[int, object] = {} if copy_weights else {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, own)
     copied.reset_hooks(including_permanent=True)
@@ -239,7 +311,7 @@ def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
     """The sites that still normalise. Empty: everything reads the stream by an affine map.
 
     Args:
-        model: As for `list_norm_sites`.
+        model: Stock, with norm sites, in the frozen form or folded.
 
     Returns:
         Those of `list_norm_sites` that are not frozen.
@@ -248,13 +320,4 @@ def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
         >>> len(lf.live_sites(model)), lf.live_sites(free)
         (13, ())
     """
-    sites = list_norm_sites(model)
-    if not has_norm_sites(model):
-        return tuple(site for site in sites if not _is_frozen_module(model, site))
-    return tuple(site for site in sites if not get_norm(model, site).frozen)
-
-
-def _is_frozen_module(model: HookedTransformer, site: NormSite) -> bool:
-    return site.kind in ("ln1", "ln2", "ln_final") and isinstance(
-        model.get_submodule(site.name), FrozenNorm
-    )
+    return tuple(site for site in list_norm_sites(model) if not norm_at(model, site).affine)

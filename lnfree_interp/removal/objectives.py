@@ -8,7 +8,7 @@ the same pass, since that of cross-entropy and KL is only  p - (1 - d) onehot - 
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.models.loss import next_token_loss
+from lnfree_interp.models.sites import norm_at
 from lnfree_interp.removal.statistics import TokenGroups
 
 
@@ -257,7 +258,7 @@ class Objective(nn.Module):
             resid if anchor else resid.detach(),
             self.groups.of["ordinary"],
             self.anchor_target,
-            cast(bool, self.model.ln_final.centred),
+            norm_at(self.model, "ln_final").centred,
         )
         if anchor:
             total = total + anchor * anchored

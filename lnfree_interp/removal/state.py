@@ -14,6 +14,7 @@ from lnfree_interp.checkpoints.architectures import ARCHITECTURES
 from lnfree_interp.checkpoints.layouts import hooked_names, optional_names
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.norms import Norm
+from lnfree_interp.models.sites import stock_name
 from lnfree_interp.removal.processes import spread_like, whole
 from lnfree_interp.removal.recipe import Recipe
 
@@ -24,10 +25,10 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
     What the model's architecture has no place for is not trained: a bias in every Llama layer would
     be one that transformers cannot hold.
     """
-    homeless = _without_place(model)
+    left_over = _without_place(model)
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
-        if name in homeless:
+        if name in left_over:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             leaf = name.rpartition(".")[2].lstrip("_")
@@ -50,7 +51,7 @@ def _without_place(model: HookedTransformer) -> set[str]:
     places = hooked_names(architecture.layout, model.cfg)
     if not any(parameters[name].any() for name in switched):
         places = places - switched
-    return {name for name in parameters if name.replace(".ln1.qk.", ".ln1.") not in places}
+    return {name for name in parameters if stock_name(name) not in places}
 
 
 def fingerprint(model: HookedTransformer) -> str:

@@ -12,6 +12,7 @@ from support.architectures import (
     make_model,
     transformers_in_float64,
 )
+from support.models import freeze_all, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import lnfree_interp as lf
@@ -110,7 +111,7 @@ def test_lnfree_models_of_every_architecture(
     if dtype == torch.float64:
         with transformers_in_float64(monkeypatch, kind):
             error = compare_with_transformers(model, tmp_path / "in", tokens, dtype)
-        # The disguise itself: variance / 2e12. Angles of llama3 are float32 in TransformerLens too.
+        # An epsilon of 1e12 errs by variance / 2e12; llama3's angles are float32 in both libraries.
         assert error.relative < (1e-5 if kind == "llama3" else 1e-9)
     else:
         assert compare_with_transformers(model, tmp_path / "in", tokens, dtype).relative < 1e-5
@@ -134,7 +135,7 @@ def test_gpt_neo_has_no_place_for_folded_biases(tmp_path):
     lf.compare_logits(lf.load(tmp_path / "out"), model).require("round trip")
 
 
-def test_opt_cannot_be_disguised(tmp_path):
+def test_opt_has_no_epsilon_to_set(tmp_path):
     sites = lf.with_norm_sites(lf.load(make_model("opt")))
     for site in lf.list_norm_sites(sites):
         lf.freeze_site(sites, site, 1.3)
@@ -170,8 +171,12 @@ def test_opt_cannot_be_disguised(tmp_path):
             "'linear' with sliding windows",
         ),
         ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
-        ("neox", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "pairs"),
-        ("llama", {"head_dim": 7}, "pairs"),
+        (
+            "neox",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}},
+            "must be even",
+        ),
+        ("llama", {"head_dim": 7}, "even"),
         ("qwen2", {"layer_types": ["full_attention", "linear_attention", "x"]}, "layer types"),
     ],
     ids=str,
@@ -215,3 +220,18 @@ def test_a_wrong_config_never_passes(kind, folder_of, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, name, replace(right, config=config))
     with pytest.raises(LnfreeError, match="against transformers"):
         lf.load(folder_of(kind))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen3", "neox"])
+def test_all_constants_come_back_as_sites(kind, tmp_path):
+    frozen = freeze_all(lf.load(make_model(kind).double(), dtype=torch.float64))
+    sigma = {str(s): lf.get_norm(frozen, s).sigma.item() for s in lf.list_norm_sites(frozen)}
+    for folder in (
+        lf.export(frozen, tmp_path / "own"),
+        lf.export(frozen, tmp_path / "given", sigma=sigma),
+    ):
+        back = lf.load(folder, form="sites", dtype=torch.float64, tokenizer=make_tokenizer())
+        assert lf.live_sites(back) == ()
+        assert sigma == {
+            str(s): lf.get_norm(back, s).sigma.item() for s in lf.list_norm_sites(back)
+        }

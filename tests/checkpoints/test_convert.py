@@ -38,7 +38,7 @@ def test_a_published_format_becomes_a_folder_for_transformers(
     assert f"wrote {tmp_path / 'out'}" in said
     hf_model = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     lf.compare_logits(lf.load(fake), hf_model).require("converted")
-    assert lf.read_sidecar(tmp_path / "out").form == form
+    assert lf.formats.read_sidecar(tmp_path / "out").form == form
     assert "HookedTransformer against its source" in (tmp_path / "out/README.md").read_text()
 
 
@@ -105,7 +105,7 @@ def test_requests_that_contradict_themselves_or_the_model(gpt2_folder, fake, tmp
         lf.convert(gpt2_folder, tmp_path / "out", form="folded", to_norm="rms")
     with pytest.raises(NormSiteError, match="its norms are live"):
         lf.convert(gpt2_folder, tmp_path / "out", form="folded")
-    with pytest.raises(NormSiteError, match="to_norm is for live norms"):
+    with pytest.raises(NormSiteError, match="needs live norms"):
         lf.convert(fake, tmp_path / "out", to_norm="rms")
     with pytest.raises(OutputError, match="already exists"):
         lf.convert(gpt2_folder, fake)

@@ -26,7 +26,7 @@ TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 def test_lnfree_folder_in_plain_transformers(folded, dtype, tmp_path):
     lf.export(folded, tmp_path / "model")
     hf_model = GPT2LMHeadModel.from_pretrained(tmp_path / "model", dtype=dtype)
-    # float64: the disguise itself is off by variance / 2e12.
+    # float64: an epsilon of 1e12 itself is off by variance / 2e12.
     assert lf.compare_logits(hf_model, folded).relative <= TIGHT[dtype]
     assert hf_model.config.layer_norm_epsilon == 1e12
 
@@ -118,7 +118,7 @@ def test_the_model_card_says_what_the_model_is(frozen, dtype, tmp_path):
     assert f"| distillation | {recipe.distillation} |" in card
     sigma = lf.get_norm(frozen, "blocks.0.ln1.qk").sigma.item()
     assert f"| `blocks.0.ln1.qk` | {sigma:.6g} |" in card
-    sidecar = lf.read_sidecar(tmp_path / "model")
+    sidecar = lf.formats.read_sidecar(tmp_path / "model")
     assert sidecar.form == "sites"
     assert sidecar.recipe["steps"] == 20
     assert sidecar.recipe["events"][0] == [0, "blocks.0.ln2", 0]
@@ -255,15 +255,15 @@ def test_interrupted_export_leaves_nothing(folded, tmp_path, monkeypatch):
 
 def test_what_gpt2_cannot_say_is_refused(frozen, folded, live):
     lf.get_norm(frozen, "blocks.1.ln2").thaw()
-    with pytest.raises(NormSiteError, match="before the removal or after it"):
-        lf.to_transformers(frozen)
+    with pytest.raises(NormSiteError, match="1 of 10 norm sites are live"):
+        lf.formats.to_transformers(frozen)
     with torch.no_grad():
         folded.blocks[1].mlp.W_in.add_(0.1)
         live.unembed.b_U.add_(1)
     with pytest.raises(UnsupportedModelError, match="W_in reads the mean"):
-        lf.to_transformers(folded)
+        lf.formats.to_transformers(folded)
     with pytest.raises(UnsupportedModelError, match="no unembedding bias"):
-        lf.to_transformers(live)
+        lf.formats.to_transformers(live)
 
 
 def test_a_new_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):

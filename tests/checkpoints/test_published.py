@@ -96,7 +96,7 @@ def test_nanogpt_with_its_channel_quirk(tokens, dtype, tmp_path):
     model.state = {name: W.to(dtype) for name, W in model.state.items()}
     std, std_bos = apollo_tables(model)
     write_nanogpt(model, tmp_path / "ckpt.pt")
-    sigma = lf.nanogpt_sigma(std, std_bos, model.config.n_embd)
+    sigma = lf.formats.nanogpt_sigma(std, std_bos, model.config.n_embd)
     for form in ("folded", "frozen"):
         found = lf.load(
             tmp_path / "ckpt.pt", sigma=sigma, form=form, dtype=dtype, tokenizer=make_tokenizer()
@@ -128,7 +128,7 @@ def test_nanogpt_needs_every_constant(model, tmp_path):
     file = tmp_path / "ckpt.pt"
     write_nanogpt(model, file)
     std, std_bos = apollo_tables(model)
-    sigma = lf.nanogpt_sigma(std, std_bos, 32)
+    sigma = lf.formats.nanogpt_sigma(std, std_bos, 32)
     with pytest.raises(CheckpointError, match="nanogpt_sigma"):
         lf.load(file)
     with pytest.raises(NormSiteError, match=r"no sigma for blocks\.1\.ln2"):
@@ -140,7 +140,9 @@ def test_nanogpt_needs_every_constant(model, tmp_path):
     with pytest.raises(NormSiteError, match=r"shape \[3\]"):
         lf.load(file, sigma=sigma | {"blocks.0.ln2": torch.ones(3)})
     with pytest.raises(NormSiteError, match=r"hook_resid_mid"):
-        lf.nanogpt_sigma({k: v for k, v in std.items() if "1.hook_resid_mid" not in k}, std_bos, 32)
+        lf.formats.nanogpt_sigma(
+            {k: v for k, v in std.items() if "1.hook_resid_mid" not in k}, std_bos, 32
+        )
     torch.save({"model": 3}, file)
     with pytest.raises(CheckpointError, match="not a nanoGPT checkpoint"):
         lf.load(file, sigma=sigma)

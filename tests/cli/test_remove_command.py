@@ -69,7 +69,7 @@ def test_from_a_folder_and_a_file_to_an_lnfree_model(monkeypatch, tmp_path, fold
     lf.compare_logits(free, hf).require("exported", 1e-4)
     heldout = lf.evaluate_loss(free, _heldout(free, text)).mean
     assert heldout == pytest.approx(records[-1]["heldout"], rel=2e-3)  # bfloat16 while training
-    sidecar = lf.read_sidecar(out / "model")
+    sidecar = lf.formats.read_sidecar(out / "model")
     assert sidecar.recipe["steps"] == 14
     assert sidecar.source == "source"
 
@@ -106,7 +106,7 @@ def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text,
 def test_the_control_is_written_with_its_norms(monkeypatch, tmp_path, folder, text):
     out = tmp_path / "run"
     lnfree(monkeypatch, "remove", folder, "--out", out, "--data", text, "--vanilla", *QUICK)
-    assert lf.read_sidecar(out / "model").form == "live"
+    assert lf.formats.read_sidecar(out / "model").form == "live"
     control = lf.load(out / "model")
     assert lf.live_sites(control) == lf.list_norm_sites(control)
     assert lf.compare_logits(control, lf.load(folder)).relative > 1e-3  # it was trained

@@ -52,21 +52,20 @@ def test_models_without_sites_are_refused(live, folded):
             lf.fold(model)
 
 
-def no_centring(norm, centred, scale, W, b):
-    return RIGHT(norm, False, scale, W, b)
+def no_centring(norm, scale, W, b):
+    return RIGHT(replace(norm, centred=False), scale, W, b)
 
 
-def no_bias(norm, centred, scale, W, b):
-    return RIGHT(norm, centred, scale, W, b)[0], b
+def no_bias(norm, scale, W, b):
+    return RIGHT(norm, scale, W, b)[0], b
 
 
-def no_gain(norm, centred, scale, W, b):
-    flat = replace(norm, gain=torch.full_like(norm.gain, 1 / norm.sigma))
-    return RIGHT(flat, centred, scale, W, b)
+def no_gain(norm, scale, W, b):
+    return RIGHT(replace(norm, gain=None), scale, W, b)
 
 
-def wrong_sigma(norm, centred, scale, W, b):
-    folded, bias = RIGHT(norm, centred, scale, W, b)
+def wrong_sigma(norm, scale, W, b):
+    folded, bias = RIGHT(norm, scale, W, b)
     return folded * 1.001, bias
 
 

@@ -1,17 +1,26 @@
 """The two finished forms. On the frozen one TransformerLens' own tools run, and are exact."""
 
+import copy
+import math
+import warnings
+
 import pytest
 import torch
 from support.architectures import lnfree_model
 from support.models import freeze_all
-from transformer_lens import HookedTransformer, patching
+from transformer_lens import (
+    HookedTransformer,
+    HookedTransformerConfig,
+    patching,
+)
 from transformer_lens.components import TransformerBlock
 from transformer_lens.head_detector import detect_head
 from transformer_lens.tools.analysis.direct_logit_attribution import direct_logit_attribution
 from transformer_lens.tools.analysis.direct_path_patching import get_act_patch_direct_path
 
 import lnfree_interp as lf
-from lnfree_interp.errors import NormSiteError
+from lnfree_interp.errors import InexactError, NormSiteError
+from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.numerics import measure_error
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -238,3 +247,47 @@ def test_models_freed_from_rms_norms_have_a_frozen_form_too(tokens):
 def test_freezing_again_keeps_the_function(live):
     model = freeze_all(live, seed=3)
     lf.compare_logits(lf.fold(lf.frozen_form(model)), lf.fold(model)).require("two ways")
+
+
+def rebuilt(model, how):
+    """What a client makes of the frozen form's config and weights, without its constants."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = HookedTransformer(model.cfg)
+    if how == "processed":
+        other.load_and_process_state_dict(model.state_dict(), fold_ln=False)
+    else:
+        other.load_state_dict(model.state_dict(), strict=False)
+    return other
+
+
+@pytest.mark.parametrize("how", ["plain", "processed", "dictionary"])
+@pytest.mark.parametrize("kind", ["LNPre", "RMSPre", "crms"])
+def test_a_model_rebuilt_from_the_config_alone_gives_no_plausible_number(how, kind, tools, live):
+    if kind == "RMSPre":
+        tools = lf.frozen_form(lf.load(lnfree_model("llama")))
+    elif kind == "crms":
+        tools = lf.to_crms(live, "drop").model
+    assert math.isnan(tools.cfg.eps)
+    if how == "dictionary":
+        tools = copy.deepcopy(tools)
+        tools.cfg = HookedTransformerConfig.from_dict(tools.cfg.to_dict())
+    logits = rebuilt(tools, how)(torch.tensor([[1, 2, 3]]))
+    assert logits.isnan().all()
+    with pytest.raises(InexactError, match=r"not finite.*blocks\.0\.ln1\.hook_scale"):
+        require_same_logits(tools, rebuilt(tools, how), "rebuilt")
+
+
+def test_a_folded_model_can_be_rebuilt_from_its_config(folded, tokens):
+    assert torch.equal(rebuilt(folded, "plain")(tokens), folded(tokens))
+
+
+def test_the_epsilon_is_not_lost(frozen, folded, tools, tmp_path):
+    assert lf.fold(tools).cfg.eps == lf.frozen_form(folded).ln_final.eps == frozen.cfg.eps
+    assert lf.frozen_form(tools, {"ln_final": 2.0}).blocks[0].ln1.eps == frozen.cfg.eps
+    for target in ("transformers", "transformer_lens"):
+        folder = lf.export(tools, tmp_path / target, target=target)
+        assert "NaN" not in "".join(file.read_text() for file in folder.glob("*.json"))
+        back = lf.load(folder, form="frozen", dtype=tools.cfg.dtype)
+        assert math.isnan(back.cfg.eps)
+        assert back.ln_final.eps == frozen.cfg.eps

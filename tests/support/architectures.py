@@ -103,7 +103,7 @@ def is_norm(name):
 
 
 def lnfree_model(kind, **settings):
-    """The published disguise on any architecture whose epsilon is in the config."""
+    """The published constant-epsilon format for any architecture whose epsilon is in the config."""
     model = make_model(kind, **settings)
     # Gemma's scaled embedding would drive scores into their caps, and amplify rounding.
     sigma = 6.0 if kind.startswith("gemma") else 1.7

@@ -1,18 +1,18 @@
-"""An LN-free model as the weights of a class of transformers that always normalises.
+"""An LN-free model as weights of a class of transformers that always normalises.
 
 An epsilon of 1e12 and gains of 1e6 make every norm subtract the mean and multiply by a constant
 (ApolloResearch/gpt2_noLN). Folded readers ignore the mean, so nothing changes.
 
 The unembedding of a folded model is not the embedding any more. Where it is C diag(a) W_E^T, with a
 bias beta W_E^T, it is tied again, and a and beta go into ln_f, as in the published checkpoints.
-Otherwise the bias, for which there is no slot, rides on the direction that centring has emptied:
-with s in every entry of ln_f's bias and b_U / (s d_model) added to every row of W_U, ln_f's output
-x + s reads
+Otherwise the bias, for which the class has no parameter, goes into the direction that centring has
+emptied: with s in every entry of ln_f's bias and b_U / (s d_model) added to every row of W_U, the
+output x + s of ln_f reads
 
     (x + s 1) (W_U + 1 b_U / (s d))  =  x W_U + b_U        since  x 1 = 0  and  1 W_U = 0
 """
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -20,11 +20,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.checkpoints.architectures import Architecture
-from lnfree_interp.checkpoints.published import DISGUISE_GAIN
+from lnfree_interp.checkpoints.published import CONSTANT_GAIN
 from lnfree_interp.errors import UnsupportedModelError
-from lnfree_interp.models.folding import ConstantNorm, rescale_queries_and_keys
+from lnfree_interp.models.folding import rescale_queries_and_keys
 from lnfree_interp.models.forms import constant_norms, reads_mean
-from lnfree_interp.models.sites import has_norm_sites
+from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.sites import has_norm_sites, whole_norm
 from lnfree_interp.numerics import ROUNDING
 
 
@@ -40,7 +41,7 @@ def is_tied(
     return torch.allclose(W * W_E.shape[1] ** 0.5, W_E, rtol=few_ulp, atol=0)
 
 
-def disguised(
+def constant_epsilon_weights(
     model: HookedTransformer, architecture: Architecture, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The weights of an LN-free model with constant norms that transformers can run."""
@@ -52,9 +53,9 @@ def disguised(
         )
     if cfg.dtype == torch.float16:
         raise UnsupportedModelError(
-            "float16 ends at 65504, the exported gains are 1e6: use float32"
+            "the exported gains are 1e6, which float16 cannot hold: use float32"
         )
-    norms, _ = constant_norms(model)
+    norms = constant_norms(model)
     centres = architecture.centres
     sites = has_norm_sites(model)  # then gains and biases are still in the norms
     if centres and not sites and (reader := reads_mean(model)):
@@ -62,52 +63,48 @@ def disguised(
             f"{reader} reads the mean of the residual stream, which {name}'s LayerNorm subtracts: "
             "only models folded from LayerNorm can be exported to it"
         )
+    if sites and (other := [site for site, norm in norms.items() if norm.centred != centres]):
+        raise UnsupportedModelError(
+            f"{name} has norms that {'subtract' if centres else 'do not subtract'} the mean, and "
+            f"{other[0]} is not one: fold the model and export it with target='transformer_lens'"
+        )
     weights = {key: W for key, W in weights.items() if not key.startswith("ln_final.")}
-    W_E, places = weights["embed.W_E"], architecture.norm_weights(cfg)
     for layer in range(cfg.n_layers):
-        block = f"blocks.{layer}"
-        qk, v = norms.get(f"{block}.ln1.qk"), norms.get(f"{block}.ln1.v")
-        if qk is not None and v is not None and qk.sigma != v.sigma:
-            rescale_queries_and_keys(weights, block, v.sigma / qk.sigma, v.bias)
-        for kind in ("ln1", "ln2", "ln1_post", "ln2_post", "attn.q_norm", "attn.k_norm"):
-            if f"{block}.{kind}.w" not in places:
-                continue
-            norm = norms.get(f"{block}.{kind}") or norms.get(f"{block}.{kind}.v")
-            _put(weights, f"{block}.{kind}", norm, W_E, places)
-    final = norms["ln_final"]
+        qk, v = (norms[f"blocks.{layer}.ln1.{half}"] for half in ("qk", "v"))
+        assert qk.scale is not None
+        assert v.scale is not None
+        if qk.scale != v.scale:
+            ratio = v.scale / qk.scale
+            rescale_queries_and_keys(weights, f"blocks.{layer}", ratio, v.bias)
+    # Of the two halves of ln1 the values' comes last, and stays.
+    placed = {whole_norm(site): norm for site, norm in norms.items()}
     if not sites:
-        final, weights["unembed.W_U"] = _unembedding(model, final, architecture)
+        final, weights["unembed.W_U"] = _unembedding(model, norms["ln_final"], architecture)
+        placed["ln_final"] = final
     elif model.b_U.any():
-        raise UnsupportedModelError(f"{name} has no unembedding bias: fold the model first")
-    _put(weights, "ln_final", final, W_E, places)
+        raise UnsupportedModelError(
+            f"{name} has no unembedding bias, and this model has one: fold the model first"
+        )
+    nothing = NormMap(centred=False, statistic=None, scale=1.0)
+    for parameter, length in architecture.norm_weights(cfg).items():
+        norm_name, _, leaf = parameter.rpartition(".")
+        norm = placed.get(norm_name, nothing)
+        bias = 0.0 if norm.bias is None else norm.bias.detach()
+        value = norm.multiplier * CONSTANT_GAIN if leaf == "w" else torch.as_tensor(bias)
+        weights[parameter] = value.to(weights["embed.W_E"]).expand(length)
     return weights
 
 
-def _put(
-    weights: dict[str, Tensor],
-    name: str,
-    norm: ConstantNorm | None,
-    like: Tensor,
-    places: Mapping[str, int],
-) -> None:
-    """Gain and bias of a constant norm, as they stand behind an epsilon of 1e12."""
-    gain = torch.ones(places[f"{name}.w"]) if norm is None else norm.gain
-    weights[f"{name}.w"] = (gain.double().to(like.device) * DISGUISE_GAIN).to(like.dtype)
-    if f"{name}.b" in places:
-        bias = None if norm is None else norm.bias
-        weights[f"{name}.b"] = (torch.zeros_like(gain) if bias is None else bias).to(like)
-
-
 def _unembedding(
-    model: HookedTransformer, final: ConstantNorm, architecture: Architecture
-) -> tuple[ConstantNorm, Float[Tensor, "d_model d_vocab"]]:
+    model: HookedTransformer, final: NormMap, architecture: Architecture
+) -> tuple[NormMap, Float[Tensor, "d_model d_vocab"]]:
     """The final norm and W_U of a model whose final norm is folded: tied if that is exact."""
-    scale = final.gain.mean().item()  # 1 / sigma in the frozen form, 1 in the folded
+    scale = final.multiplier.item()  # 1 / sigma in the frozen form, 1 in the folded
     W_E = model.W_E / (model.cfg.d_model**0.5 if architecture.scales_embedding else 1)
     tie = retied(W_E, model.W_U * scale, model.b_U, architecture.centres)
     if tie is not None:
         gain, bias = tie
-        return ConstantNorm(gain, bias, final.sigma), W_E.T
+        return replace(final, scale=1.0, factor=1.0, gain=gain, bias=bias), W_E.T
     if not model.b_U.any():
         return final, model.W_U.detach()
     if not architecture.centres:
@@ -115,9 +112,9 @@ def _unembedding(
             f"{model.cfg.original_architecture} has no unembedding bias; this model has"
         )
     # A bias of the size of the gain keeps the added rows at the size of W_U.
-    bias = torch.full_like(final.gain, scale)
+    bias = torch.full_like(model.W_E[0], scale, dtype=torch.float64)
     W_U = model.W_U.double() + model.b_U.double() / (scale * model.cfg.d_model)
-    return ConstantNorm(final.gain, bias, final.sigma), W_U.to(model.W_U.dtype).detach()
+    return replace(final, bias=bias), W_U.to(model.W_U.dtype).detach()
 
 
 def retied(
