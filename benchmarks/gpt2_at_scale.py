@@ -21,7 +21,7 @@ import tyro
 from transformer_lens import HookedTransformer
 
 import lnfree_interp as lf
-from lnfree_interp.data.sources import STDLIB, open_blocks
+from lnfree_interp.data.sources import STDLIB, open_sequences
 from lnfree_interp.removal.job import Job, make_recipe, resume_job, run_job
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import published_order
@@ -40,7 +40,7 @@ def shrunk(recipe: Recipe, model: HookedTransformer) -> Recipe:
         micro_batch=2,
         warmup=2,
         evaluate_every=10,
-        statistics=replace(recipe.statistics, blocks=4),
+        statistics=replace(recipe.statistics, sequences=4),
         special=type(recipe.special)(),
     )
 
@@ -64,15 +64,15 @@ def main(
         data: Hub id or local files.
         recipe: As `lnfree remove --recipe`.
         distillation: Replaces the recipe's.
-        micro_batch: Blocks per forward pass; lower it on a smaller GPU.
-        heldout: Blocks that are evaluated, while training and in the end, and not trained on.
+        micro_batch: Sequences per forward pass; lower it on a smaller GPU.
+        heldout: Sequences that are evaluated, while training and in the end, and not trained on.
         tiny: The bundled model, the standard library and a few steps.
     """
     job = Job(
         model=None if tiny else model,
         text=STDLIB if tiny else data,
         heldout=8 if tiny else heldout,
-        block=64 if tiny else 1024,
+        sequence_length=64 if tiny else 1024,
         checkpoint_every=5 if tiny else 25,
     )
     result: dict[str, dict[str, float]] = {}
@@ -109,11 +109,13 @@ def main(
     (out / "result.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def scores(model: HookedTransformer, job: Job, blocks: int) -> dict[str, float]:
+def scores(model: HookedTransformer, job: Job, sequences: int) -> dict[str, float]:
     """Mean, median and 99.9th percentile of cross-entropy on held-out blocks."""
     split = "heldout" if job.text == STDLIB else job.split
-    assert job.block is not None
-    text = open_blocks(job.text, model.tokenizer, job.block, split=split).take(blocks)
+    assert job.sequence_length is not None
+    text = open_sequences(job.text, model.tokenizer, job.sequence_length, split=split).take(
+        sequences
+    )
     losses = lf.evaluate_loss(model, text, batch=4).per_token.numpy()
     median, p999 = np.quantile(losses, [0.5, 0.999]).tolist()
     mean, largest = float(losses.mean()), float(losses.max())

@@ -51,8 +51,8 @@ PROMPTS: tuple[tuple[str, str, str], ...] = (
 )
 """Prompt, answer, and the token that the answer is compared with."""
 
-DIRECT_EFFECT_BLOCKS = 16
-"""Held-out blocks on which every head's direct effect is measured."""
+DIRECT_EFFECT_SEQUENCES = 16
+"""Held-out sequences on which every head's direct effect is measured."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def run_demo(
     questions = readable_prompts(original)
     if not questions:
         raise DataError(f"{source}: its tokenizer cannot tell the demo's answers apart")
-    block = min(original.cfg.n_ctx, 256)
+    sequence_length = min(original.cfg.n_ctx, 256)
     text = {
-        split: pack(stdlib_corpus(split), original.tokenizer, block)
+        split: pack(stdlib_corpus(split), original.tokenizer, sequence_length)
         for split in ("train", "heldout")
     }
 
@@ -162,7 +162,7 @@ def run_demo(
     say(f"4/6 evaluating on {text['heldout'].numel():,} held-out tokens")
     models = {"original": original, "vanilla": control.model, "lnfree": lnfree}
     losses = {name: evaluate_loss(model, text["heldout"]) for name, model in models.items()}
-    sample = spread(text["heldout"], DIRECT_EFFECT_BLOCKS)
+    sample = spread(text["heldout"], DIRECT_EFFECT_SEQUENCES)
     effects = {name: direct_effects(model, sample) for name, model in models.items()}
 
     say(f"5/6 taking {len(questions)} logit differences apart by block, head and neuron")

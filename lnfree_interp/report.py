@@ -31,7 +31,7 @@ from lnfree_interp.evaluation.results import Evaluation
 from lnfree_interp.files import anywhere, require_new_file, write_new_file
 from lnfree_interp.models.sites import live_sites
 from lnfree_interp.plots.page import Section, page
-from lnfree_interp.removal.subject import Subject, find_subject, load_named
+from lnfree_interp.removal.named_models import NamedModel, find_model, load_named
 from lnfree_interp.tables import Table
 
 MODEL, ORIGINAL = "lnfree", "original"
@@ -52,7 +52,7 @@ def write_report(
     *,
     against: str | None = None,
     text: str = "stdlib",
-    blocks: int = 64,
+    sequences: int = 64,
     questions: Sequence[Question] = (),
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -64,7 +64,7 @@ def write_report(
         out: The file; must not exist yet.
         against: The original. Default: what a run says it started from.
         text: To evaluate on, as for `evaluation_text`.
-        blocks: Of text.
+        sequences: Of text.
         questions: Logits to explain. Default: a few about Python source, as in the demo.
         progress: Whether to show progress bars.
         say: Gets a line before each stage.
@@ -74,9 +74,9 @@ def write_report(
         LnfreeError: whatever loading and the analyses raise.
     """
     target = require_new_file(out)
-    subject, models = find_subject(source), {}
-    original = subject.original if against is None else find_subject(against).model
-    for name, where in ((ORIGINAL, original), (MODEL, subject.model)):
+    subject, models = find_model(source), {}
+    original = subject.original if against is None else find_model(against).checkpoint
+    for name, where in ((ORIGINAL, original), (MODEL, subject.checkpoint)):
         if where is not None:
             say(f"loading {where}")
             run = os.fspath(source) if name == ORIGINAL and against is None else None
@@ -89,8 +89,8 @@ def write_report(
     for question in asked:  # before the long part
         with suppress(UnsupportedModelError):
             read_logit(model, question.prompt, question.answer, question.foil, None)
-    block = min(256, *(one.cfg.n_ctx for one in models.values()))
-    tokens = evaluation_text(text, model.tokenizer, block, blocks)
+    sequence_length = min(256, *(one.cfg.n_ctx for one in models.values()))
+    tokens = evaluation_text(text, model.tokenizer, sequence_length, sequences)
     say(f"evaluating on {tokens.numel():,} tokens of {text}")
     if subject.text not in (None, text, anywhere(text)):
         say(f"    it was trained on {subject.text}: --data evaluates on that")
@@ -130,7 +130,7 @@ def _default_questions(model: HookedTransformer) -> list[Question]:
     return [Question(*found) for found in readable_prompts(model)[-2:]]
 
 
-def _training(subject: Subject, name: str) -> list[Section]:
+def _training(subject: NamedModel, name: str) -> list[Section]:
     if not subject.history:
         return []
     figures: list[go.Figure] = [plots.training_curve({name: subject.history})]

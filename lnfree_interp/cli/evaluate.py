@@ -14,8 +14,8 @@ def evaluate(
     /,
     against: str | None = None,
     data: str = "stdlib",
-    blocks: int | None = None,
-    block: int | None = None,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
     split: str | None = None,
     data_name: str | None = None,
     column: str | None = None,
@@ -45,8 +45,8 @@ def evaluate(
             what the run started from, if MODEL is one run.
         data: openwebtext-val, pile-10k, pile-10k-filtered; stdlib; local files; else a data set
             on the hub.
-        blocks: Of text. Default: all of a named text or of stdlib, else 256.
-        block: Tokens per block. Default: the smallest context of the models, up to 1024.
+        sequences: Of text. Default: all of a named text or of stdlib, else 256.
+        sequence_length: Tokens per sequence. Default: the smallest context of the models, up to 1024.
         split: Of the data set. Default: heldout of stdlib, train of others.
         data_name: Configuration of a data set on the hub.
         column: Column with the text, or with token ids.
@@ -61,7 +61,7 @@ def evaluate(
         include: Folder with task files of your own.
         limit: Examples per task.
         precision: Of matrix products; auto takes bfloat16 where the hardware has it.
-        batch: Blocks per forward pass. Default: what fits into memory.
+        batch: Sequences per forward pass. Default: what fits into memory.
         tokenizer: Hub id or folder of the tokenizer, for checkpoints that have none.
         out: JSON file to write; must not exist yet.
     """
@@ -78,7 +78,7 @@ def evaluate(
 
     evaluation = evaluate_checkpoints(
         models, against, data,
-        blocks=blocks, block=block, split=split, name=data_name, column=column,
+        sequences=sequences, sequence_length=sequence_length, split=split, name=data_name, column=column,
         revision=data_revision, precision=precision, progress=True, say=say,
         threshold=threshold, effects=effects, neurons=neurons, pairs=pairs, pairs_of=pairs_of,
         tasks=tasks, include=include, limit=limit, batch=batch, tokenizer=tokenizer,

@@ -29,7 +29,7 @@ def remove(
     seed: int | None = None,
     vanilla: bool = False,
     rollback: bool = False,
-    block: int | None = None,
+    sequence_length: int | None = None,
     heldout: int = 64,
     split: str = "train",
     data_name: str | None = None,
@@ -56,8 +56,8 @@ def remove(
         plan: Say what would be done; do nothing.
         resume: Go on with the run in this folder. Everything else comes from there.
         steps: Optimiser steps. This and the following settings replace the recipe's.
-        batch: Blocks of text per step, over all processes.
-        micro_batch: Blocks per forward pass and process.
+        batch: Sequences of text per step, over all processes.
+        micro_batch: Sequences per forward pass and process.
         lr: Peak learning rate.
         distillation: Share of the loss that is the KL divergence from the original.
         scale_anchor: Weight of the auxiliary loss on ln_final's input.
@@ -67,8 +67,8 @@ def remove(
         seed: Of the order of the text.
         vanilla: The control: same steps, text and rates; the norms stay.
         rollback: If the run diverges, go back to the last checkpoint with wider gaps.
-        block: Tokens per block. Default: the recipe's, or the model's context up to 1024.
-        heldout: Blocks of text to evaluate on, 0 for none: of stdlib's held-out modules, else the
+        sequence_length: Tokens per sequence. Default: the recipe's, or the model's context up to 1024.
+        heldout: Sequences of text to evaluate on, 0 for none: of stdlib's held-out modules, else the
             first ones, which the first epoch leaves out.
         split: Of the data set.
         data_name: Configuration of a data set on the hub.
@@ -99,7 +99,7 @@ def remove(
             name=data_name,
             column=column,
             text_revision=data_revision,
-            block=block,
+            sequence_length=sequence_length,
             heldout=heldout,
             checkpoint_every=checkpoint_every,
             trackers=track,

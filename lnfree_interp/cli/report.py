@@ -15,7 +15,7 @@ def report(
     out: Path = Path("report.html"),
     against: str | None = None,
     data: str = "stdlib",
-    blocks: int = 64,
+    sequences: int = 64,
     prompt: str | None = None,
     answer: str | None = None,
     foil: str | None = None,
@@ -28,7 +28,7 @@ def report(
         out: The page; must not exist yet.
         against: The original. Default: what a run says it started from.
         data: Text to evaluate on, as for lnfree evaluate.
-        blocks: Of text, 256 tokens each at most.
+        sequences: Of text, 256 tokens each at most.
         prompt: Explain what follows this, instead of prompts about Python source.
         answer: The next token to explain; mind the leading space.
         foil: The token that it is compared with.
@@ -43,5 +43,7 @@ def report(
     from lnfree_interp.report import Question, write_report
 
     asked = [] if prompt is None or answer is None else [Question(prompt, answer, foil)]
-    write_report(source, out, against=against, text=data, blocks=blocks, questions=asked, say=say)
+    write_report(
+        source, out, against=against, text=data, sequences=sequences, questions=asked, say=say
+    )
     say(f"wrote {out}")

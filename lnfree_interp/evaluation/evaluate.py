@@ -67,7 +67,7 @@ def evaluate(
 
     Args:
         models: By name; or one.
-        tokens: [blocks, pos], such as `pack(...)` or `open_blocks(...).take(n)`.
+        tokens: [blocks, pos], such as `pack(...)` or `open_sequences(...).take(n)`.
         original: The name of the one that the others are compared with. Default: no comparison.
         threshold: In nats: how much worse a token must get to be counted.
         effects: Measure every head's direct effect against its attribution, on 16 blocks. This and

@@ -13,7 +13,7 @@ from lnfree_interp.evaluation.evaluate import evaluate
 from lnfree_interp.evaluation.results import Evaluation
 from lnfree_interp.evaluation.text_pass import Precision
 from lnfree_interp.models.precision import bf16_is_fast
-from lnfree_interp.removal.subject import find_subject, load_named
+from lnfree_interp.removal.named_models import find_model, load_named
 
 
 def evaluate_checkpoints(
@@ -21,8 +21,8 @@ def evaluate_checkpoints(
     against: str | None,
     text: str,
     *,
-    blocks: int | None = None,
-    block: int | None = None,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
     split: str | None = None,
     name: str | None = None,
     column: str | None = None,
@@ -39,8 +39,8 @@ def evaluate_checkpoints(
         sources: Hub ids, `id@revision`, local folders, or runs.
         against: The original; evaluated too. Default: what a single run started from.
         text: As for `evaluation_text`, like the following six.
-        blocks: See there.
-        block: Tokens per block. Default: the smallest context, up to 1024.
+        sequences: See there.
+        sequence_length: Tokens per sequence. Default: the smallest context, up to 1024.
         split: See there.
         name: See there.
         column: See there.
@@ -55,7 +55,7 @@ def evaluate_checkpoints(
         LnfreeError: whatever `load`, `evaluation_text` and `evaluate` raise.
     """
     own = None if tokenizer is None else read_tokenizer(tokenizer)
-    subjects = {source: find_subject(source) for source in sources}
+    subjects = {source: find_model(source) for source in sources}
     recorded = None
     if against is None and len(subjects) == 1:
         against = recorded = next(iter(subjects.values())).original
@@ -66,18 +66,18 @@ def evaluate_checkpoints(
     for source in dict.fromkeys(wanted):
         say(f"loading {source}")
         run = sources[0] if source == recorded else None
-        models[source] = load_named(find_subject(source).model, own, recorded_by=run)
+        models[source] = load_named(find_model(source).checkpoint, own, recorded_by=run)
     require_same_tokenizer(models)
     names = dict(zip(models, _short([*models]), strict=True))
     contexts = [model.cfg.n_ctx for model in models.values()]
-    block = min(1024, *contexts) if block is None else block
+    sequence_length = min(1024, *contexts) if sequence_length is None else sequence_length
     first = next(iter(models.values()))
     say(f"opening {text}")
     tokens = evaluation_text(
-        text, first.tokenizer, block, blocks,
+        text, first.tokenizer, sequence_length, sequences,
         split=split, name=name, column=column, revision=revision,
     )  # fmt: skip
-    say(f"evaluating on {tokens.numel():,} tokens in blocks of {block}")
+    say(f"evaluating on {tokens.numel():,} tokens in sequences of {sequence_length}")
     if precision == "auto":
         precision = "bfloat16" if bf16_is_fast(first.W_E.device) else "float32"
     return evaluate(

@@ -14,9 +14,9 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.exporting import Target, best_target, export
 from lnfree_interp.checkpoints.loading import load_checkpoint
-from lnfree_interp.data.blocks import TokenBlocks
 from lnfree_interp.data.prefetch import Prefetched
-from lnfree_interp.data.sources import STDLIB, open_blocks
+from lnfree_interp.data.sequences import TokenSequences
+from lnfree_interp.data.sources import STDLIB, open_sequences
 from lnfree_interp.errors import CheckpointError, RecipeError
 from lnfree_interp.files import anywhere, require_writable
 from lnfree_interp.models.agreement import compare_logits
@@ -28,7 +28,7 @@ from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.remove import remove_norms
 from lnfree_interp.removal.run import Run
-from lnfree_interp.removal.rundir import RunFolder
+from lnfree_interp.removal.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class Job:
     """Configuration of a hub data set."""
     column: str | None = None
     text_revision: str | None = None
-    block: int | None = None
-    """Tokens per block; None: the recipe's, or the model's context up to 1024."""
+    sequence_length: int | None = None
+    """Tokens per sequence; None: the recipe's, or the model's context up to 1024."""
     heldout: int = 64
-    """Blocks to evaluate on: of stdlib's other split; else the first of the text, which the first
+    """Sequences to evaluate on: of stdlib's other split; else the first of the text, which the first
     epoch leaves out."""
     checkpoint_every: int = 50
     log_every: int = 10
@@ -135,13 +135,13 @@ def run_job(
     if loaded.error is not None:
         say(f"    largest logit difference from transformers: {loaded.error}")
     recipe = recipe_of(model)
-    block = job.block or min(recipe.block or 1024, model.cfg.n_ctx)
-    say(plan(recipe, block))
+    sequence_length = job.sequence_length or min(recipe.sequence_length or 1024, model.cfg.n_ctx)
+    say(plan(recipe, sequence_length))
     if only_plan or out is None:
         return None
     say(f"opening {job.text}")
-    with Prefetched(_training_text(job, recipe, model, block)) as text:
-        heldout = _heldout_text(job, recipe, model, block, text)
+    with Prefetched(_training_text(job, recipe, model, sequence_length)) as text:
+        heldout = _heldout_text(job, recipe, model, sequence_length, text)
         run = remove_norms(
             model,
             recipe,
@@ -192,7 +192,8 @@ def resume_job(
         CheckpointError: if there is no run that could go on.
         LnfreeError: as `run_job`.
     """
-    folder, config = RunFolder.open(out)
+    folder = RunFolder(out)
+    config = folder.read()
     if (folder.path / "model").exists():
         raise CheckpointError(f"{out}/model exists: this run is finished")
     recipe, about = Recipe.from_json(config.get("recipe", {})), config.get("about")
@@ -234,11 +235,13 @@ def write_finished(
     return target
 
 
-def _training_text(job: Job, recipe: Recipe, model: HookedTransformer, block: int) -> TokenBlocks:
-    return open_blocks(
+def _training_text(
+    job: Job, recipe: Recipe, model: HookedTransformer, sequence_length: int
+) -> TokenSequences:
+    return open_sequences(
         job.text,
         model.tokenizer,
-        block,
+        sequence_length,
         split=job.split,
         name=job.name,
         column=job.column,
@@ -248,11 +251,11 @@ def _training_text(job: Job, recipe: Recipe, model: HookedTransformer, block: in
 
 
 def _heldout_text(
-    job: Job, recipe: Recipe, model: HookedTransformer, block: int, text: TokenBlocks
-) -> Int[Tensor, "blocks pos"] | None:
+    job: Job, recipe: Recipe, model: HookedTransformer, sequence_length: int, text: TokenSequences
+) -> Int[Tensor, "sequence pos"] | None:
     if job.heldout < 1:
         return None
     if job.text == STDLIB and job.split == "train":
         other = replace(job, split="heldout")
-        return _training_text(other, recipe, model, block).take(job.heldout)
+        return _training_text(other, recipe, model, sequence_length).take(job.heldout)
     return text.take(job.heldout)

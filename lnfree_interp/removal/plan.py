@@ -12,24 +12,27 @@ _AVERAGES = {
 }
 
 
-def plan(recipe: Recipe, block: int | None = None) -> str:
+def plan(recipe: Recipe, sequence_length: int | None = None) -> str:
     """What a recipe will do, line by line.
 
     Args:
         recipe: The recipe.
-        block: Tokens per block of the text. Default: what the recipe was made for.
+        sequence_length: Tokens per sequence of text. Default: what the recipe was made for.
+
+    Returns:
+        The lines, joined.
     """
-    rows = list(_rows(recipe, block or recipe.block))
+    rows = list(_rows(recipe, sequence_length or recipe.sequence_length))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
     return "\n".join([f"recipe: {recipe.name}", *lines])
 
 
-def _rows(recipe: Recipe, block: int | None) -> Iterator[tuple[str, str]]:
-    size = f"{recipe.steps} of {recipe.batch} blocks"
-    if block is not None:
-        tokens = recipe.batch * block
-        size += f" x {block} tokens: {tokens:,} a step, {recipe.steps * tokens:,} in all"
+def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
+    size = f"{recipe.steps} of {recipe.batch} sequences"
+    if length is not None:
+        tokens = recipe.batch * length
+        size += f" x {length} tokens: {tokens:,} a step, {recipe.steps * tokens:,} in all"
     yield "steps", size
     decay = recipe.decay_steps or recipe.steps
     yield (
@@ -78,14 +81,15 @@ def _loss(recipe: Recipe) -> str:
             term(recipe.scale_anchor, "x distance of ln_final's input sigmas from ")
             + target[recipe.anchor_target]
         )
+    parts += [term(weight, f"x {name}") for name, weight in recipe.losses.items()]
     return "; ".join(parts)
 
 
 def _sigma(recipe: Recipe) -> str:
     statistics = recipe.statistics
     where = {
-        "start": f"{statistics.blocks} blocks before the first step",
-        "event": f"{statistics.blocks} blocks at the site's event",
+        "start": f"{statistics.sequences} sequences before the first step",
+        "event": f"{statistics.sequences} sequences at the site's event",
         "ema": f"a moving average over the training text (momentum {statistics.momentum:.3g})",
         "batch": "the latest step's text",
     }[statistics.source]

@@ -1,7 +1,7 @@
 """Recipes: functions that return a `Recipe`.
 
 The published ones come from two repositories. What they share: AdamW, gradients clipped at 1,
-blocks of 1024 tokens of OpenWebText packed with end-of-text, the order `ln2`, `ln1` for queries
+sequences of 1024 tokens of OpenWebText packed with end-of-text, the order `ln2`, `ln1` for queries
 and keys, `ln1` for values, `ln_final`. What this engine does not repeat of them: dropout, bfloat16
 master weights, untrained end-of-text, a special sigma on channel 0 (docs/removal.md).
 """
@@ -40,7 +40,7 @@ _SOURCES = {
     "per micro-batch, hence momentum to their number; one buffer for ln1.qk and ln1.v",
     "clip, weight_decay": f"{_TRAIN}: 1.0 and 0.01",
     "betas": "transformers.TrainingArguments' defaults",
-    "batch": f"{_CONFIG}: blocks per micro-batch times accumulation steps",
+    "batch": f"{_CONFIG}: sequences per micro-batch times accumulation steps",
 }
 
 
@@ -76,7 +76,7 @@ def _published(
         betas=(0.9, 0.999),
         scale_anchor=anchor,
         statistics=Statistics(source="ema", momentum=momentum**accumulation, share_ln1=True),
-        block=1024,
+        sequence_length=1024,
         sources=_SOURCES,
     )
 
@@ -252,7 +252,7 @@ def gpt2_small_2024() -> Recipe:
         special=Special(
             first_until=1160, end_of_text_until=1060, end_of_text_kinds=("ln1.v",)
         ),
-        block=1024,
+        sequence_length=1024,
         sources={
             "events, special": f"{code}, train.py; 2409.13710",
             "steps, decay_steps": f"{code}: stopped at 1200 of a decay over 2000",

@@ -129,7 +129,7 @@ def common(groups: dict[Group, Moments], statistics: Statistics) -> float:
 def measure(
     model: HookedTransformer,
     sites: Iterable[NormSite | str],
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     fwd_hooks: Hooks = (),
     *,
     groups: TokenGroups | None = None,
@@ -141,7 +141,7 @@ def measure(
     Args:
         model: With norm sites.
         sites: The sites to measure, live or not.
-        tokens: [blocks, pos], the text to measure on; of this process.
+        tokens: [sequence, pos], the text to measure on; of this process.
         fwd_hooks: Active while measuring, as in `run_with_hooks`.
         groups: Knows end-of-text. Default: the model's tokenizer does.
         reduce: Sum over processes.
@@ -162,7 +162,7 @@ def measure(
 def measure_sigma(
     model: HookedTransformer,
     sites: Iterable[NormSite | str],
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     fwd_hooks: Hooks = (),
     statistics: Statistics | None = None,
 ) -> dict[str, float]:
@@ -174,7 +174,7 @@ def measure_sigma(
     Args:
         model: With norm sites.
         sites: The sites to measure.
-        tokens: [blocks, pos], the text to measure on.
+        tokens: [sequence, pos], the text to measure on.
         fwd_hooks: Active while measuring, as in `run_with_hooks`.
         statistics: Another average, or other tokens.
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import lnfree_interp as lf
 from lnfree_interp import cli
-from lnfree_interp.data.sources import open_blocks
+from lnfree_interp.data.sources import open_sequences
 from lnfree_interp.removal.job import make_recipe
-from lnfree_interp.removal.rundir import RunFolder
+from lnfree_interp.removal.run_folder import RunFolder
 
 
 def lnfree(monkeypatch, *arguments):
@@ -43,7 +43,7 @@ def folder(request, tmp_path, tokenizer):
     return tmp_path / "source"
 
 
-QUICK = ("--steps", 14, "--batch", 4, "--block", 32, "--lr", "1e-4", "--heldout", 4,
+QUICK = ("--steps", 14, "--batch", 4, "--sequence-length", 32, "--lr", "1e-4", "--heldout", 4,
          "--evaluate-every", 5, "--checkpoint-every", 6)  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_from_a_folder_and_a_file_to_an_lnfree_model(monkeypatch, tmp_path, fold
 
 
 def _heldout(model, text):
-    return open_blocks(text, model.tokenizer, 32).take(4)
+    return open_sequences(text, model.tokenizer, 32).take(4)
 
 
 def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text, capsys):
@@ -131,8 +131,8 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, capsys):
         (("--steps", "3"), "3 steps are too few for 10 norm sites"),
         (("--data", "./nothing.jsonl"), "nothing.jsonl"),
         (("--column", "body"), "no column 'body'"),
-        (("--block", "4096"), "the model's context is 48"),
-        (("--block", "1"), "block"),
+        (("--sequence-length", "4096"), "the model's context is 48"),
+        (("--sequence-length", "1"), "block"),
         (("--distillation", "2"), "distillation must lie in 0..1"),
         (("--track", "tensorboard"), "tensorboard is not installed"),
         (("--checkpoint-every", "0"), "checkpoint_every must be positive"),
@@ -144,7 +144,7 @@ def test_wrong_input_is_refused_by_name(
     if arguments[0] == "--track":
         monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: None)
     settings = [] if arguments[0] == "--data" else ["--data", text]
-    settings += [] if arguments[0] == "--block" else ["--block", 32]
+    settings += [] if arguments[0] == "--sequence-length" else ["--sequence-length", 32]
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         lnfree(monkeypatch, "remove", gpt2_folder, "--out", out, *settings, *arguments)

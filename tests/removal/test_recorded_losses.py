@@ -15,6 +15,7 @@ import lnfree_interp as lf
 from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
 from lnfree_interp.removal.schedule import Ramp, taper
 
+TERMS = ("cross_entropy", "distillation", "scale_anchor")
 RECORDED = json.loads(Path(__file__).with_name("recorded_losses.json").read_text())
 
 
@@ -25,7 +26,7 @@ def train(architecture):
         events=taper(model, start=1, over=4), steps=10, batch=4, micro_batch=2, lr=2e-4, warmup=2,
         final_lr=0.1, distillation=Ramp(1.0, 0.3, 2, 8), scale_anchor=Ramp(0.2, 0.05, 1, 8),
         anchor_target="frozen", special=Special(first_until=7), evaluate_every=5,
-        statistics=Statistics(source="ema", tokens="ordinary", blocks=4),
+        statistics=Statistics(source="ema", tokens="ordinary", sequences=4),
         guard=Guard(above_best=1e9, sigma_factor=1e12),
     )  # fmt: skip
     return lf.remove_norms(model, recipe, data, heldout=data[:5], progress=False)
@@ -35,9 +36,7 @@ def train(architecture):
 def test_the_losses_are_those_that_were_recorded(architecture, tolerance):
     run = train(architecture)
     found = {
-        "cross_entropy": [record.loss for record in run.history],
-        "distillation": [record.distillation for record in run.history],
-        "scale_anchor": [record.anchor for record in run.history],
+        **{name: [record.losses[name] for record in run.history] for name in TERMS},
         "gradient": [record.gradient for record in run.history],
         "heldout": [r.heldout for r in run.history if r.heldout is not None],
     }
