@@ -16,7 +16,9 @@ import lnfree_interp as lf
 from lnfree_interp.errors import CheckpointError, DataError, OutputError
 from lnfree_interp.removal.named_models import find_model, load_named
 from lnfree_interp.removal.run import StepRecord
-from lnfree_interp.report import Question, write_report
+from lnfree_interp.report.job import ReportJob
+from lnfree_interp.report.sections import Question
+from lnfree_interp.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -45,7 +47,8 @@ def opened(page: Path, folder: Path) -> tuple[str, str]:
 def test_every_figure_is_drawn_and_nothing_fails(gpt2_folder, free_folder, tmp_path):
     page = tmp_path / "report.html"
     write_report(
-        free_folder, page, against=str(gpt2_folder), sequences=4, progress=False,
+        ReportJob(source=str(free_folder), original=str(gpt2_folder), sequences=4), page,
+        progress=False,
         questions=[Question("for i in <script>alert(1)</script> range", "i", "n")],
     )  # fmt: skip
     text = page.read_text(encoding="utf-8")
@@ -85,7 +88,7 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert re.search(rf"tokens +{gpt2_folder.name} +run\n", done.stdout)
     assert "minus original" in done.stdout
-    command = [*command[:4], str(gpt2_folder), "--against", str(run), *command[5:]]
+    command = [*command[:4], str(gpt2_folder), "--original", str(run), *command[5:]]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert re.search(rf"tokens +run +{gpt2_folder.name}\n", done.stdout)
 
@@ -103,7 +106,9 @@ def test_the_original_is_what_the_folder_says(tmp_path):
     ):
         (folder / "run.json").write_text(json.dumps({"version": 2, "about": about}))
         assert find_model(folder).original == original
-    with pytest.raises(CheckpointError, match=r"says that it started from gpt2, and.*--against"):
+    with pytest.raises(
+        CheckpointError, match=r"started from gpt2, which cannot be loaded.*--original"
+    ):
         load_named("gpt2", recorded_by=str(folder))
     (folder / "model").rmdir()
     with pytest.raises(CheckpointError, match="lnfree remove --resume"):
@@ -125,7 +130,7 @@ def test_a_line_that_was_cut_off_is_no_step(tmp_path):
 def test_names_with_a_revision(gpt2_folder, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere/at-all: "):
         load_named("nowhere/at-all@v2")
-    for name, message in ((" ", "without a name"), ("@v2", "@v2: ")):
+    for name, message in ((" ", "name of the model is empty"), ("@v2", "@v2: ")):
         with pytest.raises(CheckpointError, match=message):
             load_named(name)
     (tmp_path / "model").mkdir()
@@ -139,7 +144,7 @@ def test_names_with_a_revision(gpt2_folder, tmp_path):
 
 def test_a_live_model_alone(gpt2_folder, tmp_path):
     page = write_report(
-        gpt2_folder, tmp_path / "live.html", sequences=2, progress=False,
+        ReportJob(source=str(gpt2_folder), sequences=2), tmp_path / "live.html", progress=False,
         questions=[Question("for i in", "i")],
     )  # fmt: skip
     text = page.read_text(encoding="utf-8")
@@ -151,14 +156,17 @@ def test_a_live_model_alone(gpt2_folder, tmp_path):
 def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
     asked = [Question("for i in", "zzz qqq")]
     with pytest.raises(DataError, match="is one token"):
-        write_report(gpt2_folder, tmp_path / "report.html", questions=asked, sequences=1)
+        write_report(
+            ReportJob(source=str(gpt2_folder), sequences=1), tmp_path / "report.html",
+            questions=asked,
+        )  # fmt: skip
     with pytest.raises(OutputError, match="not a writable folder"):
-        write_report(gpt2_folder, tmp_path / "nowhere" / "report.html")
+        write_report(ReportJob(source=str(gpt2_folder)), tmp_path / "nowhere" / "report.html")
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.json").write_text(json.dumps({"version": 2}))
-    with pytest.raises(CheckpointError, match="not finished"):
-        write_report(unfinished, tmp_path / "report.html")
+    with pytest.raises(CheckpointError, match="is a run without a model"):
+        write_report(ReportJob(source=str(unfinished)), tmp_path / "report.html")
     command = [sys.executable, "-m", "lnfree_interp", "report", str(gpt2_folder), "--prompt", "a"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2

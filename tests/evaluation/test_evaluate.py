@@ -20,10 +20,10 @@ from lnfree_interp.data import named
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.confidence_neurons import confidence_scores
-from lnfree_interp.evaluation.job import require_same_tokenizer
 from lnfree_interp.evaluation.loss import CrossEntropy
 from lnfree_interp.evaluation.patching import corrupted_pairs, patch_residual
 from lnfree_interp.evaluation.results import _shown
+from lnfree_interp.evaluation.run_job import require_same_tokenizer
 from lnfree_interp.evaluation.summaries import (
     calibration_error,
     distribution,
@@ -376,7 +376,7 @@ def test_the_command(gpt2_folder, tmp_path):
     folder = tmp_path / "free"
     lf.export(freeze_all(lf.load(gpt2_folder)), folder)
     command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(folder)]
-    command += ["--against", str(gpt2_folder), "--blocks", "6", "--pairs", "2"]
+    command += ["--original", str(gpt2_folder), "--sequences", "6", "--pairs", "2"]
     out = tmp_path / "evaluation.json"
     run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True)
     plain = json.loads(out.read_text())

@@ -1,0 +1,241 @@
+"""The sections of a page about a model: training, quality, attribution, logits, exactness."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+from transformer_lens import HookedTransformer
+
+from lnfree_interp import plots
+from lnfree_interp.analysis.affine import affine_map
+from lnfree_interp.analysis.attention import attribute_scores
+from lnfree_interp.analysis.certificates import Certificate
+from lnfree_interp.analysis.contributions import Contributions, Level
+from lnfree_interp.analysis.flow import flow_graph
+from lnfree_interp.analysis.lens import logit_lens
+from lnfree_interp.analysis.logits import attribute_logits
+from lnfree_interp.analysis.questions import read_one_prompt
+from lnfree_interp.analysis.reads import held
+from lnfree_interp.errors import DataError
+from lnfree_interp.evaluation.results import Evaluation
+from lnfree_interp.numerics import MeasuredError
+from lnfree_interp.plots.page import Section
+from lnfree_interp.removal.run import StepRecord
+from lnfree_interp.tables import Table
+
+SUBLAYERS: Level = "block"
+"""The level whose parts are the outputs of attention and MLP in each layer."""
+
+PROMPTS: tuple[tuple[str, str, str], ...] = (
+    ("for i in", " range", " self"),
+    ("    if value is not", " None", " True"),
+    ("try:\n    number = int(text)\nexcept", " ValueError", " KeyError"),
+    (
+        "class Stack:\n    def __init__(self):\n        self.items = []\n\n"
+        "    def push(self, item):\n        self.items.append(",
+        "item",
+        "self",
+    ),
+)
+"""Prompts about Python source: prompt, answer, and the token that the answer is compared with."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A logit, or a difference of two, to explain."""
+
+    prompt: str
+    answer: str | int
+    foil: str | int | None = None
+
+
+def default_questions(model: HookedTransformer) -> list[Question]:
+    """`PROMPTS`, with the first token of answer and foil.
+
+    Left out are prompts that are longer than the context, and those whose answer and foil begin
+    with the same token.
+    """
+    if model.tokenizer is None:
+        return []
+
+    def tokens(text: str) -> list[int]:
+        return model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
+
+    found = [Question(prompt, tokens(a)[0], tokens(b)[0]) for prompt, a, b in PROMPTS]
+    return [
+        question
+        for question in found
+        if question.answer != question.foil and len(tokens(question.prompt)) < model.cfg.n_ctx
+    ]
+
+
+def attribute(
+    model: HookedTransformer, questions: Question | Sequence[Question], by: Level
+) -> Contributions:
+    """The parts of the logits that are asked for. Their sums are verified.
+
+    Args:
+        model: The model to explain; what is not linear in it is held.
+        questions: One, or several that all have a foil.
+        by: The level.
+
+    Raises:
+        InexactError: if the parts do not add up to the logits.
+    """
+    if isinstance(questions, Question):
+        asked: Any = (questions.prompt, questions.answer, questions.foil)
+    else:
+        asked = zip(*((q.prompt, q.answer, q.foil) for q in questions), strict=True)
+        asked = (list(column) for column in asked)
+    return attribute_logits(model, *asked, by=by, frozen_scale=bool(held(model, True))).verify()
+
+
+def training(runs: Mapping[str, Sequence[StepRecord]], note: str = "") -> list[Section]:
+    """The loss of some runs, and how far the inputs of frozen sites have moved.
+
+    Args:
+        runs: The steps of each run by the name of its model.
+        note: Text to add.
+
+    Returns:
+        One section; none without runs.
+    """
+    runs = {name: steps for name, steps in runs.items() if steps}
+    if not runs:
+        return []
+    removal = max(runs.values(), key=_n_frozen)
+    figures: list[go.Figure] = [plots.training_curve(runs)]
+    if any(record.probes.get("drift") for record in removal):
+        figures.append(plots.sigma_drift(removal))
+    text = f"{len(removal)} steps, in which {_n_frozen(removal)} norm sites were frozen."
+    heading = "Removing the norms" if _n_frozen(removal) else "Training"
+    return [Section(heading, f"{text} {note}".rstrip(), figures)]
+
+
+def _n_frozen(steps: Sequence[StepRecord]) -> int:
+    return sum(len(record.frozen) for record in steps)
+
+
+def quality(evaluation: Evaluation, note: str = "") -> list[Section]:
+    """Whether the models predict text as well as their original, and whether attribution is true.
+
+    Args:
+        evaluation: Of all models.
+        note: Text to add.
+
+    Returns:
+        A section about the loss, and one about attribution if it was measured.
+    """
+    text = (
+        "Cross-entropies, entropies and divergences are in nats per token. A few tokens can change "
+        "the mean, so look at the other figures too."
+    )
+    curves = [plots.loss_by_position(evaluation), plots.residual_norms(evaluation)]
+    sections = [
+        Section(
+            "Is it still the same model?", f"{text} {note}".rstrip(), [evaluation.table(), *curves]
+        )
+    ]
+    effects = {
+        name: model.direct_effects
+        for name, model in evaluation.models.items()
+        if model.direct_effects is not None
+    }
+    if effects:
+        sections.append(
+            Section(
+                "Does attribution tell the truth?",
+                "What each head adds to the logit of the true next token, against what that logit "
+                "loses when the head's output is taken out of the final residual stream. NMAE is "
+                "the mean absolute error over the mean absolute effect.",
+                [plots.direct_effects(effects)],
+            )
+        )
+    return sections
+
+
+def logits(attributions: Iterable[Contributions]) -> list[Section]:
+    """The parts of some logits at several levels, prompt by prompt.
+
+    Args:
+        attributions: Of the same prompts, one per level.
+    """
+    levels = list(attributions)
+    figures = [
+        plots.attribution(level.select(prompt))
+        for prompt in range(len(levels[0].of))
+        for level in levels
+    ]
+    text = "Every sum was verified against the logits that the model computed."
+    return [Section("What makes these logits?", text, figures)]
+
+
+def explanation(model: HookedTransformer, question: Question) -> Section:
+    """One logit by sublayer, head, source token and input token, and how it flows.
+
+    Args:
+        model: The model; what is not linear in it is held.
+        question: The logit.
+    """
+    hold = bool(held(model, True))
+    ask = (model, question.prompt, question.answer, question.foil)
+    by_source = attribute(model, question, "source")
+    figures = [
+        plots.attribution(attribute(model, question, SUBLAYERS)),
+        plots.attribution(attribute(model, question, "head")),
+        plots.attribution(by_source),
+        plots.attribution(affine_map(*ask, frozen_scale=hold).verify()),
+        plots.flow(flow_graph(*ask, top_k=30, frozen_scale=hold).verify()),
+    ]
+    tokens = read_one_prompt(model, question.prompt)
+    layer, head = _largest_head(by_source)
+    if layer > 0 and not model.cfg.use_qk_norm:
+        scores = attribute_scores(model, question.prompt, layer, head, frozen_scale=hold)
+        figures.append(plots.scores(scores.verify()))
+    if tokens.shape[1] > 1:
+        figures.append(plots.lens(logit_lens(model, tokens, frozen_scale=hold)))
+    return Section(f"Why {by_source.of[0]} after “{question.prompt[-60:]}”?", "", figures)
+
+
+def _largest_head(by_source: Contributions) -> tuple[int, int]:
+    """The head that adds most from a single token."""
+    sizes = [
+        abs(value.item()) if component.kind == "head" else 0.0 for component, value in by_source
+    ]
+    best = by_source.components[sizes.index(max(sizes))]
+    if best.layer is None or best.index is None:
+        raise DataError("the model has no heads")
+    return best.layer, best.index
+
+
+def errors_table(errors: Mapping[str, MeasuredError]) -> Table:
+    """Measured errors by what they are of."""
+    rows = [
+        [what, f"{error.relative:.1e}", f"{error.absolute:.1e}"] for what, error in errors.items()
+    ]
+    return Table(["largest error", "relative", "absolute"], rows)
+
+
+def certificates_table(certificates: Iterable[Certificate]) -> Table:
+    """Identities and their errors."""
+    rows = [
+        [
+            certificate.identity,
+            f"{certificate.error.relative:.1e}",
+            f"{certificate.error.tolerance:.0e}",
+            "yes" if certificate.holds else "NO",
+        ]
+        for certificate in certificates
+    ]
+    return Table(["identity", "error", "tolerance", "holds"], rows)
+
+
+def exactness(text: str, table: Table) -> Section:
+    """How exact the numbers of the page are.
+
+    Args:
+        text: What was measured.
+        table: Of `errors_table` or `certificates_table`.
+    """
+    return Section("How exact is all this?", text, [table])
