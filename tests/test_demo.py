@@ -116,7 +116,7 @@ def test_demo_end_to_end(monkeypatch, tmp_path, capsys, little_text):
 
     report = (out / "report.html").read_text()
     assert linked_from(report) == []
-    assert report.count("plotly-graph-div") == 4 + 3 * len(PROMPTS)
+    assert report.count("plotly-graph-div") == 5 + 3 * len(PROMPTS)
     run_cli_fails(monkeypatch, capsys, 2, "already exists", "demo", "--out", out)
 
 

@@ -2,10 +2,10 @@
 
     python -m lnfree_interp.bundled.train OUT
 
-A plain loop around `transformers.GPT2LMHeadModel`, so that what ships is an ordinary GPT-2 that
-owes nothing to this package. No dropout, as in `HookedTransformer`, so that fine-tuning continues
-under the conditions of pretraining. `training.json` beside the weights keeps the settings, the
-tokens seen and the held-out curve.
+A plain loop around `transformers.GPT2LMHeadModel`, so that the checkpoint is an ordinary GPT-2
+that does not depend on this package. There is no dropout, as in `HookedTransformer`, so that
+fine-tuning has the conditions of pretraining. `training.json` beside the weights keeps the
+settings, the tokens seen and the held-out curve.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A recipe in words, before anything starts."""
+"""A recipe in words."""
 
 from collections.abc import Iterable, Iterator
 
@@ -47,18 +47,22 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
         yield (
             "early stop",
             f"after {recipe.patience} evaluations (every {recipe.evaluate_every} steps) "
-            "without a new minimum",
+            "without a lower loss",
         )
     if not recipe.events:
-        yield "norms", "stay live: a control"
+        yield "norms", "stay live: this is a control"
         return
     yield "sigma", _sigma(recipe)
     guard = recipe.guard
-    action = "stop" if guard.action == "stop" else f"back, gaps x {guard.widen:g}"
+    action = (
+        "then stop"
+        if guard.action == "stop"
+        else f"then back to a checkpoint, gaps {guard.widen:g} times as wide"
+    )
     yield (
         "diverging",
         f"loss {guard.above_best:g} above the lowest, or a site's inputs {guard.sigma_factor:g} "
-        f"times its sigma: {action}",
+        f"times its sigma; {action}",
     )
     yield "norms", f"{len(recipe.events)} sites; all gone at step {recipe.removed_at}"
     for phase in _phases(recipe.events):
@@ -69,20 +73,22 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
 
 
 def _loss(recipe: Recipe) -> str:
-    def term(weight: Weight, what: str) -> str:
-        return f"{weight:g} {what}" if isinstance(weight, float | int) else f"{what} {weight}"
-
     parts = ["cross-entropy of the next token, end-of-text included"]
     if recipe.distillation:
-        parts = [f"cross-entropy, {term(recipe.distillation, 'of it KL from the original')}"]
+        share = _shown(recipe.distillation)
+        parts = [f"{share} x KL divergence from the original, cross-entropy with the rest"]
     if recipe.scale_anchor:
-        target = {"batch": "the batch's mean", "frozen": "their mean at the start"}
+        target = {"batch": "the batch's mean", "frozen": "their mean before the first step"}
         parts.append(
-            term(recipe.scale_anchor, "x distance of ln_final's input sigmas from ")
+            f"{_shown(recipe.scale_anchor)} x squared distance of ln_final's input sigmas from "
             + target[recipe.anchor_target]
         )
-    parts += [term(weight, f"x {name}") for name, weight in recipe.losses.items()]
-    return "; ".join(parts)
+    parts += [f"{_shown(weight)} x {name}" for name, weight in recipe.losses.items()]
+    return " + ".join(parts)
+
+
+def _shown(weight: Weight) -> str:
+    return f"{weight:g}" if isinstance(weight, float | int) else f"({weight})"
 
 
 def _sigma(recipe: Recipe) -> str:
@@ -114,7 +120,7 @@ def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _phases(events: Iterable[Event]) -> list[list[Event]]:
-    """Events of one kind that follow each other at one distance."""
+    """Groups of events of one kind, layer by layer at equal distances."""
     phases: list[list[Event]] = []
     for event in sorted(events, key=lambda e: (e.step, e.site.kind, e.site.layer or 0)):
         for phase in phases:

@@ -238,7 +238,7 @@ class Recipe:
             if not 0 < value < math.inf:
                 raise RecipeError(f"{name} must be positive, not {value}")
         if not 0 <= self.weight_decay < math.inf:
-            raise RecipeError(f"weight_decay cannot be {self.weight_decay}")
+            raise RecipeError(f"weight_decay must be 0 or more, not {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"betas must lie in 0..1 (1 excluded), not {self.betas}")
         if not 0 <= self.warmup < self.steps:
@@ -263,11 +263,11 @@ class Recipe:
             if not (event.step >= 0 and event.over >= 0 and event.end < self.steps):
                 raise RecipeError(
                     f"{event.site} would be frozen at step {event.end}, outside the {self.steps} "
-                    "steps of training"
+                    "steps of training (0 to steps - 1)"
                 )
         sites = [event.site for event in self.events]
         if twice := [str(site) for site in sites if sites.count(site) > 1]:
-            raise RecipeError(f"{twice[0]} would be frozen twice")
+            raise RecipeError(f"{twice[0]} would be frozen twice: give one event per site")
         if self.events and self.special.until >= self.steps:
             raise RecipeError(
                 f"tokens would be special until step {self.special.until}, beyond the "

@@ -2,8 +2,8 @@
 
 The published ones come from two repositories. What they share: AdamW, gradients clipped at 1,
 sequences of 1024 tokens of OpenWebText packed with end-of-text, the order `ln2`, `ln1` for queries
-and keys, `ln1` for values, `ln_final`. What this engine does not repeat of them: dropout, bfloat16
-master weights, untrained end-of-text, a special sigma on channel 0 (docs/removal.md).
+and keys, `ln1` for values, `ln_final`. Not repeated here: dropout, bfloat16 master weights, masked
+end-of-text targets, a special sigma on channel 0 (docs/removal.md).
 """
 
 from lnfree_interp.errors import RecipeError
@@ -278,13 +278,13 @@ def published_style(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     """2507.02559's recipe for GPT-2 small on any model, and in any number of steps.
 
     The same order, ratio of gaps, moving-average sigma, auxiliary loss and learning rates. Events
-    take the first quarter of the steps (theirs: the first third), single steps where there is no
-    time for more.
+    take the first quarter of the steps (theirs: the first third); with few steps they follow each
+    other without gaps.
 
     Args:
         model: A model or its sites.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -321,15 +321,16 @@ def distilled(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     """This project's recipe: the published order, and the original's distribution as the target.
 
     Events take the first quarter of the steps, with the gaps of the published schedule for GPT-2
-    small (2, 2 and 3 steps a layer; 2507.02559) or a multiple of them; single steps where there is
-    no time for that. The rest recovers, at a rate that falls to half. The loss is the KL divergence
-    from the original instead of cross-entropy: it does not pay for what a short fine-tuning on
-    little text unlearns (docs/benchmarks.md). Steps are small: for as many tokens, more of them.
+    small (2, 2 and 3 steps per layer; 2507.02559) or a multiple of them; they follow each other
+    without gaps if there are few steps. In the other steps the model recovers, at a learning rate
+    that falls to half. The loss is the KL divergence from the original instead of cross-entropy, so
+    that the model keeps what a short fine-tuning on little text would unlearn
+    (docs/benchmarks.md). Batches are small, so that there are more steps for as many tokens.
 
     Args:
         model: A model or its sites, of any architecture.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -372,7 +373,7 @@ def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     Args:
         model: A model or its sites, of any architecture.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -413,7 +414,7 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     Args:
         model: A model or its sites, of any architecture.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -440,7 +441,7 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         final_lr=0.5,
         betas=(0.9, 0.999),
         distillation=1.0,
-        guard=Guard(above_best=20.0),  # the loss jumps at once too, and may come back
+        guard=Guard(above_best=20.0),  # the loss jumps with the norms, and may come down again
         seed=seed,
     )
 
@@ -456,4 +457,4 @@ BY_NAME = {
     "gpt2-xl": gpt2_xl,
     "gpt2-small-2024": gpt2_small_2024,
 }
-"""What `lnfree remove --recipe` knows."""
+"""The recipes of `lnfree remove --recipe` by name."""

@@ -87,7 +87,9 @@ def load_optimizer_tensors(
 
 def _require_same(found: set[str], expected: set[str]) -> None:
     if odd := sorted(found ^ expected):
-        raise CheckpointError(f"the checkpoint is of another model: {odd[0]} does not match")
+        raise CheckpointError(
+            f"the checkpoint is of another model: {odd[0]} is in one of them only"
+        )
 
 
 def random_state() -> dict[str, Any]:

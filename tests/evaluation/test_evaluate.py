@@ -236,7 +236,7 @@ def test_named_texts(tokenizer, monkeypatch):
     assert opened[1][0] == "lucabaroni/apollo-pile-filtered-10k"
     with pytest.raises(DataError, match="tokenized for GPT-2"):
         lf.evaluation_text("pile-10k", tokenizer, 64)
-    with pytest.raises(DataError, match="have 64 tokens, not 128"):
+    with pytest.raises(DataError, match="have 64 tokens, fewer than sequence_length 128"):
         lf.evaluation_text("pile-10k", None, 128)
     owt = lf.evaluation_text("openwebtext-val", tokenizer, 8)
     documents = fake("openwebtext")
@@ -254,7 +254,7 @@ def test_no_text_is_read_twice(tokenizer, tmp_path):
     found = lf.evaluation_text(file, tokenizer, 8)
     assert torch.equal(found, whole)
     assert torch.equal(lf.evaluation_text(file, tokenizer, 8, 3), whole[:3])
-    with pytest.raises(DataError, match=f"has {len(whole)} blocks of 8 tokens, not 64"):
+    with pytest.raises(DataError, match=f"has {len(whole)} sequences of 8 tokens, fewer than 64"):
         lf.evaluation_text(file, tokenizer, 8, 64)
     with pytest.raises(DataError, match="do not fill one block"):
         lf.evaluation_text(file, tokenizer, 4096)

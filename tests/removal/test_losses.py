@@ -307,7 +307,7 @@ def test_a_new_term_is_one_function(monkeypatch, tmp_path):
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[3])
     assert list(line["losses"]) == list(recipe.loss_weights(0))
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert "x size 1 to 0 (steps 2 to 5)" in plan(recipe)
+    assert "(1 to 0 (steps 2 to 5)) x size" in plan(recipe)
     assert recipe.vanilla().losses == {}
 
 
