@@ -243,7 +243,7 @@ def test_named_texts(tokenizer, monkeypatch):
     expected = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]
     assert len(expected) == 2
     assert torch.equal(owt, lf.pack(expected, tokenizer, 8))
-    with pytest.raises(DataError, match="blocks of 8 tokens, not 99"):
+    with pytest.raises(DataError, match="sequences of 8 tokens, fewer than 99"):
         lf.evaluation_text("openwebtext-val", tokenizer, 8, 99)
 
 
@@ -256,14 +256,14 @@ def test_no_text_is_read_twice(tokenizer, tmp_path):
     assert torch.equal(lf.evaluation_text(file, tokenizer, 8, 3), whole[:3])
     with pytest.raises(DataError, match=f"has {len(whole)} sequences of 8 tokens, fewer than 64"):
         lf.evaluation_text(file, tokenizer, 8, 64)
-    with pytest.raises(DataError, match="do not fill one block"):
+    with pytest.raises(DataError, match="too few for one sequence"):
         lf.evaluation_text(file, tokenizer, 4096)
     for source, wrong, message in (
         (file, {"name": "en"}, "is local"),
         ("stdlib", {"revision": "main"}, "is local"),
         ("stdlib", {"column": "nope"}, "no column 'nope'"),
-        ("pile-10k", {"split": "test"}, "one fixed text"),
-        ("", {}, "without a name"),
+        ("pile-10k", {"split": "test"}, "is a fixed text"),
+        ("", {}, "name of the text is empty"),
     ):
         with pytest.raises(DataError, match=message):
             lf.evaluation_text(source, tokenizer, 8, **wrong)
