@@ -4,10 +4,10 @@
     python benchmarks/gpt2_at_scale.py OUT --recipe gpt2-small --distillation 0.5
     python benchmarks/gpt2_at_scale.py OUT --tiny        # everything at toy size, on the CPU
 
-Two runs of 157M tokens each, meant for one 80 GB GPU. Cut off, the same command goes on. Model and
-data are names on the hub, or local: a folder that `save_pretrained` wrote, and text, jsonl or
-parquet files. OUT gets `lnfree/`, `vanilla/` (each a run that `lnfree remove --resume` understands)
-and `result.json`.
+Two runs of 157M tokens each, meant for one 80 GB GPU. The same command continues an interrupted
+run. Model and data are names on the hub, or local: a folder that `save_pretrained` wrote, and
+text, jsonl or parquet files. OUT gets `lnfree/` and `vanilla/`, which are runs that `lnfree remove
+--resume` can continue, and `result.json`.
 """
 
 import json

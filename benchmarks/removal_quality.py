@@ -92,7 +92,7 @@ class Result:
 
 @cache
 def material(stride: int) -> tuple[HookedTransformer, dict[str, Tensor]]:
-    """The bundled model, its training text, and every so-manieth held-out block."""
+    """The bundled model, its training text, and every `stride`-th held-out sequence."""
     logging.disable_progress_bar()
     model = lf.load(lf.bundled_checkpoint(), device="cpu")
     text = {
@@ -140,9 +140,9 @@ def main(
     """Run the benchmark.
 
     Args:
-        seeds: Of the data order.
-        sequences: Of the long runs; the short ones have a third.
-        stride: Evaluate on every so-manieth held-out block.
+        seeds: Random seeds of the order of the text.
+        sequences: Sequences of text in the long runs; the short ones have a third.
+        stride: Evaluate on every `stride`-th held-out sequence.
         jobs: Runs at a time.
         out: Also write all results there, as they come.
     """

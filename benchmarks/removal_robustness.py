@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 import lnfree_interp as lf
 from lnfree_interp.errors import TrainingError
-from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, published_order, taper
+from lnfree_interp.removal.settings import Guard, Statistics
 
 RECIPES = ("published style", "with KL 1", "without auxiliary loss", "taper", "taper, KL 1")
 
@@ -82,10 +83,10 @@ def main(
     """Run the benchmark.
 
     Args:
-        seeds: Of the data order.
+        seeds: Random seeds of the order of the text.
         lrs: Peak learning rates.
         gaps: Steps between two events.
-        steps: Of every run.
+        steps: Steps of every run.
         sequence_length: Tokens per sequence.
         out: Also write all runs there.
     """

@@ -32,8 +32,9 @@ import lnfree_interp as lf
 from lnfree_interp.data.sequences import ShuffledSequences
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.precision import bf16_is_fast
-from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import all_at_once
+from lnfree_interp.removal.settings import Guard, Statistics
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Paced(ShuffledSequences):
         self.batch, self.pace = batch, pace
 
     def take(self, n: int) -> Tensor:
-        """As `TokenSequences.take`."""
+        """The next n sequences, when it is this contender's turn."""
         if n == self.batch:  # else it is what sigma is measured on
             self.pace.next()
         return super().take(n)
@@ -216,7 +217,7 @@ def main(
     """Run the benchmark.
 
     Args:
-        shapes: Of 4x256, gpt2-small-512 and gpt2-small-1024.
+        shapes: Some of 4x256, gpt2-small-512 and gpt2-small-1024.
         dtypes: float32, and bfloat16 autocast over float32 weights.
         device: cpu or cuda.
         rounds: In each, every contender trains some steps.

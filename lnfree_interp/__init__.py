@@ -84,10 +84,11 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
-    from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
+    from lnfree_interp.removal.recipe import Recipe
     from lnfree_interp.removal.remove import remove_norms
     from lnfree_interp.removal.run import Run
     from lnfree_interp.removal.schedule import Event, Ramp
+    from lnfree_interp.removal.settings import Guard, Special, Statistics
 
 # Where each public name lives; the imports above are the same table for type checkers.
 _HOME = {
@@ -170,10 +171,10 @@ _HOME = {
     "live_sites": "lnfree_interp.models.sites",
     "with_norm_sites": "lnfree_interp.models.sites",
     "MeasuredError": "lnfree_interp.numerics",
-    "Guard": "lnfree_interp.removal.recipe",
+    "Guard": "lnfree_interp.removal.settings",
     "Recipe": "lnfree_interp.removal.recipe",
-    "Special": "lnfree_interp.removal.recipe",
-    "Statistics": "lnfree_interp.removal.recipe",
+    "Special": "lnfree_interp.removal.settings",
+    "Statistics": "lnfree_interp.removal.settings",
     "Run": "lnfree_interp.removal.run",
     "Event": "lnfree_interp.removal.schedule",
     "Ramp": "lnfree_interp.removal.schedule",

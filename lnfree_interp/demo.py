@@ -1,4 +1,4 @@
-"""The whole path on real input: load, remove, fold, evaluate, attribute, export, report."""
+"""`lnfree demo`: load, remove, fold, evaluate, attribute, export and report."""
 
 import copy
 import json
@@ -45,11 +45,11 @@ class Demo:
     control: Run
     lnfree: HookedTransformer
     evaluation: Evaluation
-    """Of `original`, `vanilla` and `lnfree`, on held-out text."""
+    """The evaluation of `original`, `vanilla` and `lnfree` on held-out text."""
     attributions: tuple[Contributions, ...]
     """The demo's logit differences at each of `LEVELS`."""
     errors: dict[str, MeasuredError]
-    """Of loading, folding, decomposing and exporting; in float64 where the name says so."""
+    """The errors of loading, folding, decomposing and exporting; some are named as float64."""
     seconds: float
 
     @property

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from lnfree_interp.removal.recipe import Guard
+from lnfree_interp.removal.settings import Guard
 
 
 class DivergenceWatch:

@@ -7,7 +7,7 @@ end-of-text targets, a special sigma on channel 0 (docs/removal.md).
 """
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Sites,
     all_at_once,
@@ -16,6 +16,7 @@ from lnfree_interp.removal.schedule import (
     sites_of,
     taper,
 )
+from lnfree_interp.removal.settings import Guard, Special, Statistics
 
 __all__ = [
     "BY_NAME",

@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.sites import NormSite, get_norm
-from lnfree_interp.removal.recipe import Statistics
+from lnfree_interp.removal.settings import Statistics
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., object]]]
 """TransformerLens' own form: (name or filter, function of the activation and `hook`)."""

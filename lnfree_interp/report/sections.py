@@ -121,7 +121,7 @@ def quality(evaluation: Evaluation, note: str = "") -> list[Section]:
     """Whether the models predict text as well as their original, and whether attribution is true.
 
     Args:
-        evaluation: Of all models.
+        evaluation: The evaluation of the models.
         note: Text to add.
 
     Returns:
@@ -159,7 +159,7 @@ def logits(attributions: Iterable[Contributions]) -> list[Section]:
     """The parts of some logits at several levels, prompt by prompt.
 
     Args:
-        attributions: Of the same prompts, one per level.
+        attributions: One per level, of the same prompts.
     """
     levels = list(attributions)
     figures = [
@@ -236,6 +236,6 @@ def exactness(text: str, table: Table) -> Section:
 
     Args:
         text: What was measured.
-        table: Of `errors_table` or `certificates_table`.
+        table: From `errors_table` or `certificates_table`.
     """
     return Section("How exact is all this?", text, [table])

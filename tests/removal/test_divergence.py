@@ -9,7 +9,7 @@ from test_resume import STEPS, a_recipe, data, model, train
 import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
 from lnfree_interp.removal.divergence import DivergenceWatch
-from lnfree_interp.removal.recipe import Guard
+from lnfree_interp.removal.settings import Guard
 
 __all__ = ["data", "model"]  # fixtures
 

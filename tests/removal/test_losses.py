@@ -16,8 +16,9 @@ from lnfree_interp.removal import chunked_loss
 from lnfree_interp.removal.chunked_loss import LazyLogits
 from lnfree_interp.removal.losses import TERMS, Objective, distillation_loss, scale_anchor_loss
 from lnfree_interp.removal.plan import plan
-from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Ramp, all_at_once, sequential_sites
+from lnfree_interp.removal.settings import Guard, Statistics
 from lnfree_interp.removal.statistics import TokenGroups
 from lnfree_interp.removal.trainer import CROSS_ENTROPY
 

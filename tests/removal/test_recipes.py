@@ -11,7 +11,7 @@ import lnfree_interp as lf
 from lnfree_interp.errors import NormSiteError, RecipeError
 from lnfree_interp.models.sites import NormSite
 from lnfree_interp.removal.plan import plan
-from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.schedule import (
     Event,
@@ -24,6 +24,7 @@ from lnfree_interp.removal.schedule import (
     weight_at,
     widened,
 )
+from lnfree_interp.removal.settings import Guard, Special, Statistics
 
 # Steps of the first event of each phase and of ln_final, steps, sequences per step, peak and final
 # learning rate, warm-up, auxiliary weight: config.py of submarat/removing-layer-norm, 2507.02559.

@@ -12,8 +12,9 @@ import torch
 from support.architectures import make_model
 
 import lnfree_interp as lf
-from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Ramp, taper
+from lnfree_interp.removal.settings import Guard, Special, Statistics
 
 TERMS = ("cross_entropy", "distillation", "scale_anchor")
 RECORDED = json.loads(Path(__file__).with_name("recorded_losses.json").read_text())

@@ -22,12 +22,13 @@ from lnfree_interp.removal import remove, trainer
 from lnfree_interp.removal.losses import (
     distillation_loss,
 )
-from lnfree_interp.removal.recipe import Recipe, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Event,
     published_order,
     sequential_sites,
 )
+from lnfree_interp.removal.settings import Statistics
 from lnfree_interp.removal.statistics import measure_sigma
 
 

@@ -17,9 +17,10 @@ from support.models import make_gpt2
 import lnfree_interp as lf
 from lnfree_interp.data.sequences import ShuffledSequences
 from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
-from lnfree_interp.removal.recipe import Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run_folder import Checkpoint, RunFolder
 from lnfree_interp.removal.schedule import published_order, sequential_sites
+from lnfree_interp.removal.settings import Special, Statistics
 from lnfree_interp.removal.training_state import fingerprint
 
 STEPS, EVERY = 24, 5

@@ -11,8 +11,9 @@ from support.models import make_gpt2, make_tokenizer
 import lnfree_interp as lf
 from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.sites import NormSite
-from lnfree_interp.removal.recipe import Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, all_at_once, published_order, taper
+from lnfree_interp.removal.settings import Special, Statistics
 from lnfree_interp.removal.statistics import TokenGroups, measure, measure_sigma
 from lnfree_interp.removal.transition import Transition
 

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import fully_shard
 import lnfree_interp as lf
 from lnfree_interp.removal.losses import Objective
 from lnfree_interp.removal.processes import Processes
-from lnfree_interp.removal.recipe import Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import published_order, sequential_sites
+from lnfree_interp.removal.settings import Special, Statistics
 from lnfree_interp.removal.training_state import fingerprint
 from support.models import make_gpt2
 
