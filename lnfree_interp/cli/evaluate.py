@@ -11,7 +11,7 @@ from lnfree_interp.evaluation.job import EvaluationJob
 
 
 def evaluate(job: Annotated[EvaluationJob, arg(name="")], out: Path | None = None) -> None:
-    """Compare an LN-free model with its original: one table, one JSON file, for several models.
+    """Compare models, such as an LN-free one and its original, in one table and one JSON file.
 
     Cross-entropy and its tail, entropy and calibration, residual norms and attention sinks,
     attribution against measured effects, attribution patching, confidence neurons, and tasks of the
