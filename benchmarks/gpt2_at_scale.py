@@ -4,10 +4,10 @@
     python benchmarks/gpt2_at_scale.py OUT --recipe gpt2-small --distillation 0.5
     python benchmarks/gpt2_at_scale.py OUT --tiny        # everything at toy size, on the CPU
 
-Two runs of 157M tokens each, meant for one 80 GB GPU. Cut off, the same command goes on. Model and
-data are names on the hub, or local: a folder that `save_pretrained` wrote, and text, jsonl or
-parquet files. OUT gets `lnfree/`, `vanilla/` (each a run that `lnfree remove --resume` understands)
-and `result.json`.
+Two runs of 157M tokens each, meant for one 80 GB GPU. The same command continues an interrupted
+run. Model and data are names on the hub, or local: a folder that `save_pretrained` wrote, and
+text, jsonl or parquet files. OUT gets `lnfree/` and `vanilla/`, which are runs that `lnfree remove
+--resume` can continue, and `result.json`.
 """
 
 import json
@@ -21,14 +21,16 @@ import tyro
 from transformer_lens import HookedTransformer
 
 import lnfree_interp as lf
-from lnfree_interp.data.sources import STDLIB, open_blocks
-from lnfree_interp.removal.job import Job, make_recipe, resume_job, run_job
+from lnfree_interp.data.sources import STDLIB, open_sequences
+from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.run_job import make_recipe, resume_job, run_job
 from lnfree_interp.removal.schedule import published_order
 
 
-def shrunk(recipe: Recipe, model: HookedTransformer) -> Recipe:
-    """The same recipe in a few steps of a few blocks."""
+def shrunk(job: RemovalJob, model: HookedTransformer) -> Recipe:
+    """The job's recipe in a few steps of a few sequences."""
+    recipe = make_recipe(job, model)
     return replace(
         recipe,
         events=published_order(model, start=1, ln2_gap=1, qk_gap=1, v_gap=1)
@@ -40,7 +42,7 @@ def shrunk(recipe: Recipe, model: HookedTransformer) -> Recipe:
         micro_batch=2,
         warmup=2,
         evaluate_every=10,
-        statistics=replace(recipe.statistics, blocks=4),
+        statistics=replace(recipe.statistics, sequences=4),
         special=type(recipe.special)(),
     )
 
@@ -64,39 +66,35 @@ def main(
         data: Hub id or local files.
         recipe: As `lnfree remove --recipe`.
         distillation: Replaces the recipe's.
-        micro_batch: Blocks per forward pass; lower it on a smaller GPU.
-        heldout: Blocks that are evaluated, while training and in the end, and not trained on.
-        tiny: The bundled model, the standard library and a few steps.
+        micro_batch: Sequences per forward pass; lower it on a smaller GPU.
+        heldout: Sequences that are evaluated, while training and in the end, and not trained on.
+        tiny: Use the bundled model, the standard library and a few steps.
     """
-    job = Job(
+    job = RemovalJob(
         model=None if tiny else model,
-        text=STDLIB if tiny else data,
+        recipe=recipe,
+        data=STDLIB if tiny else data,
+        micro_batch=micro_batch,
+        distillation=distillation,
         heldout=8 if tiny else heldout,
-        block=64 if tiny else 1024,
+        sequence_length=64 if tiny else 1024,
         checkpoint_every=5 if tiny else 25,
     )
     result: dict[str, dict[str, float]] = {}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("lnfree", "vanilla"):
         folder = out / name
-
-        def recipe_of(loaded: HookedTransformer, name: str = name) -> Recipe:
-            made = make_recipe(
-                recipe,
-                loaded,
-                steps=None,
-                vanilla=name == "vanilla",
-                distillation=distillation if name == "lnfree" else None,
-                micro_batch=micro_batch,
-            )
-            return shrunk(made, loaded) if tiny else made
-
         if (folder / "model").exists():
             print(f"{folder} is finished")
         elif folder.exists():
             resume_job(folder, say=print)
         else:
-            run_job(job, folder, recipe_of, say=print)
+            run_job(
+                replace(job, vanilla=name == "vanilla"),
+                folder,
+                recipe_of=shrunk if tiny else make_recipe,
+                say=print,
+            )
         result[name] = scores(lf.load(folder / "model"), job, job.heldout)
     original = lf.load(lf.bundled_checkpoint() if tiny else model)
     result["original"] = scores(original, job, job.heldout)
@@ -109,11 +107,13 @@ def main(
     (out / "result.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def scores(model: HookedTransformer, job: Job, blocks: int) -> dict[str, float]:
+def scores(model: HookedTransformer, job: RemovalJob, sequences: int) -> dict[str, float]:
     """Mean, median and 99.9th percentile of cross-entropy on held-out blocks."""
-    split = "heldout" if job.text == STDLIB else job.split
-    assert job.block is not None
-    text = open_blocks(job.text, model.tokenizer, job.block, split=split).take(blocks)
+    split = "heldout" if job.data == STDLIB else job.split
+    assert job.sequence_length is not None
+    text = open_sequences(job.data, model.tokenizer, job.sequence_length, split=split).take(
+        sequences
+    )
     losses = lf.evaluate_loss(model, text, batch=4).per_token.numpy()
     median, p999 = np.quantile(losses, [0.5, 0.999]).tolist()
     mean, largest = float(losses.mean()), float(losses.max())

@@ -95,9 +95,9 @@ def main(
     """Run the benchmark.
 
     Args:
-        pretraining: Steps from scratch, of 2048 tokens.
-        steps: Of the removal, of 1024 tokens.
-        seed: Of the order of the removal's text.
+        pretraining: Steps of the training from scratch, of 2048 tokens.
+        steps: Steps of the removal, of 1024 tokens.
+        seed: Random seed of the order of the removal's text.
         out: Also write the rows there.
     """
     logging.disable_progress_bar()

@@ -3,7 +3,7 @@
     python benchmarks/removal_quality.py [--seeds 0 1 2] [--jobs 2] [--json FILE]
 
 Every recipe runs for as many tokens as its control, `recipe.vanilla()`: same text in the same
-order at the same learning rates, nothing removed. The long runs read `--blocks` blocks of 256
+order at the same learning rates, nothing removed. The long runs read `--sequences` sequences of 256
 tokens, the short ones a third of them. Loss on text that neither training nor pretraining saw, in
 nats per token; the largest residual norm is over all layers and all positions but the first.
 """
@@ -39,8 +39,8 @@ Make = Callable[[Sites, int, int], Recipe]
 def plain(recipe: Callable[..., Recipe], batch: int = 16, **changes: float) -> Make:
     """A recipe with some settings changed."""
 
-    def make(model: Sites, blocks: int, seed: int) -> Recipe:
-        made = recipe(model, steps=blocks // batch, seed=seed)
+    def make(model: Sites, sequences: int, seed: int) -> Recipe:
+        made = recipe(model, steps=sequences // batch, seed=seed)
         return replace(made, batch=batch, **changes)
 
     return make
@@ -72,7 +72,7 @@ class Task:
 
     variant: tuple[str, str, str]
     vanilla: bool
-    blocks: int
+    sequences: int
     seed: int
 
 
@@ -92,7 +92,7 @@ class Result:
 
 @cache
 def material(stride: int) -> tuple[HookedTransformer, dict[str, Tensor]]:
-    """The bundled model, its training text, and every so-manieth held-out block."""
+    """The bundled model, its training text, and every `stride`-th held-out sequence."""
     logging.disable_progress_bar()
     model = lf.load(lf.bundled_checkpoint(), device="cpu")
     text = {
@@ -118,7 +118,7 @@ def run(task: Task, stride: int, threads: int) -> Result:
     """Train and evaluate."""
     torch.set_num_threads(threads)
     model, text = material(stride)
-    recipe = VARIANTS[task.variant](model, task.blocks, task.seed)
+    recipe = VARIANTS[task.variant](model, task.sequences, task.seed)
     recipe = recipe.vanilla() if task.vanilla else recipe
     tokens = recipe.steps * recipe.batch * text["train"].shape[1]
     try:
@@ -132,7 +132,7 @@ def run(task: Task, stride: int, threads: int) -> Result:
 
 def main(
     seeds: tuple[int, ...] = (0, 1, 2),
-    blocks: int = 1920,
+    sequences: int = 1920,
     stride: int = 3,
     jobs: int = 1,
     out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -140,14 +140,14 @@ def main(
     """Run the benchmark.
 
     Args:
-        seeds: Of the data order.
-        blocks: Of the long runs; the short ones have a third.
-        stride: Evaluate on every so-manieth held-out block.
+        seeds: Random seeds of the order of the text.
+        sequences: Sequences of text in the long runs; the short ones have a third.
+        stride: Evaluate on every `stride`-th held-out sequence.
         jobs: Runs at a time.
         out: Also write all results there, as they come.
     """
-    short = blocks // 3
-    runs = [(variant, blocks) for variant in LONG] + [(variant, short) for variant in VARIANTS]
+    short = sequences // 3
+    runs = [(variant, sequences) for variant in LONG] + [(variant, short) for variant in VARIANTS]
     # Controls differ by their learning rates: one for each schedule of rates, not for each variant.
     controls = {_rates(variant): variant for variant in VARIANTS}
     wanted = dict.fromkeys((controls[_rates(variant)], length) for variant, length in runs)

@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 import lnfree_interp as lf
 from lnfree_interp.errors import TrainingError
-from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, published_order, taper
+from lnfree_interp.removal.settings import Guard, Statistics
 
 RECIPES = ("published style", "with KL 1", "without auxiliary loss", "taper", "taper, KL 1")
 
@@ -65,7 +66,7 @@ def recipe_of(
         distillation=1.0 if "KL" in name else 0.0,
         scale_anchor=0.0 if "without auxiliary" in name else 0.1,
         anchor_target="frozen" if name.startswith("taper") else "batch",
-        statistics=Statistics(source="ema", momentum=0.5, blocks=8),
+        statistics=Statistics(source="ema", momentum=0.5, sequences=8),
         guard=Guard(above_best=6.0),
         seed=seed,
     )
@@ -76,22 +77,22 @@ def main(
     lrs: tuple[float, ...] = (6e-4, 2e-3, 6e-3),
     gaps: tuple[int, ...] = (0, 1, 3),
     steps: int = 70,
-    block: int = 128,
+    sequence_length: int = 128,
     out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Run the benchmark.
 
     Args:
-        seeds: Of the data order.
+        seeds: Random seeds of the order of the text.
         lrs: Peak learning rates.
         gaps: Steps between two events.
-        steps: Of every run.
-        block: Tokens per block.
+        steps: Steps of every run.
+        sequence_length: Tokens per sequence.
         out: Also write all runs there.
     """
     logging.disable_progress_bar()
     model = lf.load(lf.bundled_checkpoint(), device="cpu")
-    text = lf.pack(lf.stdlib_corpus("train"), model.tokenizer, block)
+    text = lf.pack(lf.stdlib_corpus("train"), model.tokenizer, sequence_length)
     original = lf.evaluate_loss(model, text[:200]).mean
     cells: list[Cell] = []
     header = " | ".join(f"lr {lr:g}, gap {gap}" for lr in lrs for gap in gaps)
@@ -116,7 +117,7 @@ def main(
             out.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
     print(
         f"loss of the last ten steps, or how many diverged; original {original:.2f}; {steps} steps "
-        f"of {8 * block} tokens; seeds {seeds}; torch {torch.__version__}, "
+        f"of {8 * sequence_length} tokens; seeds {seeds}; torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads of "
         f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}"
     )

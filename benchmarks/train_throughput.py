@@ -29,11 +29,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import lnfree_interp as lf
-from lnfree_interp.data.blocks import ShuffledBlocks
+from lnfree_interp.data.sequences import ShuffledSequences
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.precision import bf16_is_fast
-from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import all_at_once
+from lnfree_interp.removal.settings import Guard, Statistics
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def hf_model(shape: Shape) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def text_of(shape: Shape, blocks: int) -> Tensor:
+def text_of(shape: Shape, sequences: int) -> Tensor:
     """Random tokens."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(shape.vocab_size, (blocks, shape.pos), generator=generator)
+    return torch.randint(shape.vocab_size, (sequences, shape.pos), generator=generator)
 
 
 class Pace:
@@ -130,7 +131,7 @@ def plain_loop(contender: Contender, shape: Shape, dtype: Dtype, device: str) ->
         optimizer.zero_grad()
 
 
-class Paced(ShuffledBlocks):
+class Paced(ShuffledSequences):
     """Text whose every batch waits for its turn."""
 
     def __init__(self, text: Tensor, batch: int, pace: Pace):
@@ -138,7 +139,7 @@ class Paced(ShuffledBlocks):
         self.batch, self.pace = batch, pace
 
     def take(self, n: int) -> Tensor:
-        """As `TokenBlocks.take`."""
+        """The next n sequences, when it is this contender's turn."""
         if n == self.batch:  # else it is what sigma is measured on
             self.pace.next()
         return super().take(n)
@@ -158,7 +159,7 @@ def engine(contender: Contender, shape: Shape, dtype: Dtype, device: str) -> Non
         final_lr=1.0,
         precision=dtype,
         scale_anchor=0.1 if removing else 0.0,
-        statistics=Statistics(blocks=1),
+        statistics=Statistics(sequences=1),
         guard=Guard(above_best=1e6, sigma_factor=1e6),  # random weights: nothing to guard
     )
     seen: list[int] = []
@@ -216,7 +217,7 @@ def main(
     """Run the benchmark.
 
     Args:
-        shapes: Of 4x256, gpt2-small-512 and gpt2-small-1024.
+        shapes: Some of 4x256, gpt2-small-512 and gpt2-small-1024.
         dtypes: float32, and bfloat16 autocast over float32 weights.
         device: cpu or cuda.
         rounds: In each, every contender trains some steps.

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lnfree_interp.checkpoints.loading import load
     from lnfree_interp.data.named import evaluation_text, tokens_seen, without_tokens
     from lnfree_interp.data.packing import pack
+    from lnfree_interp.data.sources import open_sequences
     from lnfree_interp.data.stdlib import stdlib_corpus
     from lnfree_interp.evaluation.certify import certify
     from lnfree_interp.evaluation.confidence_neurons import (
@@ -104,6 +105,8 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.recipe import Recipe
     from lnfree_interp.removal.remove import remove_norms
     from lnfree_interp.removal.run import Run
+    from lnfree_interp.removal.schedule import Event, Ramp
+    from lnfree_interp.removal.settings import Guard, Special, Statistics
 
 # Where each public name lives; the imports above are the same table for type checkers.
 _HOME = {
@@ -166,6 +169,7 @@ _HOME = {
     "tokens_seen": "lnfree_interp.data.named",
     "without_tokens": "lnfree_interp.data.named",
     "pack": "lnfree_interp.data.packing",
+    "open_sequences": "lnfree_interp.data.sources",
     "stdlib_corpus": "lnfree_interp.data.stdlib",
     "certify": "lnfree_interp.evaluation.certify",
     "NeuronAblation": "lnfree_interp.evaluation.confidence_neurons",
@@ -199,8 +203,13 @@ _HOME = {
     "live_sites": "lnfree_interp.models.sites",
     "with_norm_sites": "lnfree_interp.models.sites",
     "MeasuredError": "lnfree_interp.numerics",
+    "Guard": "lnfree_interp.removal.settings",
     "Recipe": "lnfree_interp.removal.recipe",
+    "Special": "lnfree_interp.removal.settings",
+    "Statistics": "lnfree_interp.removal.settings",
     "Run": "lnfree_interp.removal.run",
+    "Event": "lnfree_interp.removal.schedule",
+    "Ramp": "lnfree_interp.removal.schedule",
     "remove_norms": "lnfree_interp.removal.remove",
 }
 

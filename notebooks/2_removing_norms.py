@@ -48,8 +48,8 @@ def watch(mlp_out, hook):
         seen.append(mlp_out.detach().float().norm(dim=-1).mean().item())
 
 
-data = lf.pack(lf.stdlib_corpus("train"), model.tokenizer, block=128)
-heldout = lf.pack(lf.stdlib_corpus("heldout"), model.tokenizer, block=128)[::8]
+data = lf.pack(lf.stdlib_corpus("train"), model.tokenizer, sequence_length=128)
+heldout = lf.pack(lf.stdlib_corpus("heldout"), model.tokenizer, sequence_length=128)[::8]
 run = lf.remove_norms(
     model, recipe, data, fwd_hooks=[("blocks.0.hook_mlp_out", watch)], log_every=2, progress=False
 )

@@ -4,7 +4,6 @@ import html.parser
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lnfree_interp import cli, demo
 from lnfree_interp.errors import OutputError
 from lnfree_interp.files import new_folder
 from lnfree_interp.plots.page import Section, page
+from lnfree_interp.report.sections import PROMPTS
 from lnfree_interp.tables import Table
 
 SIZE_LIMIT = 8_000_000
@@ -103,20 +103,20 @@ def test_demo_end_to_end(monkeypatch, tmp_path, capsys, little_text):
     # The exported folder is the model that was evaluated: plain transformers, same cross-entropy.
     hf_model = GPT2LMHeadModel.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    blocks = lf.pack(demo.stdlib_corpus("heldout"), tokenizer, 256)
+    sequences = lf.pack(demo.stdlib_corpus("heldout"), tokenizer, 256)
     with torch.no_grad():
-        losses = [hf_model(b[None], labels=b[None]).loss.item() for b in blocks]
+        losses = [hf_model(b[None], labels=b[None]).loss.item() for b in sequences]
     mean = sum(losses) / len(losses)
     assert mean == pytest.approx(metrics["cross_entropy"]["lnfree"]["mean"], abs=1e-4)
     assert lf.load(out / "model").cfg.normalization_type is None
     control = lf.load(out / "control")
     assert len(lf.live_sites(control)) == 13
-    found = lf.evaluate_loss(control, blocks).mean
+    found = lf.evaluate_loss(control, sequences).mean
     assert found == pytest.approx(metrics["cross_entropy"]["vanilla"]["mean"], abs=1e-4)
 
     report = (out / "report.html").read_text()
     assert linked_from(report) == []
-    assert report.count("plotly-graph-div") == 2 + 3 * len(demo.PROMPTS)
+    assert report.count("plotly-graph-div") == 5 + 3 * len(PROMPTS)
     run_cli_fails(monkeypatch, capsys, 2, "already exists", "demo", "--out", out)
 
 
@@ -192,7 +192,7 @@ def test_steps_that_cannot_be_are_refused(monkeypatch, capsys, tmp_path, little_
         )
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_the_package_itself_imports_nothing_heavy():
     heavy = "torch, transformers, transformer_lens, datasets, plotly, pandas"
     check = (
         "import sys, lnfree_interp, lnfree_interp.cli; "
@@ -202,29 +202,21 @@ def test_help_is_quick_and_imports_nothing_heavy():
         [sys.executable, "-c", check], capture_output=True, text=True, check=True
     )
     assert output.stdout.strip() == "[]"
-    command = [sys.executable, "-m", "lnfree_interp", "--help"]
-    seconds = []
-    for _ in range(3):  # the fastest of three: other work on the machine is not ours
-        began = time.monotonic()
-        output = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(time.monotonic() - began)
-    assert min(seconds) < 1
-    assert "demo" in output.stdout
 
 
 def test_loss_statistics_by_brute_force():
     model = lf.load(lf.bundled_checkpoint())
-    blocks = torch.randint(4096, (5, 40), generator=torch.Generator().manual_seed(0))
-    found = lf.evaluate_loss(model, blocks, batch=2)
-    logits = model(blocks).double().log_softmax(-1)
-    losses = sorted(-logits[b, p, blocks[b, p + 1]].item() for b in range(5) for p in range(39))
+    sequences = torch.randint(4096, (5, 40), generator=torch.Generator().manual_seed(0))
+    found = lf.evaluate_loss(model, sequences, batch=2)
+    logits = model(sequences).double().log_softmax(-1)
+    losses = sorted(-logits[b, p, sequences[b, p + 1]].item() for b in range(5) for p in range(39))
     assert found.mean == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert found.median == pytest.approx(losses[97], rel=1e-5)
     at = 0.99 * (len(losses) - 1)
     low = int(at)
     p99 = losses[low] + (at - low) * (losses[low + 1] - losses[low])
     assert found.p99 == pytest.approx(p99, rel=1e-5)
-    one_by_one = lf.evaluate_loss(model, blocks, batch=1)
+    one_by_one = lf.evaluate_loss(model, sequences, batch=1)
     torch.testing.assert_close(one_by_one.per_token, found.per_token, rtol=1e-4, atol=1e-4)
 
 

@@ -33,7 +33,6 @@ def _public() -> Iterator[tuple[str, Any]]:
             if member.__module__ == home.__name__ and not name.startswith("_"):
                 yield f"{prefix}.{name}", member
     yield "open_text", sources.open_text
-    yield "open_blocks", sources.open_blocks
 
 
 PUBLIC = dict(_public())

@@ -14,9 +14,11 @@ from support.models import freeze_all
 
 import lnfree_interp as lf
 from lnfree_interp.errors import CheckpointError, DataError, OutputError
+from lnfree_interp.removal.named_models import find_model, load_named
 from lnfree_interp.removal.run import StepRecord
-from lnfree_interp.removal.subject import find_subject, load_named
-from lnfree_interp.report import Question, write_report
+from lnfree_interp.report.job import ReportJob
+from lnfree_interp.report.sections import Question
+from lnfree_interp.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -45,7 +47,8 @@ def opened(page: Path, folder: Path) -> tuple[str, str]:
 def test_every_figure_is_drawn_and_nothing_fails(gpt2_folder, free_folder, tmp_path):
     page = tmp_path / "report.html"
     write_report(
-        free_folder, page, against=str(gpt2_folder), blocks=4, progress=False,
+        ReportJob(source=str(free_folder), original=str(gpt2_folder), sequences=4), page,
+        progress=False,
         questions=[Question("for i in <script>alert(1)</script> range", "i", "n")],
     )  # fmt: skip
     text = page.read_text(encoding="utf-8")
@@ -66,11 +69,11 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     run = tmp_path / "run"
     name = os.path.relpath(gpt2_folder, tmp_path)
     command = [sys.executable, "-m", "lnfree_interp", "remove", name, "--steps", "14"]
-    command += ["--block", "16", "--batch", "2", "--heldout", "2", "--out", str(run)]
+    command += ["--sequence-length", "16", "--batch", "2", "--heldout", "2", "--out", str(run)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     page = tmp_path / "report.html"
     command = [sys.executable, "-m", "lnfree_interp", "report", str(run), "--out", str(page)]
-    command += ["--blocks", "4", "--prompt", "for i in", "--answer", "i"]
+    command += ["--sequences", "4", "--prompt", "for i in", "--answer", "i"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert f"wrote {page}" in done.stdout
     text = page.read_text(encoding="utf-8")
@@ -80,12 +83,12 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2
     assert "already exists" in again.stderr
-    command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(run), "--blocks", "2"]
+    command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(run), "--sequences", "2"]
     command += ["--no-effects", "--neurons", "0", "--pairs", "0"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert re.search(rf"tokens +{gpt2_folder.name} +run\n", done.stdout)
     assert "minus original" in done.stdout
-    command = [*command[:4], str(gpt2_folder), "--against", str(run), *command[5:]]
+    command = [*command[:4], str(gpt2_folder), "--original", str(run), *command[5:]]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert re.search(rf"tokens +run +{gpt2_folder.name}\n", done.stdout)
 
@@ -93,45 +96,47 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
 def test_the_original_is_what_the_folder_says(tmp_path):
     folder = tmp_path / "folder"
     (folder / "model").mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"version": 1}))
+    (folder / "run.json").write_text(json.dumps({"version": 2}))
     (folder / "metrics.jsonl").touch()
-    assert find_subject(folder).original is None  # made in Python: nothing is guessed
+    assert find_model(folder).original is None  # made in Python: nothing is guessed
     for about, original in (
         ({"model": None}, str(lf.bundled_checkpoint())),
         ({"model": "gpt2", "revision": "abc"}, "gpt2@abc"),
         ({"model": "gpt2", "revision": None}, "gpt2"),
     ):
-        (folder / "run.json").write_text(json.dumps({"version": 1, "about": about}))
-        assert find_subject(folder).original == original
-    with pytest.raises(CheckpointError, match=r"says that it started from gpt2, and.*--against"):
+        (folder / "run.json").write_text(json.dumps({"version": 2, "about": about}))
+        assert find_model(folder).original == original
+    with pytest.raises(
+        CheckpointError, match=r"started from gpt2, which cannot be loaded.*--original"
+    ):
         load_named("gpt2", recorded_by=str(folder))
     (folder / "model").rmdir()
     with pytest.raises(CheckpointError, match="lnfree remove --resume"):
-        find_subject(folder)
+        find_model(folder)
     (folder / "model").mkdir()
     (folder / "run.json").unlink()
     (folder / "metrics.json").write_text(json.dumps({"source": "gpt2"}))
-    assert find_subject(folder).original == "gpt2"
+    assert find_model(folder).original == "gpt2"
 
 
 def test_a_line_that_was_cut_off_is_no_step(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"version": 1}))
+    (tmp_path / "run.json").write_text(json.dumps({"version": 2}))
     (tmp_path / "model").mkdir()
-    whole = json.dumps(asdict(StepRecord(0, 2.0, 0.0, 1e-4, {})))
+    whole = json.dumps(asdict(StepRecord(0, {"cross_entropy": 2.0}, 1e-4, {})))
     (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{whole[:20]}")
-    assert [record.step for record in find_subject(tmp_path).history] == [0]
+    assert [record.step for record in find_model(tmp_path).history] == [0]
 
 
 def test_names_with_a_revision(gpt2_folder, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere/at-all: "):
         load_named("nowhere/at-all@v2")
-    for name, message in ((" ", "without a name"), ("@v2", "@v2: ")):
+    for name, message in ((" ", "name of the model is empty"), ("@v2", "@v2: ")):
         with pytest.raises(CheckpointError, match=message):
             load_named(name)
     (tmp_path / "model").mkdir()
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"metrics\.json cannot be read"):
-        find_subject(tmp_path)
+        find_model(tmp_path)
     odd = tmp_path / "a@b"
     shutil.copytree(gpt2_folder, odd)
     assert load_named(str(odd)).cfg.n_layers == 3
@@ -139,7 +144,7 @@ def test_names_with_a_revision(gpt2_folder, tmp_path):
 
 def test_a_live_model_alone(gpt2_folder, tmp_path):
     page = write_report(
-        gpt2_folder, tmp_path / "live.html", blocks=2, progress=False,
+        ReportJob(source=str(gpt2_folder), sequences=2), tmp_path / "live.html", progress=False,
         questions=[Question("for i in", "i")],
     )  # fmt: skip
     text = page.read_text(encoding="utf-8")
@@ -151,14 +156,17 @@ def test_a_live_model_alone(gpt2_folder, tmp_path):
 def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
     asked = [Question("for i in", "zzz qqq")]
     with pytest.raises(DataError, match="is one token"):
-        write_report(gpt2_folder, tmp_path / "report.html", questions=asked, blocks=1)
+        write_report(
+            ReportJob(source=str(gpt2_folder), sequences=1), tmp_path / "report.html",
+            questions=asked,
+        )  # fmt: skip
     with pytest.raises(OutputError, match="not a writable folder"):
-        write_report(gpt2_folder, tmp_path / "nowhere" / "report.html")
+        write_report(ReportJob(source=str(gpt2_folder)), tmp_path / "nowhere" / "report.html")
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
-    (unfinished / "run.json").write_text(json.dumps({"version": 1}))
-    with pytest.raises(CheckpointError, match="not finished"):
-        write_report(unfinished, tmp_path / "report.html")
+    (unfinished / "run.json").write_text(json.dumps({"version": 2}))
+    with pytest.raises(CheckpointError, match="is a run without a model"):
+        write_report(ReportJob(source=str(unfinished)), tmp_path / "report.html")
     command = [sys.executable, "-m", "lnfree_interp", "report", str(gpt2_folder), "--prompt", "a"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2

@@ -2,10 +2,10 @@
 
     python -m lnfree_interp.bundled.train OUT
 
-A plain loop around `transformers.GPT2LMHeadModel`, so that what ships is an ordinary GPT-2 that
-owes nothing to this package. No dropout, as in `HookedTransformer`, so that fine-tuning continues
-under the conditions of pretraining. `training.json` beside the weights keeps the settings, the
-tokens seen and the held-out curve.
+A plain loop around `transformers.GPT2LMHeadModel`, so that the checkpoint is an ordinary GPT-2
+that does not depend on this package. There is no dropout, as in `HookedTransformer`, so that
+fine-tuning has the conditions of pretraining. `training.json` beside the weights keeps the
+settings, the tokens seen and the held-out curve.
 """
 
 import json
@@ -80,9 +80,11 @@ def loss_of(
 
 
 @torch.no_grad()
-def heldout_loss(model: GPT2LMHeadModel, blocks: Int[Tensor, "blocks pos"], batch: int) -> float:
+def heldout_loss(
+    model: GPT2LMHeadModel, sequences: Int[Tensor, "sequence pos"], batch: int
+) -> float:
     """Mean held-out cross-entropy in nats per token."""
-    losses = [loss_of(model, chunk, "none") for chunk in blocks.split(batch)]
+    losses = [loss_of(model, chunk, "none") for chunk in sequences.split(batch)]
     return torch.cat(losses).mean().item()
 
 
@@ -126,7 +128,7 @@ def main(out: tyro.conf.Positional[Path], settings: Pretraining = Pretraining())
     train, heldout = stdlib_corpus("train"), stdlib_corpus("heldout")
     tokenizer = train_tokenizer(train, settings)
     stream = token_stream(train, tokenizer)
-    blocks = pack(heldout, tokenizer, settings.n_ctx)
+    sequences = pack(heldout, tokenizer, settings.n_ctx)
     model = new_model(settings, tokenizer.vocab[END_OF_TEXT])
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -162,7 +164,7 @@ def main(out: tyro.conf.Positional[Path], settings: Pretraining = Pretraining())
                     "step": done,
                     "tokens": tokens_seen,
                     "epochs": round(tokens_seen / len(stream), 2),
-                    "heldout": round(heldout_loss(model, blocks, settings.batch), 4),
+                    "heldout": round(heldout_loss(model, sequences, settings.batch), 4),
                 }
             )
             tqdm.write(json.dumps(curve[-1]))
@@ -170,7 +172,7 @@ def main(out: tyro.conf.Positional[Path], settings: Pretraining = Pretraining())
             record = {
                 "settings": asdict(settings),
                 "train_tokens": len(stream),
-                "heldout_tokens": blocks.numel(),
+                "heldout_tokens": sequences.numel(),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "python": platform.python_version(),
                 "torch": torch.__version__,

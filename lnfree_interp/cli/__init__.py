@@ -1,6 +1,6 @@
 """The command line: `lnfree demo`, `remove`, `convert`, `evaluate`, `report`.
 
-Nothing heavy is imported before a command runs, so that `--help` answers at once.
+Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
 
 import os
@@ -17,7 +17,7 @@ from lnfree_interp.errors import LnfreeError
 
 
 def main() -> None:
-    """Run a command. Exit status: 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run a command. Exit status: 2 for an error that the user can correct, 130 after Ctrl-C."""
     try:
         tyro.extras.subcommand_cli_from_dict(
             {
@@ -28,14 +28,14 @@ def main() -> None:
                 "report": report,
             },
             prog="lnfree",
-            description="Remove a transformer's LayerNorms; read its logits as sums of parts.",
+            description="Remove the norms of a transformer, and read its logits as sums of parts.",
         )
     except LnfreeError as error:
         print(f"lnfree: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         removing = sys.argv[1:2] == ["remove"]
-        left = "go on with lnfree remove --resume RUN" if removing else "nothing was written"
+        left = "lnfree remove --resume RUN continues it" if removing else "nothing was written"
         print(f"\nlnfree: interrupted; {left}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head`

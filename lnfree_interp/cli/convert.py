@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lnfree_interp.cli.terminal import quiet_libraries, say
+from lnfree_interp.cli.terminal import import_libraries, say
 
 
 def convert(
@@ -23,7 +23,7 @@ def convert(
     check: bool = True,
     dry_run: bool = False,
 ) -> None:
-    """Turn a checkpoint into another with the same logits, and prove it.
+    """Convert a checkpoint into another with the same logits, and measure the difference.
 
     Reads a hub id, a Hugging Face folder, the published LN-free formats (recognised from their
     content), a nanoGPT ckpt.pt, or a folder that this package wrote. Writes weights as safetensors,
@@ -31,24 +31,25 @@ def convert(
 
     Args:
         source: Hub id, folder or ckpt.pt.
-        out: Folder to write; must not hold anything yet.
-        form: For LN-free checkpoints: constants folded into the weights (the default), or kept in
-            the norms.
-        to_norm: Convert live LayerNorms to RMSNorms, or to CRMSNorms with one dimension less.
-        basis: Of the CRMS residual stream: an isometry, or the last coordinate dropped.
-        target: Layout of the result. Default: for plain transformers where it has a class for it.
-        dtype: Of the weights.
-        revision: Branch, tag or commit on the hub.
+        out: Folder to write; it must be new or empty.
+        form: Form of an LN-free checkpoint: folded, its constants are in the weights (the default);
+            frozen, they are in the norms.
+        to_norm: Convert live LayerNorms to RMSNorms (rms), or to CRMSNorms with one dimension less
+            (crms).
+        basis: Basis of the CRMS residual stream: orthonormal, an isometry; drop, without the last
+            coordinate.
+        target: Layout of the result. Default: transformers if it has a class for the model.
+        dtype: Dtype of the weights.
+        revision: Branch, tag or commit of the checkpoint on the hub.
         tokenizer: Hub id or folder of the tokenizer, for a checkpoint that has none.
-        sigma: JSON file with the constant of each norm, for a ckpt.pt, which does not state them.
-        check: Compare logits with transformers after loading.
-        dry_run: Load and say what would be done; write nothing.
+        sigma: JSON file with the constant of each norm, for a ckpt.pt, which does not contain them.
+        check: Compare the logits with those of transformers after loading.
+        dry_run: Load the checkpoint and say what would be done, without writing.
     """
     from lnfree_interp.files import require_writable
 
     require_writable(out)
-    print("importing torch, transformers and transformer_lens ...", flush=True)
-    quiet_libraries()
+    import_libraries()
     import torch
 
     from lnfree_interp.checkpoints import converting

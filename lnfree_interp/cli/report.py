@@ -3,45 +3,24 @@
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from tyro.conf import arg
 
-from lnfree_interp.cli.terminal import quiet_libraries, say
-from lnfree_interp.errors import DataError
+from lnfree_interp.cli.terminal import import_libraries, say
+from lnfree_interp.report.job import ReportJob
 
 
-def report(
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_MODEL")],
-    /,
-    out: Path = Path("report.html"),
-    against: str | None = None,
-    data: str = "stdlib",
-    blocks: int = 64,
-    prompt: str | None = None,
-    answer: str | None = None,
-    foil: str | None = None,
-) -> None:
-    """Everything about a run or a model on one HTML page that needs no network.
+def report(job: Annotated[ReportJob, arg(name="")], out: Path = Path("report.html")) -> None:
+    """Write what is known about a run or a model on one HTML page that needs no network.
 
     Args:
-        source: A run's folder, what lnfree demo wrote, or a model: hub id (ID@REVISION),
-            or local folder.
-        out: The page; must not exist yet.
-        against: The original. Default: what a run says it started from.
-        data: Text to evaluate on, as for lnfree evaluate.
-        blocks: Of text, 256 tokens each at most.
-        prompt: Explain what follows this, instead of prompts about Python source.
-        answer: The next token to explain; mind the leading space.
-        foil: The token that it is compared with.
+        job: What to do.
+        out: The page; it must not exist yet.
     """
     from lnfree_interp.files import require_new_file
 
     require_new_file(out)
-    if (prompt is None) != (answer is None) or (foil is not None and prompt is None):
-        raise DataError("--prompt, --answer and --foil belong together")
-    say("importing torch, transformers and transformer_lens ...")
-    quiet_libraries()
-    from lnfree_interp.report import Question, write_report
+    import_libraries()
+    from lnfree_interp.report.write import write_report
 
-    asked = [] if prompt is None or answer is None else [Question(prompt, answer, foil)]
-    write_report(source, out, against=against, text=data, blocks=blocks, questions=asked, say=say)
+    write_report(job, out, say=say)
     say(f"wrote {out}")

@@ -1,16 +1,17 @@
-"""What every command says and does not say."""
+"""What all commands print, and what they keep libraries from printing."""
 
 import os
 
 
 def say(line: str) -> None:
-    """A line for the user, from one of several processes."""
+    """Print a line; of several processes only the main one does."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
 
-def quiet_libraries() -> None:
-    """Their progress bars and advice would drown ours."""
+def import_libraries() -> None:
+    """Import the libraries that take seconds, without their progress bars and advice."""
+    say("importing torch, transformers and transformer_lens")
     import logging
 
     import datasets

@@ -1,1 +1,1 @@
-"""Text -> packed blocks of tokens."""
+"""From text to sequences of tokens of one length."""

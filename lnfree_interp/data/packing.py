@@ -1,55 +1,86 @@
-"""Documents to fixed blocks of tokens."""
+"""From documents to sequences of tokens of one length."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.errors import DataError
 
-Documents = Iterable[Mapping[str, Any]] | Dataset | IterableDataset
-"""One document a row."""
+Document = str | Sequence[int] | Mapping[str, Any]
+"""A text, its token ids, or a row with a column of either."""
+
+Documents = Iterable[Document] | Dataset | IterableDataset
+"""One item per document."""
 
 DOCUMENTS_PER_CALL = 64
-"""Documents that are tokenized together: a call tokenizes its documents in parallel."""
+"""How many documents go to the tokenizer at once; it works on them in parallel."""
 
 
-def column_values(rows: Iterable[Mapping[str, Any]], column: str) -> list[Any]:
-    """One column of some rows.
+def column_values(documents: Iterable[Any], column: str) -> list[Any]:
+    """The text or token ids of some documents.
+
+    Args:
+        documents: Rows; or texts or token ids themselves, which are returned as they are.
+        column: The column to take from rows.
 
     Raises:
         DataError: if a row lacks the column.
     """
     values = []
-    for row in rows:
-        if column not in row:
-            raise DataError(f"no column {column!r} in the data; its columns are {list(row)}")
-        values.append(row[column])
+    for document in documents:
+        if not isinstance(document, Mapping):
+            values.append(document)
+        elif column in document:
+            values.append(document[column])
+        else:
+            raise DataError(f"no column {column!r} in the data; its columns are {list(document)}")
     return values
+
+
+def _require_several(documents: Any) -> None:
+    """Refuse one document, or several data sets, in place of a list of documents."""
+    if isinstance(documents, str | bytes):
+        raise DataError(
+            f"documents is one {type(documents).__name__}: give a list of documents, such as "
+            "[text]; open_text reads files"
+        )
+    if isinstance(documents, DatasetDict | IterableDatasetDict):
+        raise DataError(f"documents has the splits {list(documents)}: choose one of them")
+    if isinstance(documents, Mapping):
+        raise DataError("documents is one row: give a list of rows")
+    if not isinstance(documents, Iterable):
+        raise DataError(
+            f"documents is a {type(documents).__name__}: give a list of texts, or rows with a "
+            "column of text"
+        )
 
 
 def encode_documents(
     values: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> Int[Tensor, " stream"]:
-    """The tokens of some documents, back to back.
+    """The tokens of some documents, one document after the other.
 
     Args:
-        values: Strings, each closed by one end-of-text token; or, if the first is none, sequences
-            of token ids, which are taken as they are.
-        tokenizer: Must have an `eos_token_id` if the documents are strings. No token is added in
-            front of a document: the end-of-text of the one before is what a document starts from,
-            as in GPT-2's training. For token ids it gives the range that they are checked against
-            (`None`: not checked).
+        values: Either strings or lists of token ids; the first one decides which. One end-of-text
+            token is added after each string, and none in front of it: a document follows the
+            end-of-text token of the document before, as in GPT-2's training. Token ids are taken
+            as they are.
+        tokenizer: For strings it must have an `eos_token_id`. Token ids must lie in its vocabulary;
+            with `None` they are not checked.
+
+    Returns:
+        Token ids [stream].
 
     Raises:
-        DataError: if a value is neither, an id is outside the vocabulary, or the tokenizer has no
-            end-of-text token.
+        DataError: if a document is neither text nor token ids, if a token id is outside the
+            vocabulary, or if the tokenizer has no end-of-text token.
     """
     if not values:
         return torch.empty(0, dtype=torch.long)
@@ -57,11 +88,11 @@ def encode_documents(
         size = None if tokenizer is None else len(tokenizer)
         return torch.cat([_token_ids(value, size) for value in values])
     if tokenizer is None or tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token (eos_token): set one to pack text")
+        raise DataError("the tokenizer has no end-of-text token: set its eos_token to pack text")
     for value in values:
         if not isinstance(value, str):
-            raise DataError(f"a document is a {type(value).__name__}, not text: drop that row")
-    # Long documents are expected here (verbose=False): they are cut into blocks afterwards.
+            raise DataError(f"a document is a {type(value).__name__}, not text: remove that row")
+    # verbose=False: no warning about documents that are longer than the context.
     encoded = tokenizer(list(values), add_special_tokens=False, verbose=False)
     stream: list[int] = []
     for ids in encoded["input_ids"]:
@@ -72,79 +103,94 @@ def encode_documents(
 def token_stream(
     documents: Documents, tokenizer: PreTrainedTokenizerBase | None, column: str = "text"
 ) -> Int[Tensor, " stream"]:
-    """Every document's tokens, each document closed by one end-of-text token.
+    """The tokens of all documents, with one end-of-text token after each text.
 
     Args:
-        documents: Rows with a text column, such as a `datasets.Dataset`, streamed or not.
-        tokenizer: As for `encode_documents`.
-        column: The text column's name.
+        documents: Texts, lists of token ids, or rows with a column of either.
+        tokenizer: Must have an end-of-text token to read text; see `encode_documents`.
+        column: The column of rows.
+
+    Returns:
+        Token ids [stream].
 
     Raises:
-        DataError: as `encode_documents`, and if a row lacks the column or there is no text at all.
+        DataError: if there are no documents, a row lacks the column, or a document cannot be read
+            (see `encode_documents`).
     """
+    _require_several(documents)
     parts: list[Tensor] = []
-    rows = cast(Iterator[Mapping[str, Any]], iter(documents))
+    rows = iter(documents)
     while batch := list(islice(rows, DOCUMENTS_PER_CALL)):
         parts.append(encode_documents(column_values(batch, column), tokenizer))
     if not parts:
-        raise DataError("the data holds no documents")
+        raise DataError("there are no documents in the data")
     return torch.cat(parts)
 
 
 def pack(
     documents: Documents,
     tokenizer: PreTrainedTokenizerBase | None,
-    block: int,
+    sequence_length: int,
     column: str = "text",
-) -> Int[Tensor, "blocks block"]:
-    """Documents packed back to back into blocks of equal length; the last partial block is dropped.
+) -> Int[Tensor, "sequence pos"]:
+    """Put documents one after the other and cut them into sequences of one length.
+
+    One end-of-text token follows each text. Tokens at the end that do not fill a sequence are
+    dropped.
 
     Args:
-        documents: Rows with a text column, such as a `datasets.Dataset`, streamed or not.
-        tokenizer: Closes each document with its end-of-text token and adds none in front; for token
-            ids it gives the range that they are checked against (`None`: not checked).
-        block: Tokens per block, at most the model's `n_ctx`.
-        column: The column of text, or of token ids, which are taken as they are.
+        documents: A list or an iterator of texts, of lists of token ids, or of rows with a column
+            of either, such as a `datasets.Dataset`, streamed or not.
+        tokenizer: The model's. For token ids it may be `None`: they are then not checked against
+            its vocabulary.
+        sequence_length: Tokens per sequence, at most the model's `n_ctx`.
+        column: The column of rows that holds the text or the token ids.
 
     Returns:
-        Token ids [blocks, block], on the CPU.
+        Token ids [sequence, pos], on the CPU.
 
     Raises:
-        DataError: if a row lacks the column or holds neither text nor token ids of the vocabulary,
-            the tokenizer has no end-of-text token, or the text is shorter than one block.
+        DataError: if there are no documents, a row lacks the column, a document is neither text nor
+            token ids of the vocabulary, the tokenizer has no end-of-text token, or the text does
+            not fill one sequence.
 
     Examples:
+        >>> lf.pack(["import os", "import sys"], model.tokenizer, sequence_length=4).shape
+        torch.Size([1, 4])
         >>> documents = lf.stdlib_corpus("heldout").select(range(5))
-        >>> lf.pack(documents, model.tokenizer, block=128).shape
+        >>> lf.pack(documents, model.tokenizer, sequence_length=128).shape
         torch.Size([..., 128])
     """
-    check_block(block)
+    check_length(sequence_length)
     stream = token_stream(documents, tokenizer, column)
-    n_blocks = len(stream) // block
-    if n_blocks == 0:
-        raise DataError(f"{len(stream)} tokens of text do not fill one block of {block}")
-    return stream[: n_blocks * block].view(n_blocks, block)
+    n_sequences = len(stream) // sequence_length
+    if n_sequences == 0:
+        raise DataError(
+            f"the text has {len(stream)} tokens, too few for one sequence of {sequence_length}: "
+            "give more text or a smaller sequence_length"
+        )
+    return stream[: n_sequences * sequence_length].view(n_sequences, sequence_length)
 
 
-def check_block(block: int) -> None:
-    """Refuse a block without tokens.
+def check_length(sequence_length: int) -> None:
+    """Refuse a length below 1.
 
     Raises:
-        DataError: if the block is shorter than one token.
+        DataError: if it is.
     """
-    if block < 1:
-        raise DataError(f"a block of {block} tokens cannot be packed")
+    if sequence_length < 1:
+        raise DataError(f"sequence_length is {sequence_length}; it must be 1 or more")
 
 
 def _token_ids(value: Any, size: int | None) -> Int[Tensor, " ids"]:
-    """A row of token ids, checked; `size` is the vocabulary's, if known."""
+    """A document's token ids, checked against the size of the vocabulary if it is known."""
     ids = np.asarray(value)
     if ids.size == 0 and ids.ndim == 1:
         return torch.empty(0, dtype=torch.long)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise DataError(
-            f"a document is neither text nor a list of token ids, but a {type(value).__name__}: "
-            "name another column"
+            f"a document is a {type(value).__name__}, neither text nor a list of token ids: choose "
+            "another column or remove that row"
         )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (size is not None and high >= size):

@@ -1,4 +1,4 @@
-"""The next blocks, read and packed while the accelerator works."""
+"""Reads and packs the next sequences while the accelerator works."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -6,37 +6,38 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from lnfree_interp.data.blocks import TokenBlocks, check_take
+from lnfree_interp.data.sequences import TokenSequences, check_take
 from lnfree_interp.errors import DataError
 
 
 class Prefetched:
-    """A `TokenBlocks` that computes its next take in one thread, always of the last take's size.
+    """A `TokenSequences` that computes its next take ahead, in a thread.
 
-    Its position is that after the last blocks handed out. Close it, or use it in `with`: the
-    source then stands at that position too. Until then nobody else may use the source.
+    It expects the next take to be as large as the last one. Its position is the one after the last
+    sequences that were taken. Use it in `with`, or close it: the source then stands at that
+    position too. Nothing else may use the source before that.
 
     Args:
-        blocks: The source.
+        sequences: The source.
     """
 
-    def __init__(self, blocks: TokenBlocks) -> None:
-        self._blocks = blocks
-        self.block = blocks.block
-        self.epoch = blocks.epoch
-        self._state = blocks.state_dict()
-        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "blocks")
+    def __init__(self, sequences: TokenSequences) -> None:
+        self._sequences = sequences
+        self.sequence_length = sequences.sequence_length
+        self.epoch = sequences.epoch
+        self._state = sequences.state_dict()
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "sequences")
         self._next: tuple[int, Future[tuple[Tensor, dict[str, Any], int]]] | None = None
 
-    def take(self, n: int) -> Int[Tensor, "n block"]:
-        """As `TokenBlocks.take`; what went wrong in the thread is raised here.
+    def take(self, n: int) -> Int[Tensor, "n pos"]:
+        """The next n sequences, int64, on the CPU. An error of the thread is raised here.
 
         Raises:
-            DataError: as the source, and if it is closed.
+            DataError: if n is below 1, the source cannot be read, or this is closed.
         """
         check_take(n)
         if self._thread is None:
-            raise DataError("these blocks are closed: take from their source")
+            raise DataError("this source was closed: take from the one it read")
         if self._next is not None and self._next[0] != n:
             self._go_back()
         self._next = self._next or (n, self._thread.submit(self._compute, n))
@@ -49,21 +50,21 @@ class Prefetched:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """As `TokenBlocks.state_dict`, whatever the thread has read since."""
+        """The position after the last take, however far the thread has read on."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `TokenBlocks.load_state_dict`."""
+        """Go to a saved position."""
         self._state = state
         self._go_back()
-        self.epoch = self._blocks.epoch
+        self.epoch = self._sequences.epoch
 
     def fingerprint(self) -> str:
-        """As `TokenBlocks.fingerprint`."""
-        return self._blocks.fingerprint()
+        """The source's fingerprint."""
+        return self._sequences.fingerprint()
 
     def close(self) -> None:
-        """End the thread and put the source where the last blocks handed out end."""
+        """End the thread, and set the source to the position after the last take."""
         if self._thread is not None:
             self._go_back()
             self._thread.shutdown()
@@ -76,12 +77,12 @@ class Prefetched:
         self.close()
 
     def _compute(self, n: int) -> tuple[Tensor, dict[str, Any], int]:
-        batch = self._blocks.take(n)
-        return batch, self._blocks.state_dict(), self._blocks.epoch
+        batch = self._sequences.take(n)
+        return batch, self._sequences.state_dict(), self._sequences.epoch
 
     def _go_back(self) -> None:
-        """Drop what was computed ahead."""
+        """Discard what was computed ahead."""
         if self._next is not None:
-            self._next[1].exception()  # waits; an error in blocks that nobody took is not one
+            self._next[1].exception()  # waits; an error in a take that is discarded does not count
             self._next = None
-        self._blocks.load_state_dict(self._state)
+        self._sequences.load_state_dict(self._state)

@@ -31,7 +31,7 @@ from lnfree_interp.data.streams import PackedStream
 from lnfree_interp.errors import DataError
 
 STDLIB = "stdlib"
-"""The source that every machine has: the running Python's own library."""
+"""The name of the text that every machine has: the source of Python's standard library."""
 
 OFFLINE_WAYS = f"pass a local file or folder of text, or {STDLIB!r}, which need no network"
 
@@ -59,27 +59,30 @@ def open_text(
     revision: str | None = None,
     streaming: bool = True,
 ) -> Dataset | IterableDataset:
-    """Documents to train or measure on, one a row.
+    """Documents to train or measure on, one per row.
 
     Args:
         source: One of
             `"stdlib"`: the standard library's modules (`stdlib_corpus`);
-            a local file, a folder with everything below it, or a glob, of .txt (one document a
+            a local file, a folder with everything below it, or a glob, of .txt (one document per
             file), .json, .jsonl, .parquet, .arrow or .csv, the text formats also as .gz, read in
-            the order of their names; or a folder written by `Dataset.save_to_disk`;
-            anything else: the id of a data set of the hub. Code that comes with it is never run.
-        split: `"train"` or `"heldout"` of the standard library, any split of the hub's. All local
-            files are the split `"train"`; its slices, such as `"train[:95%]"`, work.
-        name: The hub data set's configuration.
-        column: Must hold text or token ids. Default: the choice of `text_column`.
-        revision: The hub data set's branch, tag or commit.
-        streaming: Whether a hub data set is read as it is needed, rather than downloaded whole.
+            the order of their names;
+            a folder that `Dataset.save_to_disk` wrote;
+            or the id of a data set on the hub. Code that comes with a data set is never run.
+        split: `"train"` or `"heldout"` of the standard library; any split of a data set on the
+            hub. Local files have the split `"train"` and its slices, such as `"train[:95%]"`.
+        name: The configuration of a data set on the hub.
+        column: The column of text or of token ids. Default: "text", "content", "input_ids" or
+            "tokens", the first of these that exists; else the only column of strings.
+        revision: The branch, tag or commit of a data set on the hub.
+        streaming: Whether a data set on the hub is read as it is needed instead of downloaded
+            whole.
 
     Returns:
         A `Dataset`, or an `IterableDataset` for a streamed hub data set.
 
     Raises:
-        DataError: if there is no such text, it cannot be read, or has no column of text.
+        DataError: if the text does not exist, cannot be read, or has no column of text.
 
     Examples:
         >>> from lnfree_interp.data.sources import open_text
@@ -92,10 +95,10 @@ def open_text(
     return documents
 
 
-def open_blocks(
+def open_sequences(
     source: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
-    block: int,
+    sequence_length: int,
     *,
     split: str = "train",
     name: str | None = None,
@@ -104,42 +107,43 @@ def open_blocks(
     seed: int = 0,
     streaming: bool = True,
 ) -> PackedStream:
-    """An endless source of packed blocks: `open_text`, then `PackedStream`.
+    """Packed sequences of a text, without end: for `remove_norms`, or to take some of them.
 
     Args:
-        source: As for `open_text`, like all that is not named here.
-        tokenizer: As for `PackedStream`, like `block` and `seed`.
-        block: Tokens per block.
-        split: See `open_text`.
-        name: See `open_text`.
-        column: See `open_text`.
-        revision: See `open_text`.
-        seed: Of the documents' order, where they are not streamed.
-        streaming: See `open_text`.
+        source: `"stdlib"`, local files, or a data set on the hub; see `open_text`.
+        tokenizer: The model's, with an end-of-text token; it may be `None` for token ids.
+        sequence_length: Tokens per sequence, at most the model's `n_ctx`.
+        split: Which split of the text; see `open_text`.
+        name: The configuration of a data set on the hub.
+        column: The column of text or of token ids. Default: see `open_text`.
+        revision: The branch, tag or commit of a data set on the hub.
+        seed: The random seed of the documents' order, if they are not streamed.
+        streaming: Whether a data set on the hub is read as it is needed instead of downloaded
+            whole.
 
     Returns:
-        A `PackedStream`; `.take(n)` gives the next blocks, [n, block].
+        A `PackedStream`; its `.take(n)` returns the next sequences, [n, pos].
 
     Raises:
-        DataError: as `open_text` and `PackedStream`.
+        DataError: if the text does not exist or cannot be read, has no column of text, or the
+            tokenizer has no end-of-text token.
 
     Examples:
-        >>> from lnfree_interp.data.sources import open_blocks
-        >>> open_blocks("stdlib", model.tokenizer, block=128).take(2).shape
+        >>> lf.open_sequences("stdlib", model.tokenizer, sequence_length=128).take(2).shape
         torch.Size([2, 128])
     """
     documents = _open(source, split, name, revision, streaming)
     chosen, _ = text_column(documents, column)
-    return PackedStream(documents, tokenizer, block, chosen, seed=seed)
+    return PackedStream(documents, tokenizer, sequence_length, chosen, seed=seed)
 
 
 def text_column(documents: Dataset | IterableDataset, column: str | None) -> tuple[str, bool]:
-    """The column that holds the text, and whether it holds token ids in place of strings.
+    """The column that holds the text, and whether it holds token ids instead of strings.
 
     Args:
-        documents: If a stream does not know its columns, its first row is read.
-        column: The wanted one. Default: "text", "content", "input_ids" or "tokens", the first that
-            there is; else the only column of strings.
+        documents: The data set. If a stream does not know its columns, its first row is read.
+        column: The column to use. Default: "text", "content", "input_ids" or "tokens", the first
+            of these that exists; else the only column of strings.
 
     Raises:
         DataError: if there is no such column, or it holds neither strings nor lists of integers.
@@ -156,7 +160,7 @@ def text_column(documents: Dataset | IterableDataset, column: str | None) -> tup
             return key, bool(kinds[key])
     strings = [key for key, tokenised in kinds.items() if tokenised is False]
     if len(strings) != 1:
-        raise DataError(f"which column holds the text? name one of {strings or list(kinds)}")
+        raise DataError(f"the column of text is not clear: name one of {strings or list(kinds)}")
     return strings[0], False
 
 
@@ -166,7 +170,7 @@ def _features(documents: Dataset | IterableDataset) -> Features:
     # A copy, because reading moves the position of a stream.
     first = next(iter(deepcopy(documents)), None)
     if first is None:
-        raise DataError("the data holds no documents")
+        raise DataError("there are no documents in the data")
     return Dataset.from_list([first]).features
 
 
@@ -185,12 +189,11 @@ def _open(
     revision: str | None,
     streaming: bool,
 ) -> Dataset | IterableDataset:
+    require_name(source)
     text = os.fspath(source)
-    if not text.strip():
-        raise DataError("text without a name: give a file, a folder or a data set")
     local = text == STDLIB or has_magic(text) or Path(text).expanduser().exists()
     if local and (name or revision):
-        raise DataError(f"{source} is local: a name and a revision are for data sets on the hub")
+        raise DataError(f"{source} is local: only a data set on the hub has a name and a revision")
     if text == STDLIB:
         if split not in get_args(Split):
             raise DataError(f"{STDLIB} has the splits {list(get_args(Split))}, not {split!r}")
@@ -211,12 +214,27 @@ def _open(
     return _hub(text, split, name, revision, streaming)
 
 
+def require_name(source: Any) -> None:
+    """Refuse what is not the name of a text.
+
+    Raises:
+        DataError: if it is empty, or neither a string nor a path.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise DataError(
+            f"the text is a {type(source).__name__}: give the name of a file, a folder or a data "
+            "set; pack takes documents in memory"
+        )
+    if not os.fspath(source).strip():
+        raise DataError("the name of the text is empty: give a file, a folder or a data set")
+
+
 def _looks_local(text: str) -> bool:
-    """Whether this cannot be meant as a hub id: `name` or `owner/name`."""
+    """Whether this is no hub id, which is `name` or `owner/name`."""
     starts = ("/", "./", "../", "~", os.sep)
     if text.startswith(starts) or text.count("/") > 1:
         return True
-    # To datasets the name of a format means every such file in the working folder.
+    # datasets takes the name of a format for every such file in the working folder.
     return _kind(Path(text)) is not None or text in _KINDS.values()
 
 
@@ -236,13 +254,15 @@ def _local(source: str, files: Iterable[Path], split: str) -> Dataset:
     """Local files as one memory-mapped data set, in the order of their names."""
     files = sorted(files)
     if not files:
-        raise DataError(f"{source}: no files here that can be read: {_KNOWN}")
+        raise DataError(f"{source}: no file here can be read; allowed are {_KNOWN}")
     unknown = [file.name for file in files if _kind(file) is None]
     if unknown:
-        raise DataError(f"{source}: {unknown[0]} is of an unknown kind; use {_KNOWN}")
+        raise DataError(f"{source}: {unknown[0]} cannot be read; allowed are {_KNOWN}")
     kinds = sorted({str(_kind(file)) for file in files})
     if len(kinds) > 1:
-        raise DataError(f"{source}: files of different kinds ({', '.join(kinds)}); name one: *.txt")
+        raise DataError(
+            f"{source}: files of different kinds ({', '.join(kinds)}): choose one, such as *.txt"
+        )
     options: dict[str, Any] = {"sample_by": "document"} if kinds == ["text"] else {}
     try:
         return load_dataset(
@@ -256,7 +276,7 @@ def _local(source: str, files: Iterable[Path], split: str) -> Dataset:
 
 
 def _saved(folder: Path, split: str) -> Dataset:
-    """What `save_to_disk` wrote."""
+    """A folder that `save_to_disk` wrote."""
     try:
         saved = load_from_disk(os.fspath(folder))
     except Exception as error:  # a broken folder
@@ -273,10 +293,10 @@ def _hub(
     source: str, split: str, name: str | None, revision: str | None, streaming: bool
 ) -> Dataset | IterableDataset:
     try:
-        # One question with a short time-out, in place of slow retries.
+        # One request with a short time-out, instead of slow retries.
         HfApi().dataset_info(source, revision=revision, timeout=HUB_TIMEOUT)
     except OfflineModeIsEnabled:
-        pass  # the cache may hold it
+        pass  # it may be in the cache
     except HFValidationError as error:
         raise DataError(f"{source}: no such file or folder, and not a hub id") from error
     except RevisionNotFoundError as error:
@@ -294,6 +314,6 @@ def _hub(
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line; datasets puts it into the cause."""
+    """The error in one line; datasets puts the real one into the cause."""
     error = error.__cause__ or error
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,9 +1,9 @@
 """The Python standard library's own source: text that every machine with Python has.
 
-The hub cannot be assumed at first contact, so the bundled model is trained, and the demo runs,
-on the modules of the running interpreter. A module belongs to the held-out split by a hash of its
-path, not by its place in a list, so that it falls on the same side on every Python version; only
-code that a later version copies from one module to another can still cross.
+A new user may have no network, so the bundled model was trained, and the demo runs, on the modules
+of the running interpreter. A hash of a module's path decides whether it is held out, so a module is
+in the same split on every Python version. Only code that a later version copies from one module to
+another can still be in both.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ HELDOUT_ONE_IN = 10
 """One module in this many is held out."""
 
 MIN_DOCUMENTS = 100
-"""Fewer modules than this means a Python without its library's source, not a small library."""
+"""With fewer modules than this, Python was installed without the source of its library."""
 
 # Not the library's own source (site-packages), its tests, or tables that a generator wrote.
 _SKIPPED_FOLDERS = frozenset(
@@ -39,8 +39,8 @@ _SKIPPED_FOLDERS = frozenset(
 )
 
 
-# Modules that a later Python moved stay on the side where Python 3.11, on whose source the bundled
-# checkpoint was trained, had them.
+# Modules that a later Python moved stay in the split of Python 3.11, on whose source the bundled
+# checkpoint was trained.
 _MOVED = {
     "pathlib": "pathlib.py",  # 3.13
     "sysconfig": "sysconfig.py",  # 3.13
@@ -52,7 +52,7 @@ _MOVED = {
 
 
 def split_of(module_path: str) -> Split:
-    """The split that a module belongs to, by a hash of its path.
+    """The split of a module, decided by a hash of its path.
 
     Args:
         module_path: Path below the library's root with forward slashes, e.g. `json/decoder.py`.
@@ -85,7 +85,7 @@ def stdlib_corpus(split: Split, root: Path | None = None) -> Dataset:
         A `datasets.Dataset` with the columns `path` and `text`, sorted by path.
 
     Raises:
-        DataError: if the folder holds (almost) no source, as on a Python shipped without it.
+        DataError: if there is almost no source in the folder.
 
     Examples:
         >>> corpus = lf.stdlib_corpus("heldout")
@@ -98,7 +98,7 @@ def stdlib_corpus(split: Split, root: Path | None = None) -> Dataset:
     ]
     if len(documents) * (HELDOUT_ONE_IN if split == "heldout" else 1) < MIN_DOCUMENTS:
         raise DataError(
-            f"only {len(documents)} {split} modules of the standard library below {root}: this "
-            "Python came without its source; use another interpreter or pass your own text"
+            f"only {len(documents)} {split} modules of the standard library are below {root}: this "
+            "Python was installed without its source; use another one or give your own text"
         )
     return Dataset.from_list(documents)

@@ -1,7 +1,7 @@
-"""Documents of any number, packed into blocks as they are needed.
+"""Documents of any number, packed into sequences as they are needed.
 
-A position is where the oldest document in use was read and how many tokens from there are used:
-small, whatever the documents' length. Going back to it reads those documents again.
+A position consists of the place of the oldest document in use and the number of tokens used from
+there on. It is small however long the documents are; going back to it reads them again.
 """
 
 import hashlib
@@ -17,51 +17,51 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lnfree_interp.data.blocks import check_take, epoch_order
 from lnfree_interp.data.packing import (
     DOCUMENTS_PER_CALL,
-    check_block,
+    check_length,
     column_values,
     encode_documents,
 )
+from lnfree_interp.data.sequences import check_take, epoch_order
 from lnfree_interp.errors import DataError
 
-_SAMPLED_DOCUMENTS = 64  # that a fingerprint reads
+_SAMPLED_DOCUMENTS = 64  # how many a fingerprint reads
 
 
 class PackedStream:
-    """Documents packed like `pack`, without end and without holding the text; a `TokenBlocks`.
+    """A `TokenSequences` of documents that are packed as `pack` does it, without holding the text.
 
-    What does not fill the last block of an epoch is the start of the next epoch's first, so that
-    no token is lost and a text shorter than a block is repeated until it fills one.
+    The first sequence of an epoch begins with the tokens that were left over from the epoch before.
+    So no token is lost, and a text shorter than a sequence is repeated until it fills one.
 
     Args:
-        documents: A `Dataset`, whose documents come in a fresh order every epoch; or an
-            `IterableDataset`, which is read from its beginning in its own order, the same every
-            epoch. Give it no `shuffle()` buffer: the rows in that buffer are lost when a run is
-            resumed. The object given is left as it is.
-        tokenizer: As for `encode_documents`; `None` will do for token ids.
-        block: Tokens per block, at most the model's `n_ctx`.
-        column: Holds strings, or lists of token ids, which are packed with no token added.
-        seed: Of the order of a `Dataset`'s documents.
+        documents: A `Dataset`, whose documents come in another order every epoch; or an
+            `IterableDataset`, whose documents come in their own order every epoch. Do not give it
+            a `shuffle()` buffer: the rows in that buffer are lost when a run is resumed. The data
+            set given does not change.
+        tokenizer: The model's, with an end-of-text token; it may be `None` for token ids.
+        sequence_length: Tokens per sequence, at most the model's `n_ctx`.
+        column: The column of strings, or of lists of token ids, to which no token is added.
+        seed: The random seed of the order of a `Dataset`'s documents.
 
     Raises:
-        DataError: if there is no document, the column is missing, or the first document cannot be
-            read. `take` raises it for a document that is neither text nor token ids, and if a
-            whole epoch holds no token.
+        DataError: if there are no documents, the column is missing, or the first document cannot be
+            read. `take` raises it for a document that is neither text nor token ids, and for an
+            epoch without a token.
     """
 
     def __init__(
         self,
         documents: Dataset | IterableDataset,
         tokenizer: PreTrainedTokenizerBase | None,
-        block: int,
+        sequence_length: int,
         column: str = "text",
         *,
         seed: int = 0,
     ) -> None:
-        check_block(block)
-        self.block = block
+        check_length(sequence_length)
+        self.sequence_length = sequence_length
         self._tokenizer = tokenizer
         if isinstance(documents, IterableDataset):
             # Data sets made from one another share what counts the rows that were read.
@@ -77,7 +77,7 @@ class PackedStream:
         else:
             self._documents = _StreamedDocuments(documents, column)
         sample = self._documents.sample()
-        settings: list[Any] = [*self._documents.settings(), column, block]
+        settings: list[Any] = [*self._documents.settings(), column, sequence_length]
         if isinstance(sample[0], str) and tokenizer is not None:
             settings += [tokenizer.eos_token_id, sorted(tokenizer.get_vocab().items())]
         digest = hashlib.sha256(json.dumps(settings).encode())
@@ -89,39 +89,38 @@ class PackedStream:
 
     @property
     def epoch(self) -> int:
-        """As `TokenBlocks.epoch`."""
+        """The epoch in which the next sequence begins."""
         return self._position()["epoch"]
 
-    def take(self, n: int) -> Int[Tensor, "n block"]:
-        """As `TokenBlocks.take`."""
+    def take(self, n: int) -> Int[Tensor, "n pos"]:
+        """The next n sequences, int64, on the CPU."""
         check_take(n)
-        # One token more than is taken: the next block's epoch is then known.
-        self._read_ahead(n * self.block + 1)
-        missing, parts = n * self.block, []
+        # One token more than is taken, so that the epoch of the next sequence is known.
+        self._read_ahead(n * self.sequence_length + 1)
+        missing, parts = n * self.sequence_length, []
         while missing:
             tokens = self._chunks[0][1][self._used : self._used + missing]
             parts.append(tokens)
             missing -= len(tokens)
             self._used += len(tokens)
             self._drop_used()
-        return torch.cat(parts).view(n, self.block)
+        return torch.cat(parts).view(n, self.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `TokenBlocks.state_dict`."""
+        """The position after the last take."""
         return {"position": self._position(), "used": self._used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `TokenBlocks.load_state_dict`."""
+        """Go to a saved position."""
         self._documents.seek(state["position"])
         self._chunks.clear()
         self._used = state["used"]
 
     def fingerprint(self) -> str:
-        """As `TokenBlocks.fingerprint`.
+        """A hash of the vocabulary, the column, the sequence length, and what identifies the text.
 
-        Of a `Dataset`: the number of documents, at most 64 of them in full, and the seed; of an
-        `IterableDataset`: its name, number of files and first document. Both: the vocabulary, the
-        column and the block.
+        For a `Dataset` that is the number of documents, at most 64 of them in full, and the seed;
+        for an `IterableDataset` its name, the number of its files and its first document.
         """
         return self._fingerprint
 
@@ -129,7 +128,7 @@ class PackedStream:
         return self._chunks[0][0] if self._chunks else self._documents.position
 
     def _read_ahead(self, wanted: int) -> None:
-        """Read until so many tokens are unused."""
+        """Read until at least that many tokens are unused."""
         unused = sum(len(tokens) for _, tokens in self._chunks) - self._used
         ends = 0
         while unused < wanted:
@@ -142,8 +141,8 @@ class PackedStream:
                 raise
             if not documents:
                 ends += 1
-                if ends == 2:  # a whole epoch lies between two ends
-                    raise DataError("the data holds documents, but not one token: use other text")
+                if ends == 2:  # the second end: a whole epoch was read
+                    raise DataError("there is not one token in the documents: give other text")
             elif len(tokens):
                 self._chunks.append((position, tokens))
                 unused += len(tokens)
@@ -156,15 +155,15 @@ class PackedStream:
 
 
 class _ShuffledDocuments:
-    """A `Dataset`'s documents, in a fresh order every epoch.
+    """A `Dataset`'s documents, in another order every epoch.
 
-    `read` gives the next few, and none at the end of an epoch, after which it goes on with the
-    next; `position` is what `seek` takes to read the same again.
+    `read` returns the next few documents. At the end of an epoch it returns none, and then
+    continues with the next epoch. `seek` goes to a `position`.
     """
 
     def __init__(self, documents: Dataset, column: str, seed: int) -> None:
         if len(documents) == 0:
-            raise DataError("the data holds no documents")
+            raise DataError("there are no documents in the data")
         self._documents, self._column, self._seed = documents, column, seed
         self.seek({"epoch": 0, "document": 0})
 
@@ -192,7 +191,7 @@ class _ShuffledDocuments:
 
 
 class _StreamedDocuments:
-    """An `IterableDataset`'s documents in its own order; used as `_ShuffledDocuments` is."""
+    """An `IterableDataset`'s documents in its own order; same methods as `_ShuffledDocuments`."""
 
     def __init__(self, documents: IterableDataset, column: str) -> None:
         self._documents, self._column = documents, column
@@ -207,7 +206,7 @@ class _StreamedDocuments:
         first = self._next(1)
         self.seek({"epoch": 0, "stream": None})
         if not first:
-            raise DataError("the data holds no documents")
+            raise DataError("there are no documents in the data")
         return first
 
     def seek(self, position: dict[str, Any]) -> None:
@@ -226,11 +225,11 @@ class _StreamedDocuments:
     def _next(self, n: int) -> list[Any]:
         try:
             if self._rows is None:
-                # A state once loaded would be every later start too; an empty one is the beginning.
+                # datasets keeps a loaded state for every later iteration; {} is the beginning.
                 self._documents.load_state_dict(self.position["stream"] or {})
                 self._rows = iter(self._documents)
             rows = list(islice(self._rows, n))
         except Exception as error:  # whatever the network, a broken file or a decoder raises
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"the text cannot be read on: {reason}") from error
+            raise DataError(f"the text cannot be read any further: {reason}") from error
         return column_values(rows, self._column)

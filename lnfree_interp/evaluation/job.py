@@ -1,120 +1,58 @@
-"""`lnfree evaluate`: from the names of models and a text to an evaluation."""
+"""What `lnfree evaluate` is asked to do. Imports nothing heavy, so that `--help` is quick."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
-from transformer_lens import HookedTransformer
-
-from lnfree_interp.checkpoints.source import read_tokenizer
-from lnfree_interp.data.named import evaluation_text
-from lnfree_interp.errors import DataError
-from lnfree_interp.evaluation.evaluate import evaluate
-from lnfree_interp.evaluation.results import Evaluation
-from lnfree_interp.evaluation.text_pass import Precision
-from lnfree_interp.models.precision import bf16_is_fast
-from lnfree_interp.removal.subject import find_subject, load_named
+from tyro.conf import Positional, arg
 
 
-def evaluate_checkpoints(
-    sources: Sequence[str],
-    against: str | None,
-    text: str,
-    *,
-    blocks: int | None = None,
-    block: int | None = None,
-    split: str | None = None,
-    name: str | None = None,
-    column: str | None = None,
-    revision: str | None = None,
-    precision: Precision | Literal["auto"] = "float32",
-    tokenizer: str | None = None,
-    progress: bool = True,
-    say: Callable[[str], None] = lambda line: None,
-    **settings: Any,
-) -> Evaluation:
-    """Load models and a text, and evaluate.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob:
+    """An evaluation: models and a text by their names, and what to measure."""
 
-    Args:
-        sources: Hub ids, `id@revision`, local folders, or runs.
-        against: The original; evaluated too. Default: what a single run started from.
-        text: As for `evaluation_text`, like the following six.
-        blocks: See there.
-        block: Tokens per block. Default: the smallest context, up to 1024.
-        split: See there.
-        name: See there.
-        column: See there.
-        revision: See there.
-        precision: As for `evaluate`; `"auto"` takes bfloat16 where the hardware has it.
-        tokenizer: Hub id or folder of one, for checkpoints without.
-        progress: Whether to show progress bars.
-        say: Gets a line before each stage.
-        settings: As for `evaluate`.
-
-    Raises:
-        LnfreeError: whatever `load`, `evaluation_text` and `evaluate` raise.
-    """
-    own = None if tokenizer is None else read_tokenizer(tokenizer)
-    subjects = {source: find_subject(source) for source in sources}
-    recorded = None
-    if against is None and len(subjects) == 1:
-        against = recorded = next(iter(subjects.values())).original
-    wanted = [*([against] if against is not None else []), *sources]
-    if not wanted:
-        raise DataError("name at least one model")
-    models = {}
-    for source in dict.fromkeys(wanted):
-        say(f"loading {source}")
-        run = sources[0] if source == recorded else None
-        models[source] = load_named(find_subject(source).model, own, recorded_by=run)
-    require_same_tokenizer(models)
-    names = dict(zip(models, _short([*models]), strict=True))
-    contexts = [model.cfg.n_ctx for model in models.values()]
-    block = min(1024, *contexts) if block is None else block
-    first = next(iter(models.values()))
-    say(f"opening {text}")
-    tokens = evaluation_text(
-        text, first.tokenizer, block, blocks,
-        split=split, name=name, column=column, revision=revision,
-    )  # fmt: skip
-    say(f"evaluating on {tokens.numel():,} tokens in blocks of {block}")
-    if precision == "auto":
-        precision = "bfloat16" if bf16_is_fast(first.W_E.device) else "float32"
-    return evaluate(
-        {names[source]: model for source, model in models.items()},
-        tokens,
-        original=None if against is None else names[against],
-        text=text,
-        precision=precision,
-        progress=progress,
-        **settings,
-    )
-
-
-def require_same_tokenizer(models: Mapping[str, HookedTransformer]) -> None:
-    """Refuse models that read the same ids as different text.
-
-    Raises:
-        DataError: naming two of them.
-    """
-    seen: tuple[str, dict[str, int]] | None = None
-    for name, model in models.items():
-        if model.tokenizer is None:
-            continue
-        vocabulary = model.tokenizer.get_vocab()
-        if seen is not None and vocabulary != seen[1]:
-            raise DataError(
-                f"{seen[0]} and {name} have different tokenizers: their losses per token cannot be "
-                "compared; evaluate them one by one"
-            )
-        seen = (name, vocabulary)
-
-
-def _short(sources: list[str]) -> list[str]:
-    """The last parts of paths and ids, as few as tell them apart."""
-    parts = [source.rstrip(os.sep + "/").split("/") for source in sources]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return sources
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL...")]
+    """Hub ids (ID@REVISION for a revision), local folders, or runs."""
+    original: str | None = None
+    """The original, which the others are compared with; it is evaluated too. Default: what the run
+    started from, if MODEL is one run."""
+    data: str = "stdlib"
+    """The text: openwebtext-val, pile-10k or pile-10k-filtered; stdlib; local files; or a data set
+    on the hub."""
+    sequences: int | None = None
+    """How many sequences of text. Default: all of a named text or of stdlib; 256 of another."""
+    sequence_length: int | None = None
+    """Tokens per sequence. Default: the smallest context of the models, up to 1024."""
+    split: str | None = None
+    """Split of the text. Default: heldout of stdlib, train of others."""
+    data_name: str | None = None
+    """Configuration of a data set on the hub."""
+    column: str | None = None
+    """Column of the text, or of token ids. Default: text, content, input_ids or tokens, the first
+    that exists; else the only column of strings."""
+    data_revision: str | None = None
+    """Branch, tag or commit of the data set on the hub."""
+    threshold: float = 3.5
+    """Count the tokens whose loss is more than this many nats above the original's."""
+    effects: bool = True
+    """Measure the direct effect of every head, and compare it with its attribution."""
+    neurons: int = 3
+    """How many confidence neurons to find and ablate; 0: none."""
+    pairs: int = 16
+    """How many pairs of prompts to compare attribution patching with activation patching on; 0:
+    none."""
+    pairs_of: Literal["text", "ioi"] = "text"
+    """text: pairs differ in one token of the text. ioi: pairs are prompts about an indirect object
+    with two names swapped, as published with 480 of them."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the lm-evaluation-harness, such as hellaswag. They need the extra `tasks`."""
+    include: Path | None = None
+    """Folder with your own task files."""
+    limit: int | None = None
+    """Examples per task. Default: all."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Precision of matrix products. auto: bfloat16 if the hardware has it."""
+    batch: int | None = None
+    """Sequences per forward pass. Default: as many as fit into memory."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, for checkpoints that have none."""

@@ -47,7 +47,8 @@ def training_curve(runs: History | Mapping[str, History], window: int = 10) -> g
     Examples:
         >>> from lnfree_interp.removal.run import StepRecord
         >>> frozen = {3: {"blocks.0.ln2": 1.7}}
-        >>> steps = [StepRecord(i, 3.0, 0.0, 1e-4, frozen.get(i, {})) for i in range(9)]
+        >>> loss = {"cross_entropy": 3.0}
+        >>> steps = [StepRecord(i, loss, 1e-4, frozen.get(i, {})) for i in range(9)]
         >>> [line.name for line in lf.plots.training_curve({"lnfree": steps}).data]
         [None, 'LN-free', 'ln2 frozen']
     """
@@ -131,7 +132,7 @@ def sigma_drift(run: History) -> go.Figure:
     Examples:
         >>> from lnfree_interp.removal.run import StepRecord
         >>> drift = {"drift": {"blocks.0.ln2": 1.1}}
-        >>> figure = lf.plots.sigma_drift([StepRecord(0, 3.0, 0.0, 1e-4, {}, probes=drift)])
+        >>> figure = lf.plots.sigma_drift([StepRecord(0, {}, 1e-4, {}, probes=drift)])
         >>> figure.data[0].y
         (1.1,)
     """

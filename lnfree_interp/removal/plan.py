@@ -1,4 +1,4 @@
-"""A recipe in words, before anything starts."""
+"""A recipe in words."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,24 +12,27 @@ _AVERAGES = {
 }
 
 
-def plan(recipe: Recipe, block: int | None = None) -> str:
+def plan(recipe: Recipe, sequence_length: int | None = None) -> str:
     """What a recipe will do, line by line.
 
     Args:
         recipe: The recipe.
-        block: Tokens per block of the text. Default: what the recipe was made for.
+        sequence_length: Tokens per sequence of text. Default: what the recipe was made for.
+
+    Returns:
+        The lines, joined.
     """
-    rows = list(_rows(recipe, block or recipe.block))
+    rows = list(_rows(recipe, sequence_length or recipe.sequence_length))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
     return "\n".join([f"recipe: {recipe.name}", *lines])
 
 
-def _rows(recipe: Recipe, block: int | None) -> Iterator[tuple[str, str]]:
-    size = f"{recipe.steps} of {recipe.batch} blocks"
-    if block is not None:
-        tokens = recipe.batch * block
-        size += f" x {block} tokens: {tokens:,} a step, {recipe.steps * tokens:,} in all"
+def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
+    size = f"{recipe.steps} of {recipe.batch} sequences"
+    if length is not None:
+        tokens = recipe.batch * length
+        size += f" x {length} tokens: {tokens:,} a step, {recipe.steps * tokens:,} in all"
     yield "steps", size
     decay = recipe.decay_steps or recipe.steps
     yield (
@@ -44,18 +47,22 @@ def _rows(recipe: Recipe, block: int | None) -> Iterator[tuple[str, str]]:
         yield (
             "early stop",
             f"after {recipe.patience} evaluations (every {recipe.evaluate_every} steps) "
-            "without a new minimum",
+            "without a lower loss",
         )
     if not recipe.events:
-        yield "norms", "stay live: a control"
+        yield "norms", "stay live: this is a control"
         return
     yield "sigma", _sigma(recipe)
     guard = recipe.guard
-    action = "stop" if guard.action == "stop" else f"back, gaps x {guard.widen:g}"
+    action = (
+        "then stop"
+        if guard.action == "stop"
+        else f"then back to a checkpoint, gaps {guard.widen:g} times as wide"
+    )
     yield (
         "diverging",
         f"loss {guard.above_best:g} above the lowest, or a site's inputs {guard.sigma_factor:g} "
-        f"times its sigma: {action}",
+        f"times its sigma; {action}",
     )
     yield "norms", f"{len(recipe.events)} sites; all gone at step {recipe.removed_at}"
     for phase in _phases(recipe.events):
@@ -66,26 +73,29 @@ def _rows(recipe: Recipe, block: int | None) -> Iterator[tuple[str, str]]:
 
 
 def _loss(recipe: Recipe) -> str:
-    def term(weight: Weight, what: str) -> str:
-        return f"{weight:g} {what}" if isinstance(weight, float | int) else f"{what} {weight}"
-
     parts = ["cross-entropy of the next token, end-of-text included"]
     if recipe.distillation:
-        parts = [f"cross-entropy, {term(recipe.distillation, 'of it KL from the original')}"]
+        share = _shown(recipe.distillation)
+        parts = [f"{share} x KL divergence from the original, cross-entropy with the rest"]
     if recipe.scale_anchor:
-        target = {"batch": "the batch's mean", "frozen": "their mean at the start"}
+        target = {"batch": "the batch's mean", "frozen": "their mean before the first step"}
         parts.append(
-            term(recipe.scale_anchor, "x distance of ln_final's input sigmas from ")
+            f"{_shown(recipe.scale_anchor)} x squared distance of ln_final's input sigmas from "
             + target[recipe.anchor_target]
         )
-    return "; ".join(parts)
+    parts += [f"{_shown(weight)} x {name}" for name, weight in recipe.losses.items()]
+    return " + ".join(parts)
+
+
+def _shown(weight: Weight) -> str:
+    return f"{weight:g}" if isinstance(weight, float | int) else f"({weight})"
 
 
 def _sigma(recipe: Recipe) -> str:
     statistics = recipe.statistics
     where = {
-        "start": f"{statistics.blocks} blocks before the first step",
-        "event": f"{statistics.blocks} blocks at the site's event",
+        "start": f"{statistics.sequences} sequences before the first step",
+        "event": f"{statistics.sequences} sequences at the site's event",
         "ema": f"a moving average over the training text (momentum {statistics.momentum:.3g})",
         "batch": "the latest step's text",
     }[statistics.source]
@@ -110,7 +120,7 @@ def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _phases(events: Iterable[Event]) -> list[list[Event]]:
-    """Events of one kind that follow each other at one distance."""
+    """Groups of events of one kind, layer by layer at equal distances."""
     phases: list[list[Event]] = []
     for event in sorted(events, key=lambda e: (e.step, e.site.kind, e.site.layer or 0)):
         for phase in phases:

@@ -1,4 +1,4 @@
-"""The engine's own hooks: how large the residual stream and its activations are."""
+"""Measures how large the residual stream and its activations are, with hooks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ from transformer_lens.hook_points import HookPoint
 class ResidualProbe:
     """Norms of `resid_post` in every layer, position 0 apart, and its largest entry.
 
-    Means over tokens hide the few whose norm explodes, which is how the published XL model fails
-    on text that it has not seen (2507.02559).
+    The mean over tokens hides a few tokens with a very large norm, on which the published XL model
+    fails (2507.02559).
     """
 
     def __init__(self, model: HookedTransformer):
@@ -36,9 +36,9 @@ class ResidualProbe:
         self.seen.setdefault(hook.name, []).append(seen)
 
     def read(self) -> dict[str, Any]:
-        """By layer: mean norm at position 0, mean and largest elsewhere, largest |entry|.
+        """By layer: mean norm at position 0, mean and largest norm elsewhere, largest |entry|.
 
-        Of this process, over the forward passes since the last reading.
+        They are those of this process over the forward passes since the last reading.
         """
         if not self.seen:
             return {}

@@ -1,4 +1,4 @@
-"""One process or several, CPU or GPU: what Accelerate does for the loop."""
+"""One process or several, on CPU or GPU: the loop's use of Accelerate."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ class Processes:
     """
 
     def __init__(self, device: torch.device):
-        """Meet the other processes, if there are any.
+        """Connect to the other processes, if there are any.
 
         Args:
-            device: Where the model is; a single process stays there.
+            device: Where the model is; a single process trains there.
 
         Raises:
-            RecipeError: if Accelerate is set up in a way that this engine does not support.
+            RecipeError: if Accelerate is set up in a way that is not supported.
         """
         self.device, self.rank, self.world = device, 0, 1
         self.accelerator: Accelerator | None = None
@@ -40,21 +40,23 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return
         try:
-            # Autocast is the objective's own, so that each product has the dtype that it states.
+            # The objective has its own autocast: each product has the dtype that it states.
             self.accelerator = Accelerator(
                 cpu=device.type == "cpu" and not torch.cuda.is_available(), mixed_precision="no"
             )
         except ValueError as error:
             raise RecipeError(
-                f"Accelerate is set up otherwise already: start a new process ({error!s:.80})"
+                f"Accelerate was set up in this process before: start a new one ({error!s:.80})"
             ) from error
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version != 2:
-            raise RecipeError("FSDP needs version 2: accelerate launch --fsdp_version 2")
+            raise RecipeError("only FSDP 2 is supported: accelerate launch --fsdp_version 2")
         if plugin is not None and plugin.cpu_ram_efficient_loading:
-            raise RecipeError("set fsdp_cpu_ram_efficient_loading to false: it would untie weights")
+            raise RecipeError(
+                "fsdp_cpu_ram_efficient_loading would untie the embeddings: set it to false"
+            )
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +66,7 @@ class Processes:
     def prepare(
         self, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The module as it is to be called, and the optimiser as it is to be stepped."""
+        """The wrapped module to call, and the wrapped optimiser to step."""
         if self.accelerator is None:
             return module, optimizer
         wrapped, optimizer = self.accelerator.prepare(module, optimizer)
@@ -72,30 +74,30 @@ class Processes:
         return wrapped, optimizer
 
     def synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        """Around a micro-batch: gradients are exchanged after the last one only."""
+        """A context for a micro-batch: gradients are exchanged after the last one only."""
         if last or self.accelerator is None or self.wrapped is None:
             return nullcontext()
         return self.accelerator.no_sync(self.wrapped)
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> float:
-        """Scale the gradient down to a norm of at most `largest`; returns the norm it had."""
+        """Scale the gradient to a norm of at most `largest`; returns its norm before that."""
         clip: Any = torch.nn.utils.clip_grad_norm_
         if self.accelerator is not None:
             clip = self.accelerator.clip_grad_norm_
         return whole(clip(list(parameters), largest)).item()
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over all processes."""
+        """The sum over all processes."""
         if self.accelerator is None:
             return x
         return cast(Tensor, self.accelerator.reduce(x, reduction="sum"))
 
     def equal_rows(self, x: Tensor) -> Tensor:
-        """This process's rows, as many as every other process has; a few at the end may be left."""
+        """This process's rows. Each process has as many; rows that are left over are dropped."""
         return x[: len(x) - len(x) % self.world][self.rank :: self.world].to(self.device)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Let the main process do something; all get its result, or its exception."""
+        """Let the main process do something; all processes get its result or its exception."""
         if self.world == 1:
             return action()
         outcome: list[Any] = [None, None]
@@ -110,12 +112,12 @@ class Processes:
         return outcome[0]
 
     def gather(self, x: T) -> list[T]:
-        """One from each process."""
+        """The values of all processes."""
         return [x] if self.world == 1 else gather_object([x])
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor that FSDP has spread over processes, in one piece; any other as it is."""
+    """A tensor that FSDP has spread over processes, in one piece; any other unchanged."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.models.sites import NormSite, SiteKind
+from lnfree_interp.models.sites import NormSite
 from lnfree_interp.removal.schedule import (
     Event,
     Ramp,
@@ -14,157 +14,87 @@ from lnfree_interp.removal.schedule import (
     extremes,
     last_step,
     later,
+    weight_at,
     widened,
 )
-
-
-def _check_choices(settings: Any) -> None:
-    """Refuse a word that is none of a field's choices: it would act as another one."""
-    for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
-            choices = ", ".join(map(repr, get_args(hint)))
-            raise RecipeError(f"{name} is {getattr(settings, name)!r}; choices: {choices}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """How sigma is measured."""
-
-    average: Literal["mean", "rms", "least_squares"] = "mean"
-    """Of the tokens' standard deviations r: their mean E[r] (2507.02559), sqrt(E[r^2]), or
-    E[r^2] / E[r], whose inverse is the constant nearest to 1 / r in the sense of 2602.10408."""
-    source: Literal["start", "event", "ema", "batch"] = "event"
-    """`"start"`: over `blocks` blocks of text, before the first step; it stays.
-    `"event"`: over the same text when the site's event comes; it stays.
-    `"ema"`, `"batch"`: over the training text itself, a moving average or the latest step; it
-    follows until the site is frozen."""
-    blocks: int = 64
-    """Blocks of text for `"start"`, `"event"`, and what must be known before the first step."""
-    momentum: float = 0.9
-    """Share of the old average that a step of `"ema"` keeps."""
-    tokens: Literal["all", "ordinary"] = "all"
-    """Whether position 0 and end-of-text count."""
-    share_ln1: bool = False
-    """One sigma for `ln1.qk` and `ln1.v`; it follows until both are frozen."""
-    follow_frozen: bool = False
-    """Whether `"ema"` and `"batch"` go on following until the last event."""
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
-        if self.blocks < 1:
-            raise RecipeError(f"sigma needs at least one block of text, not {self.blocks}")
-        if not 0 <= self.momentum < 1:
-            raise RecipeError(f"momentum must lie in 0..1 (1 excluded), not {self.momentum}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Special:
-    """Tokens that a frozen site divides by a sigma of their own during the transition.
-
-    Position 0 and end-of-text have residual norms far from the others'. (2409.13710)
-    """
-
-    first_until: int | None = None
-    """Step at which position 0 gets the common sigma; None: from the start."""
-    end_of_text_until: int | None = None
-    """The same for end-of-text tokens."""
-    end_of_text_kinds: tuple[SiteKind, ...] | None = None
-    """Kinds of sites at which end-of-text is special; None: all."""
-
-    def __post_init__(self) -> None:
-        for step in (self.first_until, self.end_of_text_until):
-            if step is not None and step < 0:
-                raise RecipeError(f"tokens cannot be special until step {step}")
-
-    @property
-    def until(self) -> int:
-        """The step from which on no token is special."""
-        return max(self.first_until or 0, self.end_of_text_until or 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guard:
-    """When a run counts as diverging, and what happens then."""
-
-    action: Literal["stop", "rollback"] = "stop"
-    """`"rollback"`: back to the last checkpoint, with wider gaps; needs a run folder."""
-    above_best: float = 3.0
-    """Nats by which a step's cross-entropy may exceed the lowest so far."""
-    sigma_factor: float = 30.0
-    """How far a frozen site's inputs may run away from its constant, either way. Looked at
-    whenever the probes are."""
-    widen: float = 2.0
-    """Factor on the gaps that are left, at every rollback."""
-    rollbacks: int = 3
-    """After that many, stop."""
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
-        if not 1 < self.widen < math.inf:
-            raise RecipeError(f"gaps must become wider: widen={self.widen} does not")
-        if not (self.sigma_factor > 1 and self.above_best > 0):
-            raise RecipeError("a guard's thresholds must lie above what every run does")
-        if self.rollbacks < 0:
-            raise RecipeError(f"rollbacks cannot be {self.rollbacks}")
+from lnfree_interp.removal.settings import Guard, Special, Statistics, check_choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that a removal run is made of, except the model and the text."""
+    """Everything that a removal run is made of, except the model and the text.
+
+    The functions of `lf.recipes` return recipes; `dataclasses.replace` changes a setting.
+
+    Raises:
+        RecipeError: if the settings do not fit together.
+
+    Examples:
+        >>> events = [lf.Event(10 + i, site) for i, site in enumerate(lf.list_norm_sites(model))]
+        >>> recipe = lf.Recipe(
+        ...     events=tuple(events), steps=60, batch=8, lr=4e-4, warmup=5, final_lr=0.5,
+        ...     distillation=lf.Ramp(1.0, 0.5, from_step=30, to_step=50),
+        ... )
+        >>> recipe.removed_at, recipe.loss_weights(40)["distillation"]
+        (22, 0.75)
+    """
 
     name: str = "custom"
-    """For reports and model cards."""
+    """What reports and model cards call it."""
     events: tuple[Event, ...]
-    """When which site is frozen. Empty: an ordinary fine-tuning."""
+    """When each site is frozen. Without events the run is an ordinary fine-tuning."""
     steps: int
     """Optimiser steps."""
     batch: int
-    """Blocks of text per optimiser step, over all processes."""
+    """Sequences of text per optimiser step, over all processes."""
     micro_batch: int = 4
-    """Blocks per forward pass and process; gradients add up over the batch."""
+    """Sequences per forward pass and process; the gradients of a batch are added up."""
     lr: float
     """Peak learning rate of AdamW."""
     warmup: int
-    """Steps in which the learning rate rises in a straight line to `lr`."""
+    """Steps over which the learning rate rises linearly to `lr`."""
     final_lr: float
-    """What the learning rate falls to, as a share of `lr`."""
+    """The learning rate at the end of its cosine, as a share of `lr`."""
     decay_steps: int | None = None
-    """Steps of the cosine, if the run stops before its end; default: `steps`."""
+    """The step at which the cosine ends. Default: `steps`. A later one is not reached."""
     weight_decay: float = 0.01
-    """On weight matrices and embeddings; never on biases and gains."""
+    """Weight decay of matrices and embeddings; biases and gains have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """The two betas of AdamW."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """The largest gradient norm; larger ones are scaled down to it."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of products, over float32 weights; auto: bfloat16 where the hardware has it natively."""
+    """The precision of matrix products; weights are float32. `"auto"`: bfloat16 if the hardware has
+    it."""
     distillation: Weight = 0.0
-    """Share of the loss that is the KL divergence from the original model; cross-entropy is the
-    rest. Costs one forward pass of the original per step."""
+    """The share of the KL divergence from the original model in the loss; cross-entropy has the
+    rest. It costs a forward pass of the original per step."""
     scale_anchor: Weight = 0.1
-    """Weight of the auxiliary loss that keeps ln_final's input at one scale."""
+    """The weight of the auxiliary loss that holds ln_final's input at one scale."""
     anchor_target: Literal["batch", "frozen"] = "batch"
-    """That scale: the batch's own mean (2507.02559), or the mean before the first step
+    """That scale: the mean of the batch (2507.02559), or the mean before the first step
     (2602.10408)."""
+    losses: Mapping[str, Weight] = field(default_factory=dict)
+    """The weights of further terms of the loss, by their names in `removal.losses.TERMS`."""
     statistics: Statistics = field(default_factory=Statistics)
     """How the constants sigma are measured."""
     special: Special = field(default_factory=Special)
-    """Tokens with a sigma of their own for a while. Default: none."""
+    """Tokens that have a sigma of their own for some steps. Default: none."""
     guard: Guard = field(default_factory=Guard)
-    """What counts as diverging. Default: stop there."""
+    """When the run counts as diverging. Default: it stops then."""
     evaluate_every: int = 50
     """Steps between two evaluations on held-out text, if there is any."""
     patience: int | None = None
-    """Stop after that many evaluations without a new minimum since the last event."""
+    """Stop after this many evaluations since the last event without a lower loss."""
     seed: int = 0
-    """Of the order of the data."""
-    block: int | None = None
-    """Tokens per block that the recipe was made for; None: any."""
+    """The random seed of the order of the text."""
+    sequence_length: int | None = None
+    """Tokens per sequence that the recipe was made for; None: any number."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Where a setting comes from."""
+    """Where each setting comes from."""
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         counts = ("steps", "batch", "micro_batch", "evaluate_every", "decay_steps", "patience")
         for name in (*counts, "lr", "clip"):
             value: Any = getattr(self, name)
@@ -175,7 +105,7 @@ class Recipe:
             if not 0 < value < math.inf:
                 raise RecipeError(f"{name} must be positive, not {value}")
         if not 0 <= self.weight_decay < math.inf:
-            raise RecipeError(f"weight_decay cannot be {self.weight_decay}")
+            raise RecipeError(f"weight_decay must be 0 or more, not {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"betas must lie in 0..1 (1 excluded), not {self.betas}")
         if not 0 <= self.warmup < self.steps:
@@ -186,6 +116,13 @@ class Recipe:
             raise RecipeError(f"distillation must lie in 0..1, not {self.distillation}")
         if not all(0 <= weight < math.inf for weight in extremes(self.scale_anchor)):
             raise RecipeError(f"scale_anchor cannot be negative: {self.scale_anchor}")
+        if named := {"cross_entropy", "distillation", "scale_anchor"} & set(self.losses):
+            raise RecipeError(
+                f"{min(named)} is a field of the recipe: set its weight there, not in losses"
+            )
+        for name, weight in self.losses.items():
+            if not all(0 <= value < math.inf for value in extremes(weight)):
+                raise RecipeError(f"the weight of {name} cannot be negative: {weight}")
         self._check_events()
 
     def _check_events(self) -> None:
@@ -193,11 +130,11 @@ class Recipe:
             if not (event.step >= 0 and event.over >= 0 and event.end < self.steps):
                 raise RecipeError(
                     f"{event.site} would be frozen at step {event.end}, outside the {self.steps} "
-                    "steps of training"
+                    "steps of training (0 to steps - 1)"
                 )
         sites = [event.site for event in self.events]
         if twice := [str(site) for site in sites if sites.count(site) > 1]:
-            raise RecipeError(f"{twice[0]} would be frozen twice")
+            raise RecipeError(f"{twice[0]} would be frozen twice: give one event per site")
         if self.events and self.special.until >= self.steps:
             raise RecipeError(
                 f"tokens would be special until step {self.special.until}, beyond the "
@@ -206,8 +143,16 @@ class Recipe:
 
     @property
     def removed_at(self) -> int:
-        """The step from which on nothing of the norms is left."""
+        """The first step at which every norm is frozen and no token is special."""
         return max(last_step(self.events), self.special.until if self.events else 0)
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        """The weight of each term of the loss at a step, by name."""
+        share = weight_at(self.distillation, step)
+        weights = {"scale_anchor": self.scale_anchor, **self.losses}
+        return {"cross_entropy": 1 - share, "distillation": share} | {
+            name: weight_at(weight, step) for name, weight in weights.items()
+        }
 
     def vanilla(self) -> "Recipe":
         """The control: same steps, data order and learning rates, but nothing is removed."""
@@ -217,17 +162,19 @@ class Recipe:
             events=(),
             scale_anchor=0.0,
             distillation=0.0,
+            losses={},
             special=Special(),
             patience=None,
         )
 
     def widened(self, done: int, factor: float) -> "Recipe":
-        """Everything that is left after `done` steps spread out by a factor, and as many steps to
-        recover from it as before. The same recipe if nothing is left.
+        """The recipe with what remains after `done` steps spread out by a factor.
+
+        As many steps follow the last event as before. The same recipe if nothing remains.
 
         Args:
-            done: Steps done.
-            factor: On the distances between what is left.
+            done: Steps that are done.
+            factor: The factor on the remaining distances.
         """
 
         def spread(weight: Weight) -> Weight:
@@ -247,6 +194,7 @@ class Recipe:
             special=replace(self.special, **special),
             distillation=spread(self.distillation),
             scale_anchor=spread(self.scale_anchor),
+            losses={name: spread(weight) for name, weight in self.losses.items()},
             steps=self.steps + more,
             decay_steps=(self.decay_steps or self.steps) + more,
         )
@@ -263,7 +211,7 @@ class Recipe:
         """The recipe that `to_json` described.
 
         Raises:
-            RecipeError: if it is none.
+            RecipeError: if it is not a recipe.
         """
         try:
             fields = dict(plain)
@@ -272,8 +220,9 @@ class Recipe:
             )
             fields["betas"] = tuple(fields["betas"])
             for name in ("distillation", "scale_anchor"):
-                if isinstance(fields[name], dict):
-                    fields[name] = Ramp(**fields[name])
+                fields[name] = _weight(fields[name])
+            losses = fields.get("losses", {})
+            fields["losses"] = {name: _weight(weight) for name, weight in losses.items()}
             special = dict(fields["special"])
             if special["end_of_text_kinds"] is not None:
                 special["end_of_text_kinds"] = tuple(special["end_of_text_kinds"])
@@ -284,4 +233,9 @@ class Recipe:
             }
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"this is no recipe of this package: {error!r:.100}") from error
+            raise RecipeError(f"this is not a recipe of lnfree_interp: {error!r:.100}") from error
+
+
+def _weight(plain: Any) -> Weight:
+    """A weight, from plain data."""
+    return Ramp(**plain) if isinstance(plain, dict) else plain

@@ -1,13 +1,13 @@
 """Recipes: functions that return a `Recipe`.
 
 The published ones come from two repositories. What they share: AdamW, gradients clipped at 1,
-blocks of 1024 tokens of OpenWebText packed with end-of-text, the order `ln2`, `ln1` for queries
-and keys, `ln1` for values, `ln_final`. What this engine does not repeat of them: dropout, bfloat16
-master weights, untrained end-of-text, a special sigma on channel 0 (docs/removal.md).
+sequences of 1024 tokens of OpenWebText packed with end-of-text, the order `ln2`, `ln1` for queries
+and keys, `ln1` for values, `ln_final`. Not repeated here: dropout, bfloat16 master weights, masked
+end-of-text targets, a special sigma on channel 0 (docs/removal.md).
 """
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Sites,
     all_at_once,
@@ -16,6 +16,7 @@ from lnfree_interp.removal.schedule import (
     sites_of,
     taper,
 )
+from lnfree_interp.removal.settings import Guard, Special, Statistics
 
 __all__ = [
     "BY_NAME",
@@ -40,7 +41,7 @@ _SOURCES = {
     "per micro-batch, hence momentum to their number; one buffer for ln1.qk and ln1.v",
     "clip, weight_decay": f"{_TRAIN}: 1.0 and 0.01",
     "betas": "transformers.TrainingArguments' defaults",
-    "batch": f"{_CONFIG}: blocks per micro-batch times accumulation steps",
+    "batch": f"{_CONFIG}: sequences per micro-batch times accumulation steps",
 }
 
 
@@ -76,7 +77,7 @@ def _published(
         betas=(0.9, 0.999),
         scale_anchor=anchor,
         statistics=Statistics(source="ema", momentum=momentum**accumulation, share_ln1=True),
-        block=1024,
+        sequence_length=1024,
         sources=_SOURCES,
     )
 
@@ -252,7 +253,7 @@ def gpt2_small_2024() -> Recipe:
         special=Special(
             first_until=1160, end_of_text_until=1060, end_of_text_kinds=("ln1.v",)
         ),
-        block=1024,
+        sequence_length=1024,
         sources={
             "events, special": f"{code}, train.py; 2409.13710",
             "steps, decay_steps": f"{code}: stopped at 1200 of a decay over 2000",
@@ -278,13 +279,13 @@ def published_style(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     """2507.02559's recipe for GPT-2 small on any model, and in any number of steps.
 
     The same order, ratio of gaps, moving-average sigma, auxiliary loss and learning rates. Events
-    take the first quarter of the steps (theirs: the first third), single steps where there is no
-    time for more.
+    take the first quarter of the steps (theirs: the first third); with few steps they follow each
+    other without gaps.
 
     Args:
         model: A model or its sites.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -321,15 +322,16 @@ def distilled(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     """This project's recipe: the published order, and the original's distribution as the target.
 
     Events take the first quarter of the steps, with the gaps of the published schedule for GPT-2
-    small (2, 2 and 3 steps a layer; 2507.02559) or a multiple of them; single steps where there is
-    no time for that. The rest recovers, at a rate that falls to half. The loss is the KL divergence
-    from the original instead of cross-entropy: it does not pay for what a short fine-tuning on
-    little text unlearns (docs/benchmarks.md). Steps are small: for as many tokens, more of them.
+    small (2, 2 and 3 steps per layer; 2507.02559) or a multiple of them; they follow each other
+    without gaps if there are few steps. In the other steps the model recovers, at a learning rate
+    that falls to half. The loss is the KL divergence from the original instead of cross-entropy, so
+    that the model keeps what a short fine-tuning on little text would unlearn
+    (docs/benchmarks.md). Batches are small, so that there are more steps for as many tokens.
 
     Args:
         model: A model or its sites, of any architecture.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -372,7 +374,7 @@ def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     Args:
         model: A model or its sites, of any architecture.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -413,7 +415,7 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     Args:
         model: A model or its sites, of any architecture.
         steps: Optimiser steps.
-        seed: Of the data order.
+        seed: The random seed of the order of the text.
 
     Returns:
         A `Recipe` for every norm site of the model.
@@ -440,7 +442,7 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         final_lr=0.5,
         betas=(0.9, 0.999),
         distillation=1.0,
-        guard=Guard(above_best=20.0),  # the loss jumps at once too, and may come back
+        guard=Guard(above_best=20.0),  # the loss jumps with the norms, and may come down again
         seed=seed,
     )
 
@@ -456,4 +458,4 @@ BY_NAME = {
     "gpt2-xl": gpt2_xl,
     "gpt2-small-2024": gpt2_small_2024,
 }
-"""What `lnfree remove --recipe` knows."""
+"""The recipes of `lnfree remove --recipe` by name."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind."""
+"""What a run returns: the trained model, and what happened at each step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,24 +14,29 @@ class StepRecord:
     """One optimiser step."""
 
     step: int
-    loss: float
-    """Cross-entropy in nats per token, on this step's batch."""
-    anchor: float
-    """The scale anchor before its weight."""
+    """Its number, from 0."""
+    losses: Mapping[str, float]
+    """Each term of the loss by name, before its weight, on this step's batch. `cross_entropy` and
+    `distillation`, the KL divergence from the original, are in nats per token."""
     lr: float
+    """The learning rate."""
     frozen: Mapping[str, float]
     """Sites that are frozen from this step on, and their sigma."""
-    distillation: float = 0.0
-    """KL divergence from the original, in nats per token; 0 where it is not asked for."""
     gradient: float = 0.0
     """Norm of the gradient before clipping."""
     seconds: float = 0.0
+    """How long the step took."""
     probes: Mapping[str, Any] = field(default_factory=dict)
     """Every `log_every` steps: sigma drift by site, residual norms by layer, largest activation."""
     heldout: float | None = None
     """Cross-entropy on the held-out text after this step, if it was evaluated."""
     rollback: str | None = None
-    """Why the run was set back to this step, if it was."""
+    """Why the run went back to this step, if it did."""
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy in nats per token."""
+        return self.losses["cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,10 @@ class Run:
     """A finished fine-tuning."""
 
     model: HookedTransformer
-    """With norm sites: frozen where the recipe says so. `fold` takes it from here."""
+    """With norm sites, frozen where the recipe says so. `fold` removes the frozen ones."""
     recipe: Recipe
-    """As it was run: with the gaps that rollbacks widened."""
+    """The recipe as it was run, with the gaps that rollbacks widened."""
     history: tuple[StepRecord, ...]
-    """One record per optimiser step: losses in nats per token, what was frozen, probes."""
+    """One record per optimiser step: losses, frozen sites, probes."""
     seconds: float
-    """Of this process; a resumed run counts from where it was resumed."""
+    """How long this process trained; a resumed run counts from where it was resumed."""

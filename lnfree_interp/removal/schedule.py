@@ -1,4 +1,4 @@
-"""When which norm site goes from live to frozen: pure data, and the orders that make it."""
+"""When each norm site goes from live to frozen, as plain data, and functions that make it."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,12 +13,24 @@ from lnfree_interp.models.sites import NormSite, SiteKind, list_norm_sites
 
 @dataclass(frozen=True)
 class Event:
-    """From the forward pass of `step` (from 0) on, `site` goes from live to frozen."""
+    """A norm site goes from live to frozen.
+
+    Source:
+        arXiv 2409.13710 (at one step); arXiv 2602.10408 (over several steps).
+
+    Examples:
+        >>> event = lf.Event(20, lf.NormSite("ln2", 3), over=10)
+        >>> event.end, [round(event.gate(step), 2) for step in (20, 25, 30)]
+        (30, [1.0, 0.5, 0.0])
+    """
 
     step: int
+    """The step, from 0, at whose forward pass it begins."""
     site: NormSite
+    """The site."""
     over: int = 0
-    """Steps that this takes: 0 at once, else the site's gate falls from 1 to 0 along a cosine."""
+    """How many steps it takes. 0: the site is frozen at once. Else its gate, the share of the live
+    norm, falls from 1 to 0 along a cosine."""
 
     @property
     def end(self) -> int:
@@ -26,7 +38,7 @@ class Event:
         return self.step + self.over
 
     def gate(self, step: int) -> float:
-        """Share of the live norm in the forward pass of `step`."""
+        """The share of the live norm in the forward pass of a step."""
         if step < self.step:
             return 1.0
         if step >= self.end:
@@ -36,19 +48,34 @@ class Event:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that moves in a straight line between two steps and stays where it is outside."""
+    """A weight of the loss that moves linearly between two steps, and is constant outside them.
+
+    Raises:
+        RecipeError: if it does not end after it begins.
+
+    Examples:
+        >>> ramp = lf.Ramp(1.0, 0.0, from_step=10, to_step=20)
+        >>> [ramp.at(step) for step in (0, 15, 30)]
+        [1.0, 0.5, 0.0]
+    """
 
     start: float
+    """The weight until `from_step`."""
     end: float
+    """The weight from `to_step` on."""
     from_step: int
+    """The last step with the first weight."""
     to_step: int
+    """The first step with the last weight."""
 
     def __post_init__(self) -> None:
         if self.to_step <= self.from_step:
-            raise RecipeError(f"a ramp from step {self.from_step} must end after it")
+            raise RecipeError(
+                f"a ramp from step {self.from_step} must end after it, not at {self.to_step}"
+            )
 
     def widened(self, done: int, factor: float) -> "Ramp":
-        """As `widened` does it to events."""
+        """The ramp with what remains after `done` steps spread out by a factor."""
         from_step, to_step = (later(at, done, factor) for at in (self.from_step, self.to_step))
         return replace(self, from_step=from_step, to_step=to_step)
 
@@ -62,7 +89,7 @@ class Ramp:
 
 
 Weight = float | Ramp
-"""A weight in the loss: constant, or moving."""
+"""A weight in the loss: constant, or a ramp."""
 
 
 def weight_at(weight: Weight, step: int) -> float:
@@ -71,13 +98,13 @@ def weight_at(weight: Weight, step: int) -> float:
 
 
 def extremes(weight: Weight) -> tuple[float, float]:
-    """The least and the largest that a weight ever is."""
+    """The smallest and the largest value of a weight."""
     ends = (weight.start, weight.end) if isinstance(weight, Ramp) else (weight, weight)
     return min(ends), max(ends)
 
 
 Sites = HookedTransformer | Sequence[NormSite]
-"""What a schedule is made for: a model, or its sites."""
+"""A model, or its norm sites."""
 
 
 def sites_of(model: Sites) -> tuple[NormSite, ...]:
@@ -174,14 +201,14 @@ def taper(model: Sites, *, start: int, over: int, gap: int = 0) -> tuple[Event, 
 
 
 def later(step: int, done: int, factor: float) -> int:
-    """Where a step goes when all that is left after `done` steps is spread out by a factor."""
+    """The new number of a step when what remains after `done` steps is spread out by a factor."""
     return step if step < done else done - 1 + math.ceil((step - done + 1) * factor)
 
 
 def widened(events: Iterable[Event], done: int, factor: float) -> tuple[Event, ...]:
-    """The same events, those that are not over after `done` steps spread out by a factor.
+    """The events with those that remain after `done` steps spread out by a factor.
 
-    What a run that diverged continues with: larger gaps (2507.02559).
+    A run that diverged continues with them, because larger gaps help (2507.02559).
     """
     spread = []
     for event in events:

@@ -1,7 +1,6 @@
-"""sigma: the constant that takes the place of a token's own standard deviation.
+"""Measures sigma, the constant that replaces a token's own standard deviation.
 
-Everything is measured by hooks: a meter on a site's `hook_in` adds up what a live norm would divide
-by there, token by token.
+A hook on a site's `hook_in` adds up what a live norm there would divide by, token by token.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.sites import NormSite, get_norm
-from lnfree_interp.removal.recipe import Statistics
+from lnfree_interp.removal.settings import Statistics
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., object]]]
 """TransformerLens' own form: (name or filter, function of the activation and `hook`)."""
@@ -29,7 +28,7 @@ Reduce = Callable[[Tensor], Tensor]
 """Sum over the processes of a distributed run."""
 
 Forward = Callable[[Tensor], object]
-"""A forward pass, for what it does to hooks."""
+"""Runs a forward pass; only its hooks matter."""
 
 _MEASURING_BATCH = 4
 
@@ -59,14 +58,14 @@ class Moments:
 
 
 class TokenGroups:
-    """Which token of the batch at hand belongs to which group."""
+    """The group of each token of the current batch."""
 
     def __init__(self, end_of_text: int | None):
         self.end_of_text = end_of_text
         self.of: dict[Group, Bool[Tensor, "batch pos"]] = {}
 
     def mark(self, tokens: Int[Tensor, "batch pos"]) -> None:
-        """Look at the tokens of the next forward pass."""
+        """Set the tokens of the next forward pass."""
         first = torch.zeros_like(tokens, dtype=torch.bool)
         first[:, 0] = True
         if self.end_of_text is None:
@@ -105,7 +104,7 @@ class SigmaMeter:
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def read(self, reduce: Reduce = lambda sums: sums) -> dict[str, dict[Group, Moments]]:
-        """What has come together since the last reading, over all processes."""
+        """What was measured since the last reading, over all processes."""
         if not self.sums:
             return {}
         rows = reduce(torch.stack(list(self.sums.values()))).tolist()
@@ -117,7 +116,7 @@ class SigmaMeter:
 
 
 def common(groups: dict[Group, Moments], statistics: Statistics) -> float:
-    """The sigma of all tokens together, or of the ordinary ones, as the recipe says."""
+    """The sigma of all tokens or of the ordinary ones, as the recipe says."""
     ordinary, first, end_of_text = (groups[group] for group in GROUPS)
     together = ordinary + first + end_of_text
     if statistics.tokens == "ordinary" and ordinary.count:
@@ -129,7 +128,7 @@ def common(groups: dict[Group, Moments], statistics: Statistics) -> float:
 def measure(
     model: HookedTransformer,
     sites: Iterable[NormSite | str],
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     fwd_hooks: Hooks = (),
     *,
     groups: TokenGroups | None = None,
@@ -141,10 +140,10 @@ def measure(
     Args:
         model: With norm sites.
         sites: The sites to measure, live or not.
-        tokens: [blocks, pos], the text to measure on; of this process.
+        tokens: [sequence, pos], this process's share of the text to measure on.
         fwd_hooks: Active while measuring, as in `run_with_hooks`.
-        groups: Knows end-of-text. Default: the model's tokenizer does.
-        reduce: Sum over processes.
+        groups: Knows the end-of-text token. Default: that of the model's tokenizer.
+        reduce: Sums over processes.
         forward: Runs the model on a batch. Default: `model` itself.
 
     Raises:
@@ -162,11 +161,11 @@ def measure(
 def measure_sigma(
     model: HookedTransformer,
     sites: Iterable[NormSite | str],
-    tokens: Int[Tensor, "blocks pos"],
+    tokens: Int[Tensor, "sequence pos"],
     fwd_hooks: Hooks = (),
     statistics: Statistics | None = None,
 ) -> dict[str, float]:
-    """The constant that would take the place of each site's own standard deviation.
+    """The constant that would replace the tokens' own standard deviations at each site.
 
     By default the mean over all tokens of sqrt(variance + eps), as in 2507.02559; for an RMSNorm
     the root mean square instead of the standard deviation.
@@ -174,9 +173,9 @@ def measure_sigma(
     Args:
         model: With norm sites.
         sites: The sites to measure.
-        tokens: [blocks, pos], the text to measure on.
+        tokens: [sequence, pos], the text to measure on.
         fwd_hooks: Active while measuring, as in `run_with_hooks`.
-        statistics: Another average, or other tokens.
+        statistics: Which average, over which tokens. Default: `Statistics()`.
 
     Returns:
         From site name to sigma, in the units of the residual stream.

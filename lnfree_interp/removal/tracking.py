@@ -1,4 +1,4 @@
-"""Watching a run: the progress bar, and trackers that somebody asked for."""
+"""Shows how a run is going: a progress bar, and trackers such as tensorboard."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,17 +27,17 @@ def require_trackers(names: Sequence[str]) -> None:
     """Refuse, before the work, a tracker that is not known or not installed.
 
     Raises:
-        RecipeError: then.
+        RecipeError: if there is one.
     """
     for name in names:
         if name not in TRACKERS:
-            raise RecipeError(f"no tracker {name!r}; there are {', '.join(TRACKERS)}")
+            raise RecipeError(f"no tracker {name!r}; choices: {', '.join(TRACKERS)}")
         if find_spec(name) is None:
             raise RecipeError(f"{name} is not installed: pip install {name}")
 
 
-class Watcher:
-    """What a person sees of a run; only the main process shows anything."""
+class Progress:
+    """A progress bar and trackers, which start with `with`. Only the main process has them."""
 
     def __init__(
         self,
@@ -50,28 +50,27 @@ class Watcher:
         """A bar for a recipe.
 
         Args:
-            recipe: Its name and length.
-            tokens_per_step: For the speed, in tokens per second.
-            trackers: Of `TRACKERS`.
-            folder: Where they write. Default: here.
+            recipe: The recipe that is run.
+            tokens_per_step: Tokens per step, for the speed.
+            trackers: Names of `TRACKERS`.
+            folder: Where the trackers write. Default: the working folder.
             show: Whether to show the bar.
         """
         self.recipe, self.tokens_per_step = recipe, tokens_per_step
-        self.trackers = []
-        if trackers:
+        self.names, self.folder = tuple(dict.fromkeys(trackers)), Path(folder or ".")
+        self.trackers: list[GeneralTracker] = []
+        self.shows = show
+        self.bar: tqdm[Any]
+
+    def __enter__(self) -> "Progress":
+        what = "removing norms" if self.recipe.events else "control"
+        self.bar = tqdm(total=self.recipe.steps, desc=what, unit="step", disable=not self.shows)
+        if self.names:
             PartialState()  # Accelerate's trackers ask it which process this is
-        for name in dict.fromkeys(trackers):
-            tracker = TRACKERS[name]("lnfree", Path(folder or "."))
+        for name in self.names:
+            tracker = TRACKERS[name]("lnfree", self.folder)
             tracker.start()
             self.trackers.append(tracker)
-        self.bar = tqdm(
-            total=recipe.steps,
-            desc="removing norms" if recipe.events else "control",
-            unit="step",
-            disable=not show,
-        )
-
-    def __enter__(self) -> "Watcher":
         return self
 
     def __exit__(
@@ -85,18 +84,18 @@ class Watcher:
             tracker.finish()
 
     def reset(self, step: int, steps: int) -> None:
-        """The run goes on from another step, or to another end."""
+        """The run continues from another step, or to another last step."""
         self.bar.total, self.bar.n = steps, step
         self.bar.initial = step
         self.bar.refresh()
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if not self.bar.disable:
             self.bar.write(line)
 
     def show(self, record: "StepRecord", n_frozen: int) -> None:
-        """A step is done."""
+        """Show a step that is done."""
         speed = self.tokens_per_step / record.seconds
         status = {"loss": f"{record.loss:.3f}", "tok/s": f"{speed:,.0f}"}
         if self.recipe.events:
@@ -112,9 +111,10 @@ class Watcher:
 
 
 def _scalars(record: "StepRecord") -> dict[str, float]:
-    """A record as flat numbers, for trackers."""
-    names = ("loss", "anchor", "lr", "distillation", "gradient", "heldout")
+    """A record as numbers by name, for trackers."""
+    names = ("loss", "lr", "gradient", "heldout")
     values: dict[str, Any] = {name: getattr(record, name) for name in names}
+    values |= record.losses
     values |= {f"sigma/{site}": sigma for site, sigma in record.frozen.items()}
     for name, probe in record.probes.items():
         if isinstance(probe, Mapping):

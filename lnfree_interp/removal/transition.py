@@ -1,4 +1,4 @@
-"""The norms of a model on their way: which site stands where, and at which sigma."""
+"""Takes a model's norms from live to frozen: which site is in which state, with which sigma."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError, TrainingError
-from lnfree_interp.models.sites import NormSite, get_norm
+from lnfree_interp.models.sites import NormSite, get_norm, sites_in, whole_norm
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, last_step
 from lnfree_interp.removal.statistics import (
@@ -31,8 +31,8 @@ from lnfree_interp.removal.statistics import (
 class Transition:
     """Fires a recipe's events on a model with norm sites, and keeps sigma up to date.
 
-    Before every step `before(step)` puts each site where the schedule wants it; during the step
-    `hooks()` are active; after it `after()` takes in what they have measured.
+    `before(step)` puts each site into the state that the schedule gives it at that step, `hooks()`
+    are active during the step, and `after()` takes in what they have measured.
 
     Attributes:
         events: The schedule, which a rollback may stretch.
@@ -43,20 +43,18 @@ class Transition:
         self,
         model: HookedTransformer,
         recipe: Recipe,
-        text: Int[Tensor, "blocks pos"],
+        text: Int[Tensor, "sequence pos"],
         fwd_hooks: Hooks = (),
         reduce: Reduce = lambda sums: sums,
-        forward: Forward | None = None,
     ):
-        """A transition that has not begun.
+        """A transition before its first step.
 
         Args:
             model: With norm sites.
-            recipe: Its events, statistics and special tokens count here.
-            text: To measure sigma on where it is not measured on the training text itself.
-            fwd_hooks: The user's, active while measuring.
-            reduce: Sum over processes.
-            forward: Runs the model on a batch, for measuring. Default: the model itself.
+            recipe: Says what happens when: its events, statistics and special tokens.
+            text: The text to measure sigma on, unless it is measured on the training text.
+            fwd_hooks: The user's hooks, active while sigma is measured.
+            reduce: Sums over processes.
 
         Raises:
             NormSiteError: if an event names a site that the model lacks, or that is frozen.
@@ -65,9 +63,8 @@ class Transition:
         self.follow(recipe)
         self.norms = {str(event.site): get_norm(model, event.site) for event in recipe.events}
         if frozen := [name for name, norm in self.norms.items() if not norm.live]:
-            raise NormSiteError(f"{frozen[0]} is no live norm any more: it cannot be removed again")
+            raise NormSiteError(f"{frozen[0]} is frozen already: it cannot be removed again")
         self.text, self.fwd_hooks, self.reduce = text, tuple(fwd_hooks), reduce
-        self.forward = forward
         self.groups = TokenGroups(end_of_text(model))
         self.estimates: dict[str, dict[Group, Moments]] = {}
         self.scales: dict[str, dict[Group, float]] = {}
@@ -75,24 +72,28 @@ class Transition:
         self.step = 0
 
     def follow(self, recipe: Recipe) -> None:
-        """Take the schedule of a recipe: at first, and when a rollback has widened it."""
+        """Follow the schedule of a recipe, which a rollback may have widened."""
         self.events: tuple[Event, ...] = recipe.events
         self.special = recipe.special
 
-    def before(self, step: int) -> dict[str, float]:
-        """Put every site where it stands at this step.
+    def before(self, step: int, forward: Forward | None = None) -> dict[str, float]:
+        """Put every site into the state that it has at this step.
+
+        Args:
+            step: The step that follows.
+            forward: Runs the model on a batch, to measure sigma. Default: the model itself.
 
         Returns:
             The sites that are frozen from this step on, and their sigma.
         """
         self.step = step
         if not self.estimates and self.statistics.source != "event" and self.events:
-            self._measure(list(self.norms))
+            self._measure(list(self.norms), forward)
         due = [e for e in self.events if e.gate(step) < 1]
         if self.statistics.source == "event":
             new = (str(e.site) for e in due if self.norms[str(e.site)].live)
             sites = dict.fromkeys(map(self._shared, new))
-            self._measure([site for site in sites if site not in self.estimates])
+            self._measure([site for site in sites if site not in self.estimates], forward)
         frozen = {}
         for event in due:
             name = str(event.site)
@@ -106,7 +107,7 @@ class Transition:
         return frozen
 
     def hooks(self, metering: bool = False) -> list[tuple[str, Callable[..., Any]]]:
-        """The forward hooks of this step: special tokens, and the meter where sigma moves.
+        """The forward hooks of this step: special tokens, and the meter if sigma moves.
 
         Args:
             metering: Measure every site, for the probes.
@@ -129,7 +130,7 @@ class Transition:
         return found
 
     def drift(self, found: Mapping[str, Mapping[Group, Moments]]) -> dict[str, float]:
-        """By frozen site, what its inputs' sigma has become, in units of its constant."""
+        """By frozen site, the sigma of its inputs over its constant."""
         return {
             name: common(dict(groups), self.statistics) / self.norms[name].constant
             for name, groups in found.items()
@@ -141,7 +142,7 @@ class Transition:
             return old
         if old.count == 0 or self.statistics.source == "batch":
             return new
-        # Per token, so that a batch with more of them does not count more.
+        # Rescaled to the old count, so that a batch with more tokens does not count more.
         m, scale = self.statistics.momentum, old.count / new.count
         return Moments(
             old.count,
@@ -151,7 +152,7 @@ class Transition:
 
     @property
     def _moving(self) -> bool:
-        """Whether sigma is being averaged over the training text."""
+        """Whether sigma is measured on the training text at this step."""
         moves = self.statistics.source in ("ema", "batch")
         return moves and bool(self.events) and self.step <= last_step(self.events)
 
@@ -171,7 +172,7 @@ class Transition:
         share = self.statistics.share_ln1 and name.endswith(".ln1.v")
         return partner if share and partner in self.norms else name
 
-    def _measure(self, sites: list[str]) -> None:
+    def _measure(self, sites: list[str], forward: Forward | None) -> None:
         if sites:
             hooks = [*self.fwd_hooks, *self.hooks()]
             self.estimates |= measure(
@@ -181,12 +182,12 @@ class Transition:
                 hooks,
                 groups=self.groups,
                 reduce=self.reduce,
-                forward=self.forward,
+                forward=forward,
             )
             self.meter.sums = {}
 
     def _sigma(self, name: str) -> float:
-        """The constant of a site by its estimate, and those of its special tokens beside it."""
+        """The constant of a site by its estimate; sets those of its special tokens too."""
         groups = self.estimates[self._shared(name)]
         self.scales[name] = {
             group: groups[group].average(self.statistics.average)
@@ -195,7 +196,7 @@ class Transition:
         }
         sigma = common(groups, self.statistics)
         if not 0 < sigma < float("inf"):
-            raise TrainingError(f"sigma of {name} came out as {sigma}: the run has blown up")
+            raise TrainingError(f"sigma of {name} is {sigma}: the run has diverged")
         return sigma
 
     def _special_scale(
@@ -225,7 +226,7 @@ class Transition:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Where `state_dict` was taken, for a transition of the same recipe."""
+        """Restore what `state_dict` returned, for a transition of the same recipe."""
         self.estimates = {
             name: {group: Moments(*sums) for group, sums in groups.items()}
             for name, groups in state["estimates"].items()
@@ -235,7 +236,5 @@ class Transition:
 
 def _partner(name: str) -> str | None:
     """The other half of a block's `ln1`."""
-    for ours, theirs in ((".ln1.v", ".ln1.qk"), (".ln1.qk", ".ln1.v")):
-        if name.endswith(ours):
-            return name.removesuffix(ours) + theirs
-    return None
+    others = [site for site in sites_in(whole_norm(name)) if site != name]
+    return others[0] if others else None

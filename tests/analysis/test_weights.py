@@ -87,7 +87,7 @@ def test_tables_by_brute_force(gpt2_folder):
     close(lf.bigram_table(model).row(5), model.W_E[5] @ model.W_U)
     close(lf.neuron_input_table(model, 1).column(4), model.W_E @ model.W_in[1][:, 4])
     close(lf.neuron_output_table(model, 1).row(4), model.W_out[1][4] @ model.W_U)
-    with pytest.raises(DataError, match="a whole number, not .self."):
+    with pytest.raises(DataError, match="a whole number, not"):
         lf.neuron_output_table(model, 1).row("self")
     with pytest.raises(DataError, match="outside the vocabulary"):
         table.row(300)

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import lnfree_interp as lf
 from lnfree_interp import cli
-from lnfree_interp.data.sources import open_blocks
-from lnfree_interp.removal.job import make_recipe
-from lnfree_interp.removal.rundir import RunFolder
+from lnfree_interp.data.sources import open_sequences
+from lnfree_interp.removal.job import RemovalJob
+from lnfree_interp.removal.run_folder import RunFolder
+from lnfree_interp.removal.run_job import make_recipe
 
 
 def lnfree(monkeypatch, *arguments):
@@ -43,7 +44,7 @@ def folder(request, tmp_path, tokenizer):
     return tmp_path / "source"
 
 
-QUICK = ("--steps", 14, "--batch", 4, "--block", 32, "--lr", "1e-4", "--heldout", 4,
+QUICK = ("--steps", 14, "--batch", 4, "--sequence-length", 32, "--lr", "1e-4", "--heldout", 4,
          "--evaluate-every", 5, "--checkpoint-every", 6)  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_from_a_folder_and_a_file_to_an_lnfree_model(monkeypatch, tmp_path, fold
 
 
 def _heldout(model, text):
-    return open_blocks(text, model.tokenizer, 32).take(4)
+    return open_sequences(text, model.tokenizer, 32).take(4)
 
 
 def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text, capsys):
@@ -125,17 +126,17 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "gpt3"), "no recipe 'gpt3'; there are distilled"),
+        (("--recipe", "gpt3"), "no recipe 'gpt3'; choices: distilled"),
         (("--recipe", "gpt2-small"), "no norm site 'blocks.3.ln2'"),
         (("--patience", "0"), "patience must be positive"),
         (("--steps", "3"), "3 steps are too few for 10 norm sites"),
         (("--data", "./nothing.jsonl"), "nothing.jsonl"),
         (("--column", "body"), "no column 'body'"),
-        (("--block", "4096"), "the model's context is 48"),
-        (("--block", "1"), "block"),
+        (("--sequence-length", "4096"), "the model's context is 48"),
+        (("--sequence-length", "1"), "a sequence of one token has no next token"),
         (("--distillation", "2"), "distillation must lie in 0..1"),
         (("--track", "tensorboard"), "tensorboard is not installed"),
-        (("--checkpoint-every", "0"), "checkpoint_every must be positive"),
+        (("--checkpoint-every", "0"), "checkpoint_every is 0"),
     ],
 )
 def test_wrong_input_is_refused_by_name(
@@ -144,7 +145,7 @@ def test_wrong_input_is_refused_by_name(
     if arguments[0] == "--track":
         monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: None)
     settings = [] if arguments[0] == "--data" else ["--data", text]
-    settings += [] if arguments[0] == "--block" else ["--block", 32]
+    settings += [] if arguments[0] == "--sequence-length" else ["--sequence-length", 32]
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         lnfree(monkeypatch, "remove", gpt2_folder, "--out", out, *settings, *arguments)
@@ -159,13 +160,13 @@ def test_resuming_what_is_no_run(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         lnfree(monkeypatch, "remove", "--resume", tmp_path)
     assert stopped.value.code == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "it is not a run" in capsys.readouterr().err
 
 
 def test_a_run_of_the_library_is_not_resumed_by_the_command(monkeypatch, tmp_path, capsys):
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
     data = torch.randint(300, (16, 24))
-    recipe = make_recipe("distilled", model, steps=8, vanilla=True, batch=4)
+    recipe = make_recipe(RemovalJob(steps=8, vanilla=True, batch=4), model)
     lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False)
     with pytest.raises(SystemExit):
         lnfree(monkeypatch, "remove", "--resume", tmp_path / "run")
@@ -176,7 +177,7 @@ def test_wandb_itself_takes_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
-    recipe = make_recipe("distilled", model, steps=8, batch=4)
+    recipe = make_recipe(RemovalJob(steps=8, batch=4), model)
     data = torch.randint(300, (16, 24))
     lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False, trackers=["wandb"])
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
@@ -203,7 +204,7 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr("lnfree_interp.removal.tracking.TensorBoardTracker", Tracker)
     monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: object())
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
-    recipe = make_recipe("distilled", model, steps=12, vanilla=False, batch=4)
+    recipe = make_recipe(RemovalJob(steps=12, vanilla=False, batch=4), model)
     data = torch.randint(300, (16, 24))
     lf.remove_norms(model, recipe, data, progress=False, trackers=["tensorboard"], log_every=4)
     assert seen["finished"]

@@ -1,13 +1,15 @@
-"""Text to blocks: nothing lost, nothing mixed."""
+"""Text to sequences: nothing lost, nothing mixed."""
 
 import hashlib
+import inspect
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 import lnfree_interp as lf
+from lnfree_interp.data import packing
 from lnfree_interp.data.packing import token_stream
 from lnfree_interp.data.stdlib import split_of
 from lnfree_interp.errors import DataError
@@ -38,7 +40,7 @@ def test_corpus_is_split_and_free_of_tests(tmp_path):
     texts = {hashlib.sha256(t.encode()).hexdigest() for t in train["text"]}
     copies = [t for t in heldout["text"] if hashlib.sha256(t.encode()).hexdigest() in texts]
     assert sum(map(len, copies)) < 0.01 * sum(map(len, heldout["text"]))
-    with pytest.raises(DataError, match="came without its source"):
+    with pytest.raises(DataError, match="installed without its source"):
         lf.stdlib_corpus("train", root=tmp_path)
 
 
@@ -50,10 +52,10 @@ def test_packing_loses_nothing(tokenizer):
     for text in texts:
         expected += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert stream.tolist() == expected
-    blocks = lf.pack(documents, tokenizer, block=8)
-    assert blocks.shape == (len(expected) // 8, 8)
-    assert blocks.flatten().tolist() == expected[: len(expected) // 8 * 8]
-    assert torch.equal(lf.pack(iter(documents), tokenizer, block=8), blocks)
+    sequences = lf.pack(documents, tokenizer, sequence_length=8)
+    assert sequences.shape == (len(expected) // 8, 8)
+    assert sequences.flatten().tolist() == expected[: len(expected) // 8 * 8]
+    assert torch.equal(lf.pack(iter(documents), tokenizer, sequence_length=8), sequences)
 
 
 def test_the_loaded_model_s_tokenizer_packs_without_bos(gpt2_folder):
@@ -69,7 +71,50 @@ def test_unusable_text_is_refused(tokenizer):
         lf.pack([{"code": "x"}], tokenizer, 8)
     with pytest.raises(DataError, match="no documents"):
         lf.pack([], tokenizer, 8)
-    with pytest.raises(DataError, match="block of 0 tokens"):
+    with pytest.raises(DataError, match="sequence_length is 0"):
         lf.pack([{"text": "x"}], tokenizer, 0)
-    with pytest.raises(DataError, match="do not fill one block of 64"):
+    with pytest.raises(DataError, match="too few for one sequence of 64"):
         lf.pack([{"text": "x"}], tokenizer, 64)
+
+
+def test_documents_are_texts_token_ids_or_rows(tokenizer):
+    texts = ["def add(self):\n", "x", "return " * 30]
+    rows = [{"text": text} for text in texts]
+    expected = lf.pack(rows, tokenizer, 8)
+    assert torch.equal(lf.pack(texts, tokenizer, 8), expected)
+    assert torch.equal(lf.pack((text for text in texts), tokenizer, 8), expected)
+    assert torch.equal(lf.pack(tuple(texts), tokenizer, 8, "another column"), expected)
+    assert lf.pack([[1, 2, 3], [4, 5]], tokenizer, 2).tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ("one text", r"is one str: give a list of documents, such as \[text\]"),
+        ({"text": "x"}, "is one row: give a list of rows"),
+        (DatasetDict({"a": Dataset.from_list([{"text": "x"}])}), r"the splits \['a'\]: choose one"),
+        (["x", {"code": "y"}], r"no column 'text'.*\['code'\]"),
+        ([], "no documents"),
+        (iter([]), "no documents"),
+        ([""], "the text has 1 tokens, too few for one sequence of 8"),
+    ],
+)
+def test_what_is_no_list_of_documents_is_refused(documents, message, tokenizer):
+    with pytest.raises(DataError, match=message):
+        lf.pack(documents, tokenizer, 8)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        (b"bytes", "is one bytes: give a list"),
+        (None, "documents is a NoneType: give a list of texts"),
+        ([None], "a document is a NoneType, neither text nor a list of token ids"),
+        ([7, 8], "a document is a int, neither"),
+        (["x", None], "a document is a NoneType, not text: remove that row"),
+    ],
+)
+def test_what_the_type_checks_of_these_tests_would_refuse(documents, message, tokenizer):
+    unchecked = inspect.unwrap(packing.token_stream)
+    with pytest.raises(DataError, match=message):
+        unchecked(documents, tokenizer)

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 
 import lnfree_interp as lf
 from lnfree_interp.data import sources
-from lnfree_interp.data.sources import open_blocks, open_text, text_column
+from lnfree_interp.data.sources import open_sequences, open_text, text_column
 from lnfree_interp.errors import DataError
 
 TEXTS = ["def a():\n    pass\n", "x = 1\n\ny = 2\n", "for i in range(3):\n"]
@@ -61,8 +61,8 @@ def test_a_folder_of_files_is_its_documents(kind, folder, tokenizer):
     documents = open_text(folder)
     assert isinstance(documents, Dataset)
     assert documents["text"][:] == TEXTS
-    blocks = open_blocks(str(folder), tokenizer, 8, seed=1)
-    assert torch.equal(blocks.take(5), open_blocks(folder, tokenizer, 8, seed=1).take(5))
+    sequences = open_sequences(str(folder), tokenizer, 8, seed=1)
+    assert torch.equal(sequences.take(5), open_sequences(folder, tokenizer, 8, seed=1).take(5))
 
 
 def test_one_file_a_glob_and_an_arrow_file(folder):
@@ -98,8 +98,8 @@ def test_saved_splits(folder):
 def test_the_standard_library(tokenizer):
     heldout = open_text("stdlib", split="heldout")
     assert heldout["path"][:] == lf.stdlib_corpus("heldout")["path"][:]
-    blocks = open_blocks("stdlib", tokenizer, 16, split="heldout")
-    assert blocks.take(2).shape == (2, 16)
+    sequences = open_sequences("stdlib", tokenizer, 16, split="heldout")
+    assert sequences.take(2).shape == (2, 16)
     with pytest.raises(DataError, match=r"splits \['train', 'heldout'\], not 'validation'"):
         open_text("stdlib", split="validation")
 
@@ -115,12 +115,12 @@ def test_missing_files_are_not_asked_of_the_hub(source, monkeypatch):
 
 def test_unreadable_files_are_refused(folder, monkeypatch):
     monkeypatch.setattr(sources, "_hub", lambda *_: pytest.fail("asked the hub"))
-    with pytest.raises(DataError, match="no files here that can be read"):
+    with pytest.raises(DataError, match="no file here can be read"):
         open_text(folder)
-    with pytest.raises(DataError, match="no files here that can be read"):
+    with pytest.raises(DataError, match="no file here can be read"):
         open_text(f"{folder}/*.txt")
     (folder / "a.docx").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"a\.docx is of an unknown kind; use \.txt"):
+    with pytest.raises(DataError, match=r"a\.docx cannot be read; allowed are \.txt"):
         open_text(folder / "a.docx")
     (folder / "broken.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match="cannot be read as parquet: "):
@@ -197,7 +197,17 @@ def test_an_empty_stream_has_no_column():
 def test_ids_and_columns_through_one_call(folder, tokenizer):
     rows = [{"url": "u", "input_ids": [i, i + 1, i + 2]} for i in range(9)]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    taken = open_blocks(folder, tokenizer, 3).take(9)
+    taken = open_sequences(folder, tokenizer, 3).take(9)
     assert sorted(taken.tolist()) == [row["input_ids"] for row in rows]
     with pytest.raises(DataError, match=r"no column 'text'.*'input_ids'"):
-        open_blocks(folder, tokenizer, 3, column="text")
+        open_sequences(folder, tokenizer, 3, column="text")
+
+
+def test_what_is_no_name_of_a_text_is_refused():
+    for source in (["a text"], None, 7):
+        with pytest.raises(DataError, match="pack takes documents in memory"):
+            sources.require_name(source)
+    with pytest.raises(DataError, match="the name of the text is empty"):
+        open_text(" ")
+    with pytest.raises(DataError, match="the name of the text is empty"):
+        lf.evaluation_text("", None, 8)

@@ -1,4 +1,4 @@
-"""Endless blocks: nothing lost, nothing doubled, and every position found again."""
+"""Endless sequences: nothing lost, nothing doubled, and every position found again."""
 
 import json
 import subprocess
@@ -11,12 +11,12 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 
-from lnfree_interp.data.blocks import ShuffledBlocks, TokenBlocks, share
 from lnfree_interp.data.prefetch import Prefetched
+from lnfree_interp.data.sequences import ShuffledSequences, TokenSequences, share
 from lnfree_interp.data.streams import PackedStream
 from lnfree_interp.errors import DataError
 
-BLOCK = 8
+LENGTH = 8
 N_DOCUMENTS = 23
 
 
@@ -64,19 +64,21 @@ def tokenised(tokenizer):
 def endless(kind, tokenizer, shards):
     """A fresh source of each kind."""
     if kind == "map":
-        return PackedStream(in_memory(), tokenizer, BLOCK, seed=3)
+        return PackedStream(in_memory(), tokenizer, LENGTH, seed=3)
     if kind == "tokens":
-        return PackedStream(tokenised(tokenizer), tokenizer, BLOCK, "input_ids", seed=3)
+        return PackedStream(tokenised(tokenizer), tokenizer, LENGTH, "input_ids", seed=3)
     if kind == "shuffled":
-        ids = torch.arange(11 * BLOCK).view(11, BLOCK)
-        return ShuffledBlocks(ids, seed=3)
+        ids = torch.arange(11 * LENGTH).view(11, LENGTH)
+        return ShuffledSequences(ids, seed=3)
     if kind == "prefetched":
-        return Prefetched(PackedStream(streamed(shards), tokenizer, BLOCK))
+        return Prefetched(PackedStream(streamed(shards), tokenizer, LENGTH))
     if kind == "plain-stream":  # no features, no files
         return PackedStream(
-            IterableDataset.from_generator(lambda: ({"text": t} for t in texts())), tokenizer, BLOCK
+            IterableDataset.from_generator(lambda: ({"text": t} for t in texts())),
+            tokenizer,
+            LENGTH,
         )
-    return PackedStream(streamed(shards, kind), tokenizer, BLOCK)
+    return PackedStream(streamed(shards, kind), tokenizer, LENGTH)
 
 
 KINDS = ["map", "json", "parquet", "plain-stream", "tokens", "shuffled", "prefetched"]
@@ -88,20 +90,20 @@ def closed(tokenizer, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_position_is_found_again(kind, tokenizer, shards):
-    """Cut after every block, through several epochs, with resumed runs resumed in turn."""
+    """Cut after every sequence, through several epochs, with resumed runs resumed in turn."""
     whole = endless(kind, tokenizer, shards)
-    assert isinstance(whole, TokenBlocks)
-    blocks, epochs = [], []
+    assert isinstance(whole, TokenSequences)
+    sequences, epochs = [], []
     for _ in range(90):
         epochs.append(whole.epoch)
-        blocks.append(whole.take(1))
+        sequences.append(whole.take(1))
     assert set(epochs) >= {0, 1, 2}
     for size in (1, 3, 7):
         run = endless(kind, tokenizer, shards)
         beginning = run.state_dict()
         for start in range(0, 84, size):
             assert run.epoch == epochs[start]
-            wanted = torch.cat(blocks[start : start + size])
+            wanted = torch.cat(sequences[start : start + size])
             state = json.loads(json.dumps(run.state_dict()))
             assert torch.equal(run.take(size), wanted), (size, start)
             run.load_state_dict(state)  # back, in the object that has read on
@@ -114,7 +116,7 @@ def test_every_position_is_found_again(kind, tokenizer, shards):
             assert resumed.state_dict() == run.state_dict()
             run = resumed
         run.load_state_dict(beginning)
-        assert torch.equal(run.take(9), torch.cat(blocks[:9]))
+        assert torch.equal(run.take(9), torch.cat(sequences[:9]))
         run.load_state_dict(state)
         assert torch.equal(run.take(size), wanted)
 
@@ -122,13 +124,13 @@ def test_every_position_is_found_again(kind, tokenizer, shards):
 @pytest.mark.parametrize("kind", ["json", "parquet", "plain-stream"])
 def test_a_stream_is_its_documents_in_order(kind, tokenizer, shards):
     one_pass = [token for text in texts() for token in closed(tokenizer, text)]
-    n = len(one_pass) // BLOCK
+    n = len(one_pass) // LENGTH
     stream = endless(kind, tokenizer, shards)
     got = stream.take(n - 1)
     assert got.dtype == torch.int64
-    assert got.flatten().tolist() == one_pass[: (n - 1) * BLOCK]
-    rest = one_pass[(n - 1) * BLOCK :]
-    assert stream.epoch == 0  # the next block begins with the rest
+    assert got.flatten().tolist() == one_pass[: (n - 1) * LENGTH]
+    rest = one_pass[(n - 1) * LENGTH :]
+    assert stream.epoch == 0  # the next sequence begins with the rest
     assert stream.take(2).flatten()[: len(rest)].tolist() == rest
     assert stream.epoch == 1
 
@@ -146,17 +148,17 @@ def documents_of(tokens, end):
 
 
 def test_each_epoch_has_every_document_once_in_another_order(tokenizer):
-    stream = PackedStream(in_memory(), tokenizer, BLOCK, seed=0)
+    stream = PackedStream(in_memory(), tokenizer, LENGTH, seed=0)
     expected = Counter(tuple(tokenizer(text)["input_ids"]) for text in texts())
     length = sum(len(closed(tokenizer, text)) for text in texts())
     found = documents_of(
-        stream.take(3 * length // BLOCK + 1).flatten().tolist(), tokenizer.eos_token_id
+        stream.take(3 * length // LENGTH + 1).flatten().tolist(), tokenizer.eos_token_id
     )
     epochs = [found[i * N_DOCUMENTS : (i + 1) * N_DOCUMENTS] for i in range(3)]
     assert all(Counter(epoch) == expected for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    same, other = (PackedStream(in_memory(), tokenizer, BLOCK, seed=s).take(5) for s in (0, 1))
-    again = PackedStream(in_memory(), tokenizer, BLOCK, seed=0)
+    same, other = (PackedStream(in_memory(), tokenizer, LENGTH, seed=s).take(5) for s in (0, 1))
+    again = PackedStream(in_memory(), tokenizer, LENGTH, seed=0)
     assert torch.equal(again.take(5), same)
     assert not torch.equal(other, same)
 
@@ -170,16 +172,16 @@ def test_rows_of_ids_are_joined_as_they_are(tokenizer):
 
 
 def test_shuffled_blocks_come_once_an_epoch():
-    blocks = torch.arange(20).view(10, 2)
-    source = ShuffledBlocks(blocks, seed=1)
+    sequences = torch.arange(20).view(10, 2)
+    source = ShuffledSequences(sequences, seed=1)
     taken = source.take(25)
     epochs = [taken[i * 10 : (i + 1) * 10, 0].tolist() for i in range(3)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == blocks[:, 0].tolist()
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sequences[:, 0].tolist()
     assert epochs[0] != epochs[1]
     assert len(set(epochs[2])) == 5
     assert (source.epoch, source.state_dict()) == (2, {"taken": 25})
     # An epoch of one seed is not another epoch of the next seed.
-    assert ShuffledBlocks(blocks, seed=2).take(10)[:, 0].tolist() not in epochs
+    assert ShuffledSequences(sequences, seed=2).take(10)[:, 0].tolist() not in epochs
 
 
 def test_the_data_set_given_is_left_as_it_is(tokenizer, shards):
@@ -188,7 +190,7 @@ def test_the_data_set_given_is_left_as_it_is(tokenizer, shards):
     reader = iter(rows)
     first = list(islice(reader, 9))
     state = rows.state_dict()
-    stream = PackedStream(rows, tokenizer, BLOCK)
+    stream = PackedStream(rows, tokenizer, LENGTH)
     expected = endless("json", tokenizer, shards).take(6)
     assert torch.equal(stream.take(6), expected)  # from the beginning, though 9 rows were read
     assert rows.state_dict() == state
@@ -206,16 +208,16 @@ def test_fingerprints_tell_texts_apart(kind, tokenizer, shards):
     if kind in ("shuffled", "tokens"):
         return
     rows = streamed(shards) if kind == "json" else in_memory()
-    same = PackedStream(rows, tokenizer, BLOCK).fingerprint()
+    same = PackedStream(rows, tokenizer, LENGTH).fingerprint()
     other_rows = Dataset.from_list([{"text": t + "!"} for t in texts()])
     others = [
-        PackedStream(rows, tokenizer, BLOCK + 1).fingerprint(),
-        PackedStream(other_rows, tokenizer, BLOCK).fingerprint(),
-        PackedStream(rows.take(5), tokenizer, BLOCK, column="id").fingerprint(),
+        PackedStream(rows, tokenizer, LENGTH + 1).fingerprint(),
+        PackedStream(other_rows, tokenizer, LENGTH).fingerprint(),
+        PackedStream(rows.take(5), tokenizer, LENGTH, column="id").fingerprint(),
     ]
     if kind == "map":
-        others.append(PackedStream(rows, tokenizer, BLOCK, seed=1).fingerprint())
-        others.append(PackedStream(rows.select(range(9)), tokenizer, BLOCK).fingerprint())
+        others.append(PackedStream(rows, tokenizer, LENGTH, seed=1).fingerprint())
+        others.append(PackedStream(rows.select(range(9)), tokenizer, LENGTH).fingerprint())
     assert len({same, *others}) == 1 + len(others)
 
 
@@ -228,13 +230,13 @@ def test_short_text_repeats_until_a_block_is_full(tokenizer):
 
 def test_text_without_a_token_is_refused(tokenizer):
     with pytest.raises(DataError, match="no documents"):
-        PackedStream(Dataset.from_dict({"text": []}), tokenizer, BLOCK)
+        PackedStream(Dataset.from_dict({"text": []}), tokenizer, LENGTH)
     with pytest.raises(DataError, match="no documents"):
-        PackedStream(IterableDataset.from_generator(lambda: iter([])), tokenizer, BLOCK)
+        PackedStream(IterableDataset.from_generator(lambda: iter([])), tokenizer, LENGTH)
     empty = Dataset.from_list([{"input_ids": []}] * 9)
     for documents in (empty, empty.to_iterable_dataset()):
-        with pytest.raises(DataError, match="not one token"):
-            PackedStream(documents, tokenizer, BLOCK, "input_ids").take(1)
+        with pytest.raises(DataError, match="not one token in"):
+            PackedStream(documents, tokenizer, LENGTH, "input_ids").take(1)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
@@ -253,7 +255,7 @@ def test_unusable_documents_are_refused_and_stay_unread(rows, message, stream, t
     documents = Dataset.from_list(rows)
     with pytest.raises(DataError, match=message):  # noqa: PT012
         source = PackedStream(
-            documents.to_iterable_dataset() if stream else documents, tokenizer, BLOCK
+            documents.to_iterable_dataset() if stream else documents, tokenizer, LENGTH
         )
         before = source.state_dict()
         with pytest.raises(DataError, match=message):
@@ -273,39 +275,39 @@ def test_a_failed_read_is_not_the_end_of_the_text(prefetched, tokenizer):
                 raise OSError("connection lost")
             yield {"text": text}
 
-    stream = PackedStream(IterableDataset.from_generator(rows), tokenizer, BLOCK)
+    stream = PackedStream(IterableDataset.from_generator(rows), tokenizer, LENGTH)
     stream = Prefetched(stream) if prefetched else stream
     one_pass = [token for text in texts() for token in closed(tokenizer, text)]
-    n = len(one_pass) // BLOCK
-    with pytest.raises(DataError, match=r"cannot be read on: .*connection lost"):
+    n = len(one_pass) // LENGTH
+    with pytest.raises(DataError, match=r"cannot be read any further: .*connection lost"):
         stream.take(n)
-    assert stream.take(n).flatten().tolist() == one_pass[: n * BLOCK]
+    assert stream.take(n).flatten().tolist() == one_pass[: n * LENGTH]
 
 
 def test_arguments_are_checked(tokenizer):
-    with pytest.raises(DataError, match="block of 0 tokens"):
+    with pytest.raises(DataError, match="sequence_length is 0"):
         PackedStream(in_memory(), tokenizer, 0)
-    with pytest.raises(DataError, match="hold no text"):
-        ShuffledBlocks(torch.zeros(0, 4, dtype=torch.long), seed=0)
-    for blocks in (
+    with pytest.raises(DataError, match="no tokens in sequences"):
+        ShuffledSequences(torch.zeros(0, 4, dtype=torch.long), seed=0)
+    for sequences in (
         PackedStream(in_memory(), tokenizer, 4),
-        ShuffledBlocks(torch.ones(2, 4).long(), seed=0),
+        ShuffledSequences(torch.ones(2, 4).long(), seed=0),
     ):
-        with pytest.raises(DataError, match="0 blocks cannot be taken"):
-            blocks.take(0)
+        with pytest.raises(DataError, match="0 sequences cannot be taken"):
+            sequences.take(0)
 
 
 def test_prefetching_changes_nothing(tokenizer):
-    plain = PackedStream(in_memory(), tokenizer, BLOCK)
+    plain = PackedStream(in_memory(), tokenizer, LENGTH)
     before = set(threading.enumerate())
-    with Prefetched(PackedStream(in_memory(), tokenizer, BLOCK)) as ahead:
-        assert (ahead.block, ahead.fingerprint()) == (BLOCK, plain.fingerprint())
+    with Prefetched(PackedStream(in_memory(), tokenizer, LENGTH)) as ahead:
+        assert (ahead.sequence_length, ahead.fingerprint()) == (LENGTH, plain.fingerprint())
         for n in (2, 2, 2, 5, 1, 1, 3, 40, 2):
             assert ahead.state_dict() == plain.state_dict()
             assert torch.equal(ahead.take(n), plain.take(n))
             assert ahead.epoch == plain.epoch
         state = ahead.state_dict()
-        source = ahead._blocks
+        source = ahead._sequences
     ahead.close()
     assert set(threading.enumerate()) <= before
     assert source.state_dict() == state == plain.state_dict()
@@ -330,9 +332,9 @@ def test_errors_of_the_thread_surface_in_take(tokenizer):
 
 def test_an_unclosed_thread_does_not_keep_the_interpreter():
     code = (
-        "import torch; from lnfree_interp.data.blocks import ShuffledBlocks\n"
+        "import torch; from lnfree_interp.data.sequences import ShuffledSequences\n"
         "from lnfree_interp.data.prefetch import Prefetched\n"
-        "ahead = Prefetched(ShuffledBlocks(torch.ones(4, 8).long(), 0))\n"
+        "ahead = Prefetched(ShuffledSequences(torch.ones(4, 8).long(), 0))\n"
         "ahead.take(2)\n"
         "raise SystemExit(7)\n"
     )
@@ -344,7 +346,7 @@ def test_processes_share_a_batch_without_overlap():
     parts = [share(batch, rank, 4) for rank in range(4)]
     assert all(part.shape == (3, 2) for part in parts)
     assert torch.equal(torch.cat(parts).sort(dim=0).values, batch)
-    with pytest.raises(DataError, match="12 blocks does not divide among 5"):
+    with pytest.raises(DataError, match="12 sequences cannot be divided among 5"):
         share(batch, 0, 5)
     with pytest.raises(DataError, match="rank 4 is not one of 4"):
         share(batch, 4, 4)

@@ -20,10 +20,10 @@ from lnfree_interp.data import named
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.confidence_neurons import confidence_scores
-from lnfree_interp.evaluation.job import require_same_tokenizer
 from lnfree_interp.evaluation.loss import CrossEntropy
 from lnfree_interp.evaluation.patching import corrupted_pairs, patch_residual
 from lnfree_interp.evaluation.results import _shown
+from lnfree_interp.evaluation.run_job import require_same_tokenizer
 from lnfree_interp.evaluation.summaries import (
     calibration_error,
     distribution,
@@ -236,14 +236,14 @@ def test_named_texts(tokenizer, monkeypatch):
     assert opened[1][0] == "lucabaroni/apollo-pile-filtered-10k"
     with pytest.raises(DataError, match="tokenized for GPT-2"):
         lf.evaluation_text("pile-10k", tokenizer, 64)
-    with pytest.raises(DataError, match="have 64 tokens, not 128"):
+    with pytest.raises(DataError, match="have 64 tokens, fewer than sequence_length 128"):
         lf.evaluation_text("pile-10k", None, 128)
     owt = lf.evaluation_text("openwebtext-val", tokenizer, 8)
     documents = fake("openwebtext")
     expected = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]
     assert len(expected) == 2
     assert torch.equal(owt, lf.pack(expected, tokenizer, 8))
-    with pytest.raises(DataError, match="blocks of 8 tokens, not 99"):
+    with pytest.raises(DataError, match="sequences of 8 tokens, fewer than 99"):
         lf.evaluation_text("openwebtext-val", tokenizer, 8, 99)
 
 
@@ -254,16 +254,16 @@ def test_no_text_is_read_twice(tokenizer, tmp_path):
     found = lf.evaluation_text(file, tokenizer, 8)
     assert torch.equal(found, whole)
     assert torch.equal(lf.evaluation_text(file, tokenizer, 8, 3), whole[:3])
-    with pytest.raises(DataError, match=f"has {len(whole)} blocks of 8 tokens, not 64"):
+    with pytest.raises(DataError, match=f"has {len(whole)} sequences of 8 tokens, fewer than 64"):
         lf.evaluation_text(file, tokenizer, 8, 64)
-    with pytest.raises(DataError, match="do not fill one block"):
+    with pytest.raises(DataError, match="too few for one sequence"):
         lf.evaluation_text(file, tokenizer, 4096)
     for source, wrong, message in (
         (file, {"name": "en"}, "is local"),
         ("stdlib", {"revision": "main"}, "is local"),
         ("stdlib", {"column": "nope"}, "no column 'nope'"),
-        ("pile-10k", {"split": "test"}, "one fixed text"),
-        ("", {}, "without a name"),
+        ("pile-10k", {"split": "test"}, "is a fixed text"),
+        ("", {}, "name of the text is empty"),
     ):
         with pytest.raises(DataError, match=message):
             lf.evaluation_text(source, tokenizer, 8, **wrong)
@@ -376,7 +376,7 @@ def test_the_command(gpt2_folder, tmp_path):
     folder = tmp_path / "free"
     lf.export(freeze_all(lf.load(gpt2_folder)), folder)
     command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(folder)]
-    command += ["--against", str(gpt2_folder), "--blocks", "6", "--pairs", "2"]
+    command += ["--original", str(gpt2_folder), "--sequences", "6", "--pairs", "2"]
     out = tmp_path / "evaluation.json"
     run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True)
     plain = json.loads(out.read_text())

@@ -8,8 +8,8 @@ from test_resume import STEPS, a_recipe, data, model, train
 
 import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
-from lnfree_interp.removal.guard import Watch
-from lnfree_interp.removal.recipe import Guard
+from lnfree_interp.removal.divergence import DivergenceWatch
+from lnfree_interp.removal.settings import Guard
 
 __all__ = ["data", "model"]  # fixtures
 
@@ -97,7 +97,7 @@ def test_going_back_needs_a_folder(model, data):
 
 
 def test_verdicts():
-    watch = Watch(Guard(above_best=2.0, sigma_factor=10.0))
+    watch = DivergenceWatch(Guard(above_best=2.0, sigma_factor=10.0))
     assert watch.verdict(5.0, 1.0) is None
     assert watch.verdict(4.0, 1.0, {"ln_final": 9.0}) is None
     assert watch.verdict(5.9, 1.0) is None

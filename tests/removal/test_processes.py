@@ -17,7 +17,8 @@ def run(out, processes, *arguments):
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {
         "PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true", "HOME": str(out.parent), "PYTHONPATH": str(SCRIPT.parents[1]),
+        "ACCELERATE_USE_CPU": "true", "HOME": str(out.parent),
+        "PYTHONPATH": f"{SCRIPT.parents[1]}:{SCRIPT.parents[2]}",
     }  # fmt: skip
     return subprocess.run(
         [*command, str(SCRIPT), str(out), *arguments],

@@ -11,7 +11,7 @@ import lnfree_interp as lf
 from lnfree_interp.errors import NormSiteError, RecipeError
 from lnfree_interp.models.sites import NormSite
 from lnfree_interp.removal.plan import plan
-from lnfree_interp.removal.recipe import Guard, Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.schedule import (
     Event,
@@ -24,8 +24,9 @@ from lnfree_interp.removal.schedule import (
     weight_at,
     widened,
 )
+from lnfree_interp.removal.settings import Guard, Special, Statistics
 
-# Steps of the first event of each phase and of ln_final, steps, blocks per step, peak and final
+# Steps of the first event of each phase and of ln_final, steps, sequences per step, peak and final
 # learning rate, warm-up, auxiliary weight: config.py of submarat/removing-layer-norm, 2507.02559.
 PUBLISHED = {
     "gpt2-small": (12, (20, 44, 68, 104), 300, 512, 6e-4, 3e-4, 25, 0.1),
@@ -34,7 +35,7 @@ PUBLISHED = {
     "gpt2-xl": (48, (50, 242, 434, 722), 800, 504, 1e-4, 2e-5, 20, 0.01),
     "gpt2-small-2024": (12, (200, 440, 680, 1040), 1200, 480, 6e-4, 6e-5, 100, 0.0),
 }
-WITHOUT_ANCHOR = {  # first events, steps, blocks, warm-up
+WITHOUT_ANCHOR = {  # first events, steps, sequences, warm-up
     "gpt2-small": ((20, 44, 68, 104), 300, 480, 20),
     "gpt2-medium": ((20, 68, 116, 188), 500, 506, 10),
     "gpt2-large": ((30, 174, 318, 534), 1200, 504, 15),
@@ -56,7 +57,7 @@ def test_the_published_recipes_are_what_was_published(name):
     assert (recipe.steps, recipe.batch, recipe.lr, recipe.warmup) == (steps, batch, lr, warmup)
     assert recipe.lr * recipe.final_lr == pytest.approx(final)
     assert recipe.scale_anchor == anchor
-    assert recipe.block == 1024
+    assert recipe.sequence_length == 1024
     assert recipe.clip == 1.0
     # Every setting that a recipe makes names where it comes from.
     sourced = " ".join(recipe.sources)
@@ -220,17 +221,17 @@ def test_a_word_that_is_no_choice_is_refused(settings, field, word):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Statistics(blocks=0), "at least one block"),
+        (lambda: Statistics(sequences=0), "at least one sequence"),
         (lambda: Statistics(momentum=1.0), "momentum must lie"),
         (lambda: Guard(widen=1.0), "must become wider"),
-        (lambda: Guard(sigma_factor=0.5), "thresholds"),
-        (lambda: Guard(above_best=math.nan), "thresholds"),
+        (lambda: Guard(sigma_factor=0.5), "every run would diverge"),
+        (lambda: Guard(above_best=math.nan), "every run would diverge"),
         (lambda: Guard(rollbacks=-1), "rollbacks cannot be"),
         (lambda: Special(first_until=-4), "cannot be special until"),
         (lambda: control(lr=math.inf), "lr must be positive"),
         (lambda: control(patience=0), "patience must be positive"),
         (lambda: control(decay_steps=-5), "decay_steps must be positive"),
-        (lambda: control(weight_decay=-1.0), "weight_decay cannot be"),
+        (lambda: control(weight_decay=-1.0), "weight_decay must be 0 or more"),
         (lambda: control(betas=(0.9, 1.5)), "betas must lie"),
         (lambda: control(distillation=Ramp(0.0, 2.0, 50, 60)), "distillation must lie"),
         (lambda: control(scale_anchor=Ramp(0.0, -1.0, 50, 60)), "scale_anchor cannot be"),
@@ -252,7 +253,7 @@ def test_site_names_are_read_back():
 
 def test_a_plan_says_what_will_happen():
     text = plan(lf.recipes.gpt2_small())
-    assert "300 of 512 blocks x 1024 tokens: 524,288 a step, 157,286,400 in all" in text
+    assert "300 of 512 sequences x 1024 tokens: 524,288 a step, 157,286,400 in all" in text
     assert "37 sites; all gone at step 104" in text
     assert "blocks 0 to 11: step 20 to 42, every 2" in text
     assert "blocks 0 to 11: step 68 to 101, every 3" in text
@@ -264,7 +265,7 @@ def test_a_plan_says_what_will_happen():
     assert "each fading over 100 steps" in fading
     assert "1,024,000 in all" in fading
     control = plan(lf.recipes.distilled(sequential_sites(4)).vanilla(), 256)
-    assert "stay live: a control" in control
+    assert "stay live: this is a control" in control
     assert "sigma" not in control
     ramped = Recipe(
         events=(),
@@ -275,4 +276,4 @@ def test_a_plan_says_what_will_happen():
         final_lr=1.0,
         distillation=Ramp(1.0, 0.0, 0, 5),
     )
-    assert "1 to 0 (steps 0 to 5)" in plan(ramped)
+    assert "(1 to 0 (steps 0 to 5)) x KL divergence" in plan(ramped)

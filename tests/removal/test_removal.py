@@ -16,17 +16,19 @@ from lnfree_interp.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from lnfree_interp.models import sites
 from lnfree_interp.models.sites import NormSite
 from lnfree_interp.removal import remove, trainer
-from lnfree_interp.removal.objectives import (
+from lnfree_interp.removal.losses import (
     distillation_loss,
 )
-from lnfree_interp.removal.recipe import Recipe, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Event,
     published_order,
     sequential_sites,
 )
+from lnfree_interp.removal.settings import Statistics
 from lnfree_interp.removal.statistics import measure_sigma
 
 
@@ -94,7 +96,7 @@ def test_without_a_copy_the_given_weights_are_trained(model, data):
 
 
 def test_events_fire_before_their_step_with_measured_sigma(model, data, monkeypatch):
-    recipe = small_recipe(statistics=Statistics(blocks=len(data)))
+    recipe = small_recipe(statistics=Statistics(sequences=len(data)))
     in_training = []
 
     def keep(stock, copy_weights):
@@ -119,7 +121,7 @@ def test_events_fire_before_their_step_with_measured_sigma(model, data, monkeypa
 
 def test_sigma_is_that_of_the_model_at_the_event_under_the_users_hooks(model, data):
     recipe = small_recipe(
-        events=(Event(0, NormSite("ln2", 1)),), statistics=Statistics(blocks=len(data)), steps=3
+        events=(Event(0, NormSite("ln2", 1)),), statistics=Statistics(sequences=len(data)), steps=3
     )
 
     def tenfold(resid, hook):
@@ -185,7 +187,9 @@ def test_learning_rate_reaches_the_optimizer_and_gradients_are_clipped(model, da
 def test_the_anchor_holds_the_scale_together(model, data):
     def last(weight):
         recipe = small_recipe(steps=40, scale_anchor=weight)
-        return lf.remove_norms(model, recipe, data, progress=False).history[-1].anchor
+        return (
+            lf.remove_norms(model, recipe, data, progress=False).history[-1].losses["scale_anchor"]
+        )
 
     assert last(5.0) < 0.7 * last(0.0)
 
@@ -203,7 +207,7 @@ def test_micro_batches_add_up(model, data):
 
 
 def batches_of(recipe, model, data):
-    """The first position of every batch tells the blocks apart: no two blocks start alike."""
+    """The first token of each sequence tells which one it is: no two begin alike."""
     data = data.clone()
     data[:, 0] = torch.arange(len(data))
     start = model.W_E[: len(data)].detach().clone()
@@ -233,9 +237,9 @@ def test_control_sees_the_same_data_and_rates_but_keeps_its_norms(model, data):
     assert batches_of(replace(recipe, seed=1), model, data)[1] != run_seen
 
 
-def test_every_block_is_seen_once_an_epoch(model, data):
+def test_every_sequence_is_seen_once_an_epoch(model, data):
     _, seen = batches_of(small_recipe(steps=10, events=(), lr=1e-5), model, data)
-    assert sorted(block for batch in seen for block in batch) == list(range(40))
+    assert sorted(sequence for batch in seen for sequence in batch) == list(range(40))
 
 
 def test_hooks_fire_on_every_forward_and_backward_and_may_change_activations(model, data):
@@ -278,7 +282,7 @@ def test_weight_decay_spares_biases_and_gains(model, data):
 
 
 def test_refusals(model, data):
-    with pytest.raises(RecipeError, match="40 blocks, one batch takes 64"):
+    with pytest.raises(RecipeError, match="40 sequences, one batch takes 64"):
         lf.remove_norms(model, small_recipe(batch=64), data, progress=False)
     with pytest.raises(DataError, match="100 tokens in a row; the model's context is 48"):
         lf.remove_norms(model, small_recipe(), data.new_zeros(40, 100), progress=False)
@@ -286,9 +290,9 @@ def test_refusals(model, data):
         lf.remove_norms(model, small_recipe(), data + 300, progress=False)
     for wrong in (data.float(), data[0], data[None]):
         with pytest.raises(DataError, match="must be token ids"):
-            remove._require_sound(model, small_recipe(), wrong, None, [])
+            remove._require_sound(model, small_recipe(), wrong, None)
         with pytest.raises(DataError, match="heldout must be token ids"):
-            remove._require_sound(model, small_recipe(), data, wrong, [])
+            remove._require_sound(model, small_recipe(), data, wrong)
     with pytest.raises(RecipeError, match="needs held-out text"):
         lf.remove_norms(model, small_recipe(patience=2), data, progress=False)
     for hooks in ("blocks.0.ln1.hook_scale", lambda name: False):
@@ -308,6 +312,17 @@ def test_refusals(model, data):
     elsewhere = small_recipe(events=(Event(0, NormSite("ln2", 9)),))
     with pytest.raises(NormSiteError, match=r"blocks\.9\.ln2"):
         lf.remove_norms(model, elsewhere, data, progress=False)
+
+
+def test_the_model_with_norm_sites_is_built_once(model, data, monkeypatch):
+    """For the run, for its original and for the check of its hooks."""
+    built, compared = [], []
+    right = sites.split_norms, sites.compare_logits
+    monkeypatch.setattr(sites, "split_norms", lambda *a: built.append(1) or right[0](*a))
+    monkeypatch.setattr(sites, "compare_logits", lambda *a: compared.append(1) or right[1](*a))
+    hooks = [("blocks.0.ln1.qk.hook_scale", lambda x, hook: None)]
+    lf.remove_norms(model, small_recipe(distillation=0.5), data, fwd_hooks=hooks, progress=False)
+    assert (built, compared) == ([1], [1])
 
 
 def test_nothing_of_a_run_stays_in_memory(model, data, monkeypatch):

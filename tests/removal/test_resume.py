@@ -15,12 +15,13 @@ import torch
 from support.models import make_gpt2
 
 import lnfree_interp as lf
-from lnfree_interp.data.blocks import ShuffledBlocks
+from lnfree_interp.data.sequences import ShuffledSequences
 from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
-from lnfree_interp.removal.recipe import Recipe, Special, Statistics
-from lnfree_interp.removal.rundir import Checkpoint, RunFolder
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.run_folder import Checkpoint, RunFolder
 from lnfree_interp.removal.schedule import published_order, sequential_sites
-from lnfree_interp.removal.state import fingerprint
+from lnfree_interp.removal.settings import Special, Statistics
+from lnfree_interp.removal.training_state import fingerprint
 
 STEPS, EVERY = 24, 5
 
@@ -41,7 +42,7 @@ def a_recipe(**changes):
         "steps": STEPS, "batch": 4, "micro_batch": 2, "lr": 1e-3, "warmup": 2, "final_lr": 0.1,
         "distillation": 0.5,
         # Everything that has a state: moving sigmas, shared ones, special tokens.
-        "statistics": Statistics(source="ema", blocks=4, share_ln1=True, tokens="ordinary"),
+        "statistics": Statistics(source="ema", sequences=4, share_ln1=True, tokens="ordinary"),
         "special": Special(first_until=15),
         "evaluate_every": 4,
     }  # fmt: skip
@@ -109,20 +110,20 @@ sys.path[:0] = [{tests!r}, {here!r}]
 import test_resume as t
 import torch
 import lnfree_interp as lf
-from lnfree_interp.data.blocks import ShuffledBlocks
+from lnfree_interp.data.sequences import ShuffledSequences
 from support.models import make_gpt2
 model = lf.load(make_gpt2(n_layer=2), device="cpu")
 data = torch.randint(300, (40, 24), generator=torch.Generator().manual_seed(3))
 kill, where = int(sys.argv[2]), sys.argv[3]
 if where == "save":  # in the middle of writing a checkpoint
-    from lnfree_interp.removal import rundir
-    right, calls = rundir.safetensors.torch.save_file, []
+    from lnfree_interp.removal import run_folder
+    right, calls = run_folder.safetensors.torch.save_file, []
     def save(*arguments, **more):
         calls.append(1)
         if len(calls) == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         return right(*arguments, **more)
-    rundir.safetensors.torch.save_file = save
+    run_folder.safetensors.torch.save_file = save
 count = iter(range(10**6))
 def hook(x, hook):
     if where == "step" and next(count) == kill:
@@ -164,7 +165,7 @@ def test_the_same_stream_may_be_used_again(model, data, tmp_path, uninterrupted)
             raise Cut
         return noise(x, hook)
 
-    stream = ShuffledBlocks(data, 0)
+    stream = ShuffledSequences(data, 0)
     with pytest.raises(Cut):
         train(model, stream, tmp_path / "run", hook=cut, heldout=data[:6])
     resumed = train(model, stream, tmp_path / "run", resume=True, heldout=data[:6])
@@ -189,7 +190,7 @@ def test_only_the_same_run_is_resumed(model, data, tmp_path):
         train(other, data, tmp_path / "run", resume=True)
     with pytest.raises(OutputError, match="already exists"):
         train(model, data, tmp_path / "run")
-    with pytest.raises(CheckpointError, match="holds no run"):
+    with pytest.raises(CheckpointError, match="it is not a run"):
         train(model, data, tmp_path / "elsewhere", resume=True)
     with pytest.raises(RecipeError, match="give out="):
         train(model, data, None, resume=True)
@@ -212,7 +213,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(
         content = content[:-9] if damage == "cut" else content
         content[len(content) // 2] ^= 1
         broken.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"000024.*damaged.*step-000020 is whole: remove"):
+    with pytest.raises(CheckpointError, match=r"000024.*damaged.*step-000020 is intact: remove"):
         train(model, data, out, resume=True)
     for path in checkpoints[24].iterdir():
         path.unlink()
@@ -247,7 +248,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(
-        OutputError, match=r"step 10 could not be written.*step-000005 is intact: make room"
+        OutputError, match=r"step 10 could not be written.*step-000005 is intact: free"
     ):
         train(model, data, out)
     monkeypatch.undo()
@@ -277,7 +278,8 @@ def test_settings_that_are_not_plain_data_are_refused(model, data, tmp_path):
 
 
 def test_a_checkpoint_keeps_what_it_was_given(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", {"recipe": {}})
+    folder = RunFolder(tmp_path / "run")
+    folder.create({"recipe": {}})
     tensors = {"a": torch.randn(3), "b": torch.tensor(math.nan, dtype=torch.float64)}
     for step in (0, 5, 10):
         folder.save(Checkpoint(step, tensors, {}, {"x": [1, None, "é"]}))

@@ -11,8 +11,9 @@ from support.models import make_gpt2, make_tokenizer
 import lnfree_interp as lf
 from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.sites import NormSite
-from lnfree_interp.removal.recipe import Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, all_at_once, published_order, taper
+from lnfree_interp.removal.settings import Special, Statistics
 from lnfree_interp.removal.statistics import TokenGroups, measure, measure_sigma
 from lnfree_interp.removal.transition import Transition
 
@@ -288,7 +289,7 @@ def test_drift_compares_with_the_constant(model, text):
 
 def test_what_is_frozen_already_is_not_removed_again(model, text):
     lf.freeze_site(model, "blocks.1.ln2", 2.0)
-    with pytest.raises(NormSiteError, match=r"blocks\.1\.ln2 is no live norm any more"):
+    with pytest.raises(NormSiteError, match=r"blocks\.1\.ln2 is frozen already"):
         Transition(model, a_recipe(all_at_once(model, step=1)), text)
 
 

@@ -9,11 +9,12 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import lnfree_interp as lf
-from lnfree_interp.removal.objectives import Objective
+from lnfree_interp.removal.losses import Objective
 from lnfree_interp.removal.processes import Processes
-from lnfree_interp.removal.recipe import Recipe, Special, Statistics
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import published_order, sequential_sites
-from lnfree_interp.removal.state import fingerprint
+from lnfree_interp.removal.settings import Special, Statistics
+from lnfree_interp.removal.training_state import fingerprint
 from support.models import make_gpt2
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         events=published_order(sequential_sites(2), start=1, ln2_gap=1, qk_gap=1, v_gap=1),
         steps=12, batch=8, micro_batch=2, lr=1e-3, warmup=2, final_lr=0.1, precision="float32",
         distillation=0.5, scale_anchor=0.1, anchor_target="frozen", evaluate_every=6,
-        statistics=Statistics(source="ema", blocks=8, tokens="ordinary"),
+        statistics=Statistics(source="ema", sequences=8, tokens="ordinary"),
         special=Special(first_until=9),
     )  # fmt: skip
     fired = []
@@ -56,7 +57,7 @@ def main() -> None:
     report = {
         "losses": [record.loss for record in run.history],
         "gradients": [record.gradient for record in run.history],
-        "distillation": [record.distillation for record in run.history],
+        "distillation": [record.losses["distillation"] for record in run.history],
         "sigma": {k: v for record in run.history for k, v in record.frozen.items()},
         "heldout": [r.heldout for r in run.history if r.heldout is not None],
         "drift": [r.probes["drift"] for r in run.history if r.probes],

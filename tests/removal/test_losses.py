@@ -1,18 +1,26 @@
 """The loss in chunks is the loss, and training here is training a stock HookedTransformer."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from support.architectures import make_model
 from support.models import freeze_all, make_gpt2
 
 import lnfree_interp as lf
-from lnfree_interp.data.blocks import ShuffledBlocks
+from lnfree_interp.data.sequences import ShuffledSequences
+from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.loss import next_token_loss
-from lnfree_interp.removal import objectives
-from lnfree_interp.removal.objectives import Objective, distillation_loss, scale_anchor_loss
-from lnfree_interp.removal.recipe import Guard, Recipe, Statistics
+from lnfree_interp.removal import chunked_loss
+from lnfree_interp.removal.chunked_loss import LazyLogits
+from lnfree_interp.removal.losses import TERMS, Objective, distillation_loss, scale_anchor_loss
+from lnfree_interp.removal.plan import plan
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Ramp, all_at_once, sequential_sites
+from lnfree_interp.removal.settings import Guard, Statistics
 from lnfree_interp.removal.statistics import TokenGroups
+from lnfree_interp.removal.trainer import CROSS_ENTROPY
 
 
 @pytest.fixture(params=["gpt2", "neox", "llama", "gemma2"])
@@ -33,7 +41,7 @@ def pair(request):
 def test_the_loss_in_chunks_is_the_loss(pair, share, rows, monkeypatch):
     """Value and every gradient, against all logits at once."""
     student, teacher, tokens = pair
-    monkeypatch.setattr(objectives, "_rows", lambda device, d_vocab: rows)
+    monkeypatch.setattr(chunked_loss, "_rows", lambda device, d_vocab: rows)
     logits = student(tokens)
     ce = next_token_loss(logits.double(), tokens)
     kl = distillation_loss(logits, teacher(tokens).detach())
@@ -46,13 +54,13 @@ def test_the_loss_in_chunks_is_the_loss(pair, share, rows, monkeypatch):
     student.zero_grad()
 
     objective = Objective(student, teacher, torch.float64, TokenGroups(0))
-    losses = objective(tokens, share, 0.2)
-    (2 * losses.total).backward()
+    found = objective(tokens, {"distillation": share, "scale_anchor": 0.2})
+    (2 * found.total).backward()
     # Losses are taken in float32 at least where all logits are there at once.
-    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert losses.cross_entropy.item() == pytest.approx(ce.item(), rel=1e-6)
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.terms["cross_entropy"].item() == pytest.approx(ce.item(), rel=1e-6)
     if share:
-        assert losses.distillation.item() == pytest.approx(kl.item(), rel=1e-5)
+        assert found.terms["distillation"].item() == pytest.approx(kl.item(), rel=1e-5)
     largest = max(g.abs().max() for g in gradients.values() if g is not None)
     for name, parameter in student.named_parameters():
         if gradients[name] is not None:
@@ -80,8 +88,8 @@ def test_the_chunked_loss_is_exact_in_float64():
     expected = [x.grad for x in leaves]
     for x in leaves:
         x.grad = None
-    total, *parts = objectives.logits_loss(
-        objectives.Reading(h, W, b), targets, teacher=objectives.Reading(theirs, W.detach()),
+    total, *parts = chunked_loss.logits_loss(
+        LazyLogits(h, W, b), targets, original=LazyLogits(theirs, W.detach()),
         share=0.4, dtype=torch.float64,
     )  # fmt: skip
     total.backward()
@@ -93,7 +101,7 @@ def test_the_chunked_loss_is_exact_in_float64():
 def test_a_hopeless_token_has_a_finite_loss_and_gradient():
     h = torch.tensor([[300.0], [1.0]], requires_grad=True)
     W = torch.tensor([[1.0], [-1.0]])
-    total, ce, _ = objectives.logits_loss(objectives.Reading(h, W), torch.tensor([1, 0]))
+    total, ce, _ = chunked_loss.logits_loss(LazyLogits(h, W), torch.tensor([1, 0]))
     assert ce.item() == pytest.approx((600 + torch.log1p(torch.tensor(-2.0).exp()).item()) / 2)
     total.backward()
     assert h.grad.isfinite().all()
@@ -103,7 +111,7 @@ def test_a_hopeless_token_has_a_finite_loss_and_gradient():
 def test_whoever_looks_at_logits_sees_them(pair):
     student, _, tokens = pair
     objective = Objective(student, None, torch.float64, TokenGroups(0))
-    plain = objective(tokens, 0.0, 0.0).total.item()
+    plain = objective(tokens, CROSS_ENTROPY).total.item()
     seen = []
 
     def double(logits, hook):
@@ -111,11 +119,11 @@ def test_whoever_looks_at_logits_sees_them(pair):
         return 2 * logits
 
     with student.hooks([("unembed.hook_out", lambda x, hook: seen.append(x.shape))]):
-        assert objective(tokens, 0.0, 0.0).total.item() == pytest.approx(plain, rel=1e-6)
+        assert objective(tokens, CROSS_ENTROPY).total.item() == pytest.approx(plain, rel=1e-6)
     with student.hooks([("unembed.hook_out", double)]):
-        assert objective(tokens, 0.0, 0.0).total.item() != pytest.approx(plain, rel=1e-3)
+        assert objective(tokens, CROSS_ENTROPY).total.item() != pytest.approx(plain, rel=1e-3)
     with student.hooks([("unembed.hook_in", lambda x, hook: 0 * x)]):
-        silenced = objective(tokens, 0.0, 0.0).total.item()
+        silenced = objective(tokens, CROSS_ENTROPY).total.item()
     biased = student.b_U.any()
     assert biased or silenced == pytest.approx(torch.tensor(300.0).log().item(), rel=1e-5)
     assert seen == [(3, 20, 300)] * 2
@@ -125,9 +133,9 @@ def test_evaluation_takes_no_gradient(pair):
     student, _, tokens = pair
     objective = Objective(student, None, torch.float64, TokenGroups(0))
     with torch.no_grad():
-        loss = objective(tokens, 0.0, 0.0)
+        loss = objective(tokens, CROSS_ENTROPY)
     assert not loss.total.requires_grad
-    assert loss.cross_entropy.item() == pytest.approx(
+    assert loss.terms["cross_entropy"].item() == pytest.approx(
         lf.evaluate_loss(student, tokens).mean, rel=1e-6
     )
 
@@ -160,14 +168,14 @@ def test_training_is_training_a_stock_model():
     hooks = [("blocks.0.hook_mlp_out", lambda x, hook: 1.1 * x)]
     run = lf.remove_norms(stock, recipe, data, fwd_hooks=hooks, progress=False)
 
-    blocks = ShuffledBlocks(data, recipe.seed)
+    sequences = ShuffledSequences(data, recipe.seed)
     # Stock keeps two copies of a tied embedding: give it one gradient for both.
     optimizer = torch.optim.AdamW(
         [p for name, p in stock.named_parameters() if not name.startswith("unembed")],
         lr=1e-3, betas=recipe.betas, weight_decay=0.0,
     )  # fmt: skip
     for record in run.history:
-        tokens = blocks.take(batch)
+        tokens = sequences.take(batch)
         with stock.hooks(hooks):
             loss = stock(tokens, return_type="loss")
         loss.backward()
@@ -190,7 +198,7 @@ def test_only_what_the_architecture_has_is_trained():
     data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))
     recipe = Recipe(
         events=all_at_once(llama, step=0), steps=4, batch=4, lr=1e-4, warmup=0, final_lr=1.0,
-        statistics=Statistics(blocks=4), guard=Guard(above_best=1e3),
+        statistics=Statistics(sequences=4), guard=Guard(above_best=1e3),
     )  # fmt: skip
     run = lf.remove_norms(llama, recipe, data, progress=False)
     moved = {
@@ -207,10 +215,10 @@ def test_distillation_fades_as_its_ramp_says():
     data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))
     recipe = Recipe(
         events=all_at_once(sequential_sites(2), step=2), steps=8, batch=4, lr=1e-4, warmup=0,
-        final_lr=1.0, distillation=Ramp(1.0, 0.0, 0, 5), statistics=Statistics(blocks=4),
+        final_lr=1.0, distillation=Ramp(1.0, 0.0, 0, 5), statistics=Statistics(sequences=4),
     )  # fmt: skip
     run = lf.remove_norms(model, recipe, data, progress=False)
-    distilled = [record.distillation for record in run.history]
+    distilled = [record.losses["distillation"] for record in run.history]
     assert all(kl > 0 for kl in distilled[1:5])
     assert distilled[5:] == [0.0] * 3  # the original is not asked any more
 
@@ -268,3 +276,56 @@ def test_position_0_and_end_of_text_are_not_ordinary(gpt2_folder):
     groups.mark(tokens)
     assert groups.of["ordinary"].tolist() == [[False, False, True]]
     assert groups.of["end_of_text"].tolist() == [[False, True, False]]
+
+
+def test_a_new_term_is_one_function(monkeypatch, tmp_path):
+    """It is weighted, logged by its name, and trains the model."""
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))
+    seen = []
+
+    def size_of_the_stream(forward_pass):
+        seen.append(forward_pass.original_resid is not None)
+        return forward_pass.resid.pow(2).mean()
+
+    monkeypatch.setitem(TERMS, "size", size_of_the_stream)
+    recipe = Recipe(
+        events=(), steps=6, batch=4, lr=1e-2, warmup=0, final_lr=1.0, precision="float32",
+        distillation=0.5, losses={"size": Ramp(1.0, 0.0, 2, 5)}, guard=Guard(above_best=1e3),
+    )  # fmt: skip
+    assert recipe.loss_weights(0) == {
+        "cross_entropy": 0.5, "distillation": 0.5, "scale_anchor": 0.1, "size": 1.0,
+    }  # fmt: skip
+    run = lf.remove_norms(model, recipe, data, progress=False, out=tmp_path / "run")
+    without = lf.remove_norms(model, replace(recipe, losses={}), data, progress=False)
+    assert seen == [True] * 6
+    sizes = [record.losses["size"] for record in run.history]
+    resid = model.run_with_cache(data)[1]["resid_post", 1]
+    assert sizes[0] == pytest.approx(resid.pow(2).mean().item(), rel=0.3)
+    assert sizes[-1] < sizes[0]
+    assert "size" not in without.history[0].losses
+    assert run.history[-1].loss != without.history[-1].loss
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[3])
+    assert list(line["losses"]) == list(recipe.loss_weights(0))
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert "(1 to 0 (steps 2 to 5)) x size" in plan(recipe)
+    assert recipe.vanilla().losses == {}
+
+
+def test_a_term_that_does_not_exist_is_refused(tmp_path):
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    recipe = Recipe(
+        events=(), steps=2, batch=4, lr=1e-3, warmup=0, final_lr=1.0, losses={"no_such": 1.0}
+    )
+    with pytest.raises(RecipeError, match="no loss term 'no_such'; there are scale_anchor"):
+        lf.remove_norms(
+            model, recipe, torch.zeros(8, 16, dtype=torch.long), out=tmp_path / "run",
+            progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+    for losses, message in (
+        ({"no_such": -1.0}, "the weight of no_such cannot be negative"),
+        ({"distillation": 1.0}, "distillation is a field of the recipe"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            replace(recipe, losses=losses)

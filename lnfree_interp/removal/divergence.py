@@ -1,17 +1,17 @@
-"""Watching a run for divergence."""
+"""Notices when a run diverges."""
 
 import math
 from collections.abc import Mapping
 
-from lnfree_interp.removal.recipe import Guard
+from lnfree_interp.removal.settings import Guard
 
 
-class Watch:
-    """Says when a run has gone wrong, and why.
+class DivergenceWatch:
+    """Decides after each step whether the run has diverged.
 
     Attributes:
         best: The lowest cross-entropy of a step so far, in nats per token.
-        rollbacks: How often the run has been set back.
+        rollbacks: How often the run has gone back to a checkpoint.
     """
 
     def __init__(self, guard: Guard):
@@ -22,12 +22,12 @@ class Watch:
     def verdict(
         self, loss: float, gradient: float, drift: Mapping[str, float] | None = None
     ) -> str | None:
-        """What is wrong after a step, in words; None if nothing is.
+        """Why the run has diverged, in words; None if it has not.
 
         Args:
             loss: The step's cross-entropy.
             gradient: The norm of its gradient.
-            drift: By frozen site, sigma of its inputs over its constant, when it was measured.
+            drift: By frozen site, the sigma of its inputs over its constant, if it was measured.
         """
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             return f"loss {loss:.4g}, gradient norm {gradient:.4g}"
@@ -36,5 +36,5 @@ class Watch:
         self.best = min(self.best, loss)
         for site, ratio in (drift or {}).items():
             if not 1 / self.guard.sigma_factor < ratio < self.guard.sigma_factor:
-                return f"the inputs of {site} have {ratio:.3g} times its sigma"
+                return f"the inputs of {site} have {ratio:.3g} times its constant sigma"
         return None

@@ -1,10 +1,10 @@
-"""A run's folder: what it is, what happened, and where it can go on.
+"""The files of a run.
 
     run.json                     what the run is made of: recipe, fingerprints, what the caller adds
     metrics.jsonl                one line per step
     checkpoints/step-000100/     model.safetensors, optimizer.safetensors, state.json
 
-A checkpoint appears complete or not at all, and is read only when its checksums agree.
+A checkpoint appears when it is complete, and is read only if its checksums agree.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
 from lnfree_interp.files import new_folder, require_writable
 from lnfree_interp.removal.run import StepRecord
 
-_VERSION = 1
+_VERSION = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run needs to go on as if nothing had happened."""
+    """Everything that a run needs to continue exactly."""
 
     step: int
     """Steps done."""
@@ -41,56 +41,58 @@ class Checkpoint:
 
 
 class RunFolder:
-    """A run's folder."""
+    """The folder of a run. It is on the disk only after `create`."""
 
-    def __init__(self, path: Path, keep: int = 2):
-        self.path, self.keep = path, keep
+    def __init__(self, path: str | os.PathLike[str], keep: int = 2):
+        self.path, self.keep = Path(path).absolute(), keep
 
-    @classmethod
-    def create(cls, out: str | os.PathLike[str], config: Mapping[str, Any]) -> "RunFolder":
-        """A new folder with its `run.json`.
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Write a new folder with its `run.json`.
+
+        Args:
+            config: What the run is made of, as plain data.
 
         Raises:
-            OutputError: if something stands there, or it cannot be written.
+            OutputError: if there is something in its place, or it cannot be written.
             RecipeError: if the configuration is not plain data.
         """
         try:
             content = json.dumps({"version": _VERSION, **config}, indent=1)
         except TypeError as error:
-            raise RecipeError(f"a run keeps its settings as plain data: {error}") from error
-        path = require_writable(out)
+            raise RecipeError(
+                f"run.json keeps plain data, and these settings are not: {error}"
+            ) from error
+        path = require_writable(self.path)
         if path.is_dir():
-            path.rmdir()  # empty: it appears again when it is complete
+            path.rmdir()  # an empty folder; new_folder writes it anew
         with new_folder(path) as folder:
             (folder / "run.json").write_text(content + "\n", encoding="utf-8")
             (folder / "checkpoints").mkdir()
             (folder / "metrics.jsonl").touch()
-        return cls(path)
 
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> tuple["RunFolder", dict[str, Any]]:
-        """An existing run, and its `run.json`.
+    def read(self) -> dict[str, Any]:
+        """The `run.json` of an existing run.
 
         Raises:
-            CheckpointError: if there is none.
+            CheckpointError: if there is none, or it cannot be read.
         """
-        folder = Path(path).absolute()
+        file = self.path / "run.json"
         try:
-            config = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            config = json.loads(file.read_text(encoding="utf-8"))
             version = config.pop("version")
         except FileNotFoundError as error:
-            raise CheckpointError(f"{path} holds no run (no run.json in it)") from error
+            raise CheckpointError(f"{self.path} has no run.json: it is not a run") from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}/run.json cannot be read: {error}") from error
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
         if version != _VERSION:
             raise CheckpointError(
-                f"{path}/run.json has version {version}; this package reads {_VERSION}"
+                f"{file} has version {version}; this version of lnfree_interp reads {_VERSION}"
             )
-        return cls(folder), config
+        return config
 
     @property
     def checkpoints(self) -> dict[int, Path]:
-        """The folders of the checkpoints by step, oldest first; whole or not."""
+        """The folders of the checkpoints by step, oldest first; some may be damaged."""
         folder = self.path / "checkpoints"
         found = {}
         for entry in folder.iterdir() if folder.is_dir() else ():
@@ -99,17 +101,17 @@ class RunFolder:
         return dict(sorted(found.items()))
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, and remove all but the latest.
+        """Write a checkpoint, and remove all but the latest ones.
 
         Raises:
             OutputError: if it cannot be written; the checkpoints before it stay.
         """
         target = self.path / "checkpoints" / f"step-{checkpoint.step:06d}"
         try:
-            if target.exists():  # from before a rollback
+            if target.exists():  # written before a rollback
                 _remove(target)
             with (self.path / "metrics.jsonl").open("rb") as metrics:
-                os.fsync(metrics.fileno())  # a checkpoint counts on the lines before it
+                os.fsync(metrics.fileno())  # a checkpoint needs the lines before it
             with new_folder(target) as folder:
                 for name in ("model", "optimizer"):
                     file = folder / f"{name}.safetensors"
@@ -121,11 +123,11 @@ class RunFolder:
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
         except (OSError, OutputError) as error:
-            whole = ", ".join(path.name for path in self.checkpoints.values())
-            kept = f"{whole} is intact" if whole else "there is no earlier one"
+            intact = ", ".join(path.name for path in self.checkpoints.values())
+            kept = f"{intact} is intact" if intact else "there is no earlier one"
             raise OutputError(
                 f"the checkpoint of step {checkpoint.step} could not be written ({error}); {kept}: "
-                "make room and resume"
+                "free some disk space and resume"
             ) from error
         for step in list(self.checkpoints)[: -self.keep]:
             _remove(self.checkpoints[step])
@@ -135,7 +137,7 @@ class RunFolder:
         """The checkpoint of a step.
 
         Raises:
-            CheckpointError: if it is not there, or damaged.
+            CheckpointError: if it does not exist or is damaged.
         """
         return _read(self.path / "checkpoints" / f"step-{step:06d}")
 
@@ -143,11 +145,12 @@ class RunFolder:
         """The newest checkpoint.
 
         Raises:
-            CheckpointError: if there is none, or it is damaged; then it names one that is whole.
+            CheckpointError: if there is none, or it is damaged. The message names an
+                intact one.
         """
         paths = self.checkpoints
         if not paths:
-            raise CheckpointError(f"{self.path} has no checkpoint: start the run anew")
+            raise CheckpointError(f"{self.path} has no checkpoint: start the run again")
         step = max(paths)
         try:
             return _read(paths[step])
@@ -158,7 +161,7 @@ class RunFolder:
                 except CheckpointError:
                     continue
                 raise CheckpointError(
-                    f"{error}; {paths[earlier].name} is whole: remove {paths[step]} to go on "
+                    f"{error}; {paths[earlier].name} is intact: remove {paths[step]} to resume "
                     "from there"
                 ) from error
             raise
@@ -176,10 +179,11 @@ class RunFolder:
             raise OutputError(f"metrics cannot be written: {error}") from error
 
     def history(self, before: int) -> list[dict[str, Any]]:
-        """The lines of all steps before a step; later ones, of a run cut off, are dropped.
+        """The lines of all steps before a step. Later ones are removed from the file.
 
         Raises:
-            CheckpointError: if a line that is needed cannot be read.
+            CheckpointError: if a line is missing or cannot be read.
+            OutputError: if the file cannot be written.
         """
         file = self.path / "metrics.jsonl"
         kept: dict[int, dict[str, Any]] = {}
@@ -190,11 +194,11 @@ class RunFolder:
                 record = json.loads(line)
                 step = record["step"]
             except (ValueError, TypeError, KeyError):
-                break  # the run was cut off while writing this one
+                break  # the run was interrupted while it wrote this line
             if step < before:
                 kept[step] = record
         if len(kept) != before:
-            raise CheckpointError(f"{file} holds {len(kept)} of {before} steps: it was changed")
+            raise CheckpointError(f"{file} has {len(kept)} of {before} steps: it was changed")
         partial = file.with_suffix(".partial")
         try:
             partial.write_text("".join(json.dumps(kept[step]) + "\n" for step in sorted(kept)))
@@ -204,7 +208,7 @@ class RunFolder:
         return [kept[step] for step in sorted(kept)]
 
     def records(self) -> tuple[StepRecord, ...]:
-        """What happened at each step so far, read and not touched.
+        """What happened at each step so far. The file does not change.
 
         Raises:
             CheckpointError: if the metrics cannot be read.
@@ -214,21 +218,21 @@ class RunFolder:
             text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
             for line in text.splitlines(keepends=True):
                 if not line.endswith("\n"):
-                    break  # the run was cut off while writing this one
+                    break  # the run was interrupted while it wrote this line
                 record = StepRecord(**json.loads(line))
-                found[record.step] = record  # a step that was repeated counts as it was last
+                found[record.step] = record  # after a rollback, the last record of a step counts
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path}/metrics.jsonl cannot be read: {error}") from error
         return tuple(found[step] for step in sorted(found))
 
     def tidy(self) -> None:
-        """Remove what a run that was cut off left half written."""
+        """Remove incomplete checkpoints of a run that was interrupted."""
         for entry in (self.path / "checkpoints").glob(".*"):
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
-    """At once as far as anybody can see: renamed before its files go one by one."""
+    """Remove a folder; it is renamed first, so that nobody finds half of it."""
     going = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(going, ignore_errors=True)
     os.replace(folder, going)
@@ -241,13 +245,13 @@ def _checksum(file: Path) -> str:
 
 
 def _sealed(content: Mapping[str, Any]) -> str:
-    """JSON whose last line is the checksum of what stands before."""
+    """JSON, and the checksum of it on a last line."""
     text = json.dumps(content)
     return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def _read(folder: Path) -> Checkpoint:
-    """A checkpoint whose every file is as it was written."""
+    """Read a checkpoint and verify the checksum of every file."""
     try:
         text, seal = (folder / "state.json").read_text(encoding="utf-8").split("\n")[:2]
         if hashlib.sha256(text.encode()).hexdigest() != seal:

@@ -1,4 +1,4 @@
-"""What a name stands for: a checkpoint, or a folder that a run wrote, with what it started from."""
+"""Finds the model that a name stands for: a checkpoint, or the result of a run."""
 
 import json
 import os
@@ -15,50 +15,53 @@ from lnfree_interp.checkpoints.loading import load
 from lnfree_interp.checkpoints.source import has_tokenizer
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.removal.run import StepRecord
-from lnfree_interp.removal.rundir import RunFolder
+from lnfree_interp.removal.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, and where it comes from."""
+class NamedModel:
+    """A checkpoint, and what is known about its training."""
 
-    model: str
+    checkpoint: str
     """Hub id, `id@revision`, or local folder."""
     original: str | None = None
-    """What its norms were removed from, as far as the folder says."""
+    """The model that the run started from, if there was a run."""
     history: tuple[StepRecord, ...] = ()
+    """The steps of the run."""
     text: str | None = None
-    """What it was trained on."""
+    """The text of the run."""
 
 
-def find_subject(source: str | os.PathLike[str]) -> Subject:
-    """The folder of a run, what `lnfree demo` wrote, or a checkpoint as it is.
+def find_model(source: str | os.PathLike[str]) -> NamedModel:
+    """The model that a name stands for.
+
+    Args:
+        source: The folder of a run, a folder that `lnfree demo` wrote, or a checkpoint.
 
     Raises:
         CheckpointError: if a run is not finished, or its folder cannot be read.
     """
     folder = Path(source)
     if (folder / "run.json").is_file():
-        run, config = RunFolder.open(folder)
-        about = config.get("about")
+        run = RunFolder(folder)
+        about = run.read().get("about")
         if not (folder / "model").is_dir():
-            how = "export(run.model, ...) writes one" if not about else "it goes on with"
-            again = "" if not about else f" lnfree remove --resume {source}"
-            raise CheckpointError(f"{source} is not finished, it has no model yet: {how}{again}")
-        text = about.get("text") if about else None
-        return Subject(str(folder / "model"), _started_from(about), run.records(), text)
+            how = f"lnfree remove --resume {source}" if about else "lf.export(run.model, ...)"
+            raise CheckpointError(f"{source} is a run without a model: {how} writes it")
+        text = about.get("data") if about else None
+        return NamedModel(str(folder / "model"), _started_from(about), run.records(), text)
     if (folder / "metrics.json").is_file() and (folder / "model").is_dir():
         try:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             about = {"model": metrics["source"]} if "source" in metrics else None
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder}/metrics.json cannot be read: {error}") from error
-        return Subject(str(folder / "model"), _started_from(about))
-    return Subject(os.fspath(source))
+        return NamedModel(str(folder / "model"), _started_from(about))
+    return NamedModel(os.fspath(source))
 
 
 def _started_from(about: Mapping[str, Any] | None) -> str | None:
-    """The original: None in a run's own words means the bundled checkpoint."""
+    """The name of the original. A run whose model is None started from the bundled checkpoint."""
     if about is None or "model" not in about:
         return None
     if about["model"] is None:
@@ -70,19 +73,19 @@ def _started_from(about: Mapping[str, Any] | None) -> str | None:
 def load_named(
     name: str, tokenizer: PreTrainedTokenizerBase | None = None, recorded_by: str | None = None
 ) -> HookedTransformer:
-    """As `load`, of a hub id, `id@revision` or a local folder.
+    """Load a checkpoint by name.
 
     Args:
-        name: What to load.
-        tokenizer: For a checkpoint without one; any other keeps its own.
-        recorded_by: The run that says so, for the message if it is not there.
+        name: Hub id, `id@revision`, or local folder.
+        tokenizer: For a checkpoint without a tokenizer; any other keeps its own.
+        recorded_by: The run that names this checkpoint as its original, for the error message.
 
     Raises:
-        CheckpointError: if there is no name, or as `load`.
-        LnfreeError: as `load`.
+        CheckpointError: if the name is empty, or there is no such checkpoint.
+        LnfreeError: for what `load` refuses.
     """
     if not name.strip():
-        raise CheckpointError("a model without a name: give a hub id or a folder")
+        raise CheckpointError("the name of the model is empty: give a hub id or a folder")
     source, _, revision = name.rpartition("@")
     if not source or os.path.exists(name):
         source, revision = name, None
@@ -94,6 +97,6 @@ def load_named(
         if recorded_by is None:
             raise
         raise CheckpointError(
-            f"{recorded_by} says that it started from {name}, and: {error}; name the original with "
-            "--against"
+            f"{recorded_by} started from {name}, which cannot be loaded ({error}): name the "
+            "original with --original"
         ) from error

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: weights, optimiser and random numbers, by name."""
+"""What a checkpoint keeps of a run: weights, optimiser and random numbers, by name."""
 
 import hashlib
 import random
@@ -10,52 +10,13 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.checkpoints.architectures import ARCHITECTURES
-from lnfree_interp.checkpoints.layouts import hooked_names, optional_names
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.norms import Norm
-from lnfree_interp.models.sites import stock_name
 from lnfree_interp.removal.processes import spread_like, whole
-from lnfree_interp.removal.recipe import Recipe
-
-
-def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
-    """Weight decay by TransformerLens' names: b_Q and b_K are matrices by shape, but biases.
-
-    What the model's architecture has no place for is not trained: a bias in every Llama layer would
-    be one that transformers cannot hold.
-    """
-    left_over = _without_place(model)
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        if name in left_over:
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            leaf = name.rpartition(".")[2].lstrip("_")
-            (decayed if leaf.startswith("W_") else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-
-
-def _without_place(model: HookedTransformer) -> set[str]:
-    """Parameters that the model's class in transformers does not have, as far as we know it."""
-    architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
-    if architecture is None:
-        return set()
-    parameters = dict(model.named_parameters())
-    optional = optional_names(architecture.layout, model.cfg)
-    switched = {ours for names in optional.values() for ours in names}
-    places = hooked_names(architecture.layout, model.cfg)
-    if not any(parameters[name].any() for name in switched):
-        places = places - switched
-    return {name for name in parameters if stock_name(name) not in places}
 
 
 def fingerprint(model: HookedTransformer) -> str:
-    """Of the weights: two models with the same one are the same."""
+    """A hash of the weights."""
     digest = hashlib.sha256()
     for name, W in model.named_parameters():
         digest.update(name.encode())
@@ -73,16 +34,16 @@ def _kept(model: HookedTransformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors(model: HookedTransformer) -> dict[str, Tensor]:
-    """Parameters, and the constants and gates of the norm sites, on the CPU."""
+    """The parameters, and the constants and gates of the norm sites, on the CPU."""
     return {name: whole(x.detach()).cpu().contiguous() for name, x in _kept(model)}
 
 
 @torch.no_grad()
 def load_tensors(model: HookedTransformer, saved: Mapping[str, Tensor]) -> None:
-    """Put them back.
+    """Restore what `tensors` returned.
 
     Raises:
-        CheckpointError: if they are another model's.
+        CheckpointError: if the names are those of another model.
     """
     kept = dict(_kept(model))
     _require_same(set(saved), set(kept))
@@ -107,10 +68,10 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     model: HookedTransformer, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
 ) -> None:
-    """Put them back.
+    """Restore what `optimizer_tensors` returned.
 
     Raises:
-        CheckpointError: if they are another model's.
+        CheckpointError: if the names are those of another model.
     """
     parameters = dict(model.named_parameters())
     names = {key.partition("|")[0] for key in saved}
@@ -126,11 +87,13 @@ def load_optimizer_tensors(
 
 def _require_same(found: set[str], expected: set[str]) -> None:
     if odd := sorted(found ^ expected):
-        raise CheckpointError(f"the checkpoint is of another model: {odd[0]} does not match")
+        raise CheckpointError(
+            f"the checkpoint is of another model: {odd[0]} is in one of them only"
+        )
 
 
 def random_state() -> dict[str, Any]:
-    """Of every generator that a hook might use, as plain data."""
+    """The state of every generator that a hook might use, as plain data."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -143,7 +106,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(saved: Mapping[str, Any]) -> None:
-    """Put it back."""
+    """Restore what `random_state` returned."""
 
     def plain(text: str) -> Tensor:
         return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,238 @@
+"""What the fine-tuning minimises: a sum of named terms, each with a weight.
+
+    (1 - d) cross_entropy + d distillation + a scale_anchor + the recipe's further `losses`
+
+A new term is a function of a `ForwardPass` and a line in `TERMS`; a recipe gives it a weight.
+Cross-entropy and distillation are computed together, because both need the logits.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.errors import RecipeError
+from lnfree_interp.models.loss import next_token_loss
+from lnfree_interp.models.sites import norm_at
+from lnfree_interp.removal.chunked_loss import LazyLogits, logits_loss
+from lnfree_interp.removal.statistics import TokenGroups
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a term of the loss may read of one forward pass in training."""
+
+    model: HookedTransformer
+    """The model in training, with norm sites."""
+    tokens: Int[Tensor, "batch pos"]
+    """The text."""
+    resid: Float[Tensor, "batch pos d_model"]
+    """The final residual stream, which ln_final reads."""
+    original_resid: Float[Tensor, "batch pos d_model"] | None
+    """The original model's, if the recipe distils at this step."""
+    ordinary: Bool[Tensor, "batch pos"]
+    """False at position 0 and at end-of-text tokens."""
+    anchor_target: float | None = None
+    """The scale to which `scale_anchor` holds the stream, if it is fixed."""
+
+
+Term = Callable[[ForwardPass], Float[Tensor, ""]]
+"""A term of the loss: one number, with a gradient."""
+
+
+def distillation_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], original: Float[Tensor, "batch pos d_vocab"]
+) -> Float[Tensor, ""]:
+    """KL divergence of the model's next-token distribution from the original's, nats per token.
+
+    The mean over the positions that have a next token. (Hinton et al., 1503.02531, at
+    temperature 1.)
+    """
+    ours, theirs = (x[:, :-1].flatten(0, 1).float().log_softmax(-1) for x in (logits, original))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def scale_anchor_loss(
+    resid: Float[Tensor, "batch pos d_model"],
+    ordinary: Bool[Tensor, "batch pos"],
+    target: float | None = None,
+    centred: bool = True,
+) -> Float[Tensor, ""]:
+    """Mean squared distance of the tokens' standard deviations from a common target.
+
+    While the final norm is live, cross-entropy does not depend on the scale of the residual stream.
+    This term holds the scale together before and after that norm is frozen. The target has no
+    gradient. Special tokens do not count in the target, but are pulled to it. (2507.02559, whose
+    epsilon inside the root is kept.)
+
+    Args:
+        resid: Input of ln_final.
+        ordinary: False at position 0 and at end-of-text tokens.
+        target: The target. Default: the mean of the batch (2507.02559); 2602.10408 fixes it.
+        centred: Standard deviation; False: root mean square, for a model with RMSNorms.
+    """
+    resid = resid.float()
+    squares = resid.var(-1, correction=0) if centred else resid.pow(2).mean(-1)
+    sigma = (squares + 1e-5).sqrt()
+    if target is None:
+        weights = ordinary.to(sigma.dtype)
+        count = weights.sum()
+        mean = (sigma.detach() * weights).sum() / count.clamp(min=1)
+        aim = torch.where(count > 0, mean, sigma.detach().mean())
+    else:
+        aim = sigma.new_tensor(target)
+    return (sigma - aim).pow(2).mean()
+
+
+def scale_anchor(seen: ForwardPass) -> Float[Tensor, ""]:
+    """`scale_anchor_loss` of the final residual stream."""
+    centred = norm_at(seen.model, "ln_final").centred
+    return scale_anchor_loss(seen.resid, seen.ordinary, seen.anchor_target, centred)
+
+
+TERMS: dict[str, Term] = {"scale_anchor": scale_anchor}
+"""The terms of the loss by name, beside `cross_entropy` and `distillation`."""
+
+
+def require_terms(names: Iterable[str]) -> None:
+    """Refuse a name that is not in `TERMS`.
+
+    Raises:
+        RecipeError: if there is one.
+    """
+    for name in names:
+        if name not in TERMS:
+            raise RecipeError(
+                f"no loss term {name!r}; there are {', '.join(TERMS)}. Add a function to "
+                "lnfree_interp.removal.losses.TERMS to have another one"
+            )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of some sequences."""
+
+    total: Float[Tensor, ""]
+    """The weighted sum, which is minimised."""
+    terms: Mapping[str, Float[Tensor, ""]]
+    """Each term by name, before its weight and without gradient."""
+
+
+class Objective(nn.Module):
+    """From tokens to the loss: the forward pass of the model with its hooks, and the terms.
+
+    It is one module, so that what wraps it (DDP, FSDP) sees every use of a parameter.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        original: HookedTransformer | None,
+        dtype: torch.dtype,
+        groups: TokenGroups,
+    ):
+        """An objective; each forward pass is given the weights.
+
+        Args:
+            model: The model in training, with norm sites.
+            original: The model to distil from; it is not trained and not part of this module.
+            dtype: The dtype of the matrix products.
+            groups: Knows ordinary from special tokens.
+        """
+        super().__init__()
+        self.model, self.dtype, self.groups = model, dtype, groups
+        self._original = (original,)  # in a tuple, so that its parameters are not ours
+        self.anchor_target: float | None = None
+        self._biased = model.unembed.b_U.requires_grad or bool(model.unembed.b_U.any())
+
+    @property
+    def original(self) -> HookedTransformer | None:
+        """The model to distil from."""
+        return self._original[0]
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], weights: Mapping[str, float] | None
+    ) -> Losses | None:
+        """The loss of some sequences.
+
+        Args:
+            tokens: [batch, pos].
+            weights: The weight of each term to compute. `distillation` is a share: cross-entropy
+                has the rest. None: only run the model, for the hooks on its norm sites.
+        """
+        self.groups.mark(tokens)
+        if weights is None:
+            self.model(tokens, return_type=None)
+            return None
+        share = weights.get("distillation", 0.0)
+        resid = self._residual(self.model, tokens)
+        original = self.original if share else None
+        with torch.no_grad():
+            taught = None if original is None else self._residual(original, tokens)
+        total, ce, kl = self._logits_loss(resid, taught, tokens, share)
+        found = {"cross_entropy": ce.detach()}
+        if "distillation" in weights:
+            found["distillation"] = kl.detach()
+        ordinary = self.groups.of["ordinary"]
+        seen = ForwardPass(self.model, tokens, resid, taught, ordinary, self.anchor_target)
+        for name, weight in weights.items():
+            if name in found:
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                value = TERMS[name](seen)
+            if weight:
+                total = total + weight * value
+            found[name] = value.detach()
+        return Losses(total, found)
+
+    def _residual(self, model: HookedTransformer, tokens: Tensor) -> Tensor:
+        """The final residual stream, before `ln_final`."""
+        with self._autocast():
+            return model(tokens, stop_at_layer=model.cfg.n_layers)
+
+    def _autocast(self) -> torch.autocast:
+        device = self.model.W_E.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def _logits_loss(
+        self, resid: Tensor, taught: Tensor | None, tokens: Tensor, share: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        model, original = self.model, self.original
+        with self._autocast():
+            normalised = model.ln_final(resid)
+            if model.unembed.hook_out.has_hooks() or model.cfg.output_logits_soft_cap > 0:
+                return self._from_all_logits(normalised, taught, tokens, share)
+            theirs = None
+            if taught is not None and original is not None:
+                with torch.no_grad():
+                    theirs = self._lazy_logits(original.ln_final(taught), original)
+        ours = self._lazy_logits(model.unembed.hook_in(normalised), model)
+        targets = tokens[:, 1:].flatten()
+        return logits_loss(ours, targets, original=theirs, share=share, dtype=self.dtype)
+
+    def _lazy_logits(self, h: Tensor, model: HookedTransformer) -> LazyLogits:
+        """At the positions that have a next token."""
+        b_U = model.unembed.b_U if self._biased else None
+        return LazyLogits(h[:, :-1].flatten(0, 1), model.unembed.W_U.T, b_U)
+
+    def _from_all_logits(
+        self, normalised: Tensor, taught: Tensor | None, tokens: Tensor, share: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """With all logits in memory: a hook reads them, or they are capped."""
+        logits = _capped(self.model, self.model.unembed(normalised))
+        ce = next_token_loss(logits, tokens)
+        if taught is None or self.original is None:
+            return ce, ce, torch.zeros_like(ce)
+        with torch.no_grad():
+            theirs = _capped(self.original, self.original.unembed(self.original.ln_final(taught)))
+        kl = distillation_loss(logits, theirs)
+        return torch.lerp(ce, kl, share), ce, kl
+
+
+def _capped(model: HookedTransformer, logits: Tensor) -> Tensor:
+    cap = model.cfg.output_logits_soft_cap
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits

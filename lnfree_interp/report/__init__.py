@@ -1,0 +1,1 @@
+"""A page about a run or a model, which needs no network."""
