@@ -119,15 +119,32 @@ def heads(
         return (stack[:, 0, :-1] * directions).sum(-1)
 
     def ours() -> lf.Contributions:
-        return lf.attribute_next_tokens(model, tokens, by="head", run=run).verify()
+        return lf.attribute_next_tokens(lf.trace(model, tokens, run=run), by="head").verify()
+
+    def bare() -> list[Tensor]:
+        """The products that cannot be left out: every head's output along every direction."""
+        found = []
+        for layer, block in enumerate(model.blocks):
+            z = run[1]["z", layer][0, :-1]
+            ahead = directions @ block.attn.W_O.flatten(0, 1).T
+            found.append(torch.linalg.vecdot(z, ahead.unflatten(-1, z.shape[1:])))
+        return found
 
     theirs, expected = measure(
         "heads, every position", "stack_head_results, dot", stock, lambda x: x, 1
     )
+    least, _ = measure("heads, every position", "bare products", bare, torch.cat, repeats)
     mine, found = measure(
         "heads, every position", "attribute_next_tokens", ours, lambda x: x.values, repeats
     )
-    return report(mine, theirs, distance(found.of_kind("head")[:, 0], expected))
+    rows = report(mine, theirs, distance(found.of_kind("head")[:, 0], expected))
+    print(
+        f"| {least.what} | {least.how} | {least.seconds:.3f} | {least.peak_mb:,.0f} "
+        f"| {least.result_mb:,.1f} |\n| | ratio | {mine.seconds / least.seconds:.2f} times the "
+        "bare products | | |",
+        flush=True,
+    )
+    return [*rows, least]
 
 
 def neurons(
@@ -144,7 +161,7 @@ def neurons(
         ]
 
     def ours() -> lf.Contributions:
-        return lf.attribute_next_tokens(model, tokens, by="neuron", run=run).verify()
+        return lf.attribute_next_tokens(lf.trace(model, tokens, run=run), by="neuron").verify()
 
     def largest(products: list[Tensor]) -> Tensor:
         return torch.cat([x for x in products if x.shape[1] == model.cfg.d_mlp])
@@ -178,7 +195,7 @@ def sources(
         return torch.stack(found).flatten()
 
     def ours() -> lf.Contributions:
-        return lf.attribute_next_tokens(model, tokens, by="source", run=run).verify()
+        return lf.attribute_next_tokens(lf.trace(model, tokens, run=run), by="source").verify()
 
     theirs, expected = measure(
         "heads by source, ONE position", "v W_O, pattern, dot", stock, lambda x: x, repeats
@@ -222,6 +239,36 @@ def scores(
     return report(mine, theirs, distance(mine_heads, expected[: len(at), : len(at)]))
 
 
+def tables(vocabulary: int = 49152, d_model: int = 576) -> list[Row]:
+    """The largest entries of a table over a large vocabulary, against its bare products."""
+    cfg = {
+        "n_layers": 1, "d_model": d_model, "n_heads": 9, "d_head": 64, "d_mlp": 4, "n_ctx": 8,
+        "d_vocab": vocabulary, "act_fn": "gelu", "normalization_type": None, "device": "cpu",
+        "seed": 0,
+    }  # fmt: skip
+    model = HookedTransformer(cfg).requires_grad_(False)
+    rows = []
+    for name, table in (
+        ("bigram_table", lf.bigram_table(model)),
+        ("ov_table", lf.ov_table(model, 0, 0)),
+    ):
+
+        def bare(table: lf.TokenTable = table) -> Tensor:
+            for left in table.left.split(1024):
+                product = left @ table.right
+            return product
+
+        def ours(table: lf.TokenTable = table) -> Tensor:
+            return torch.tensor(table.top(20, progress=False)["value"].tolist())
+
+        theirs, _ = measure(
+            f"{name}().top(20), {vocabulary:,} tokens", "bare products", bare, lambda x: x, 1
+        )
+        mine, _ = measure(f"{name}().top(20), {vocabulary:,} tokens", "top", ours, lambda x: x, 1)
+        rows += report(mine, theirs, None)
+    return rows
+
+
 def scaling(repeats: int, n_ctx: int) -> list[Row]:
     """Seconds against length, depth and batch, as a share of one forward pass."""
     rows: list[Row] = []
@@ -253,7 +300,9 @@ def scaled(model: HookedTransformer, batch: int, length: int, repeats: int) -> l
         *(
             (
                 by,
-                lambda by=by: lf.attribute_next_tokens(model, tokens, by=by, run=run).verify(),
+                lambda by=by: lf.attribute_next_tokens(
+                    lf.trace(model, tokens, run=run), by=by
+                ).verify(),
                 lambda x: x.values,
             )
             for by in ("head", "neuron")
@@ -268,8 +317,8 @@ def streaming(prompts: int) -> None:
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(model.cfg.d_vocab, (prompts, 64), generator=generator)
 
-    def run(blocks: Tensor) -> None:
-        lf.mean_next_token_attribution(model, blocks, by="neuron", frozen_scale=True)
+    def run(sequences: Tensor) -> None:
+        lf.mean_next_token_attribution(model, sequences, by="neuron", hold=True)
 
     run(text[:40])
     gc.collect()
@@ -307,6 +356,7 @@ def main(
     for part in (heads, neurons, sources, scores):
         rows += part(model, tokens, run, repeats)
     del run, model
+    rows += tables()
     rows += scaling(repeats, length)
     streaming(prompts)
     print(

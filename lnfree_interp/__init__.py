@@ -228,7 +228,15 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ImportError as error:
+            if "HookedTransformer" not in str(error):
+                raise
+            from lnfree_interp.errors import UnsupportedModelError
+            from lnfree_interp.models.running import BRIDGE
+
+            raise UnsupportedModelError(f"lf.{name}: {BRIDGE}") from error
     raise AttributeError(f"module 'lnfree_interp' has no attribute {name!r}")
 
 

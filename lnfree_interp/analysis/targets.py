@@ -6,7 +6,7 @@ stream at some place, plus what biases behind it add. A target of your own needs
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, SupportsIndex, get_args, runtime_checkable
 
 import torch
@@ -59,6 +59,22 @@ class Reading:
     with_prompts: bool = True
     """Whether a result shows the prompts; the tokens of much text would take longer than it."""
 
+    def minus(self, other: "Reading", trace: Trace) -> "Reading":
+        """The difference of two numbers that are read at one place of a trace."""
+        n = self.direction.shape[1]
+        numbers = [x.at.numbers(trace.n_pos, trace.batch) for x in (self, other)]
+        constants = zip(self.constants, other.constants, strict=True)
+
+        def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
+            return self.again(stream[:, :n], some) - other.again(stream[:, n:], some)
+
+        return replace(
+            self, at=Positions(torch.cat(numbers, dim=1)), again=again, summed=True,
+            direction=torch.cat([self.direction, -other.direction], dim=1),
+            constants=tuple((c, torch.cat([x, -y], dim=1)) for (c, x), (_, y) in constants),
+            total=self.total - other.total,
+        )  # fmt: skip
+
 
 @runtime_checkable
 class Target(Protocol):
@@ -80,7 +96,7 @@ class Target(Protocol):
 class Logit:
     """The logit of one token, or of several each.
 
-    Args:
+    Attributes:
         answer: The token: a string that is one token (mind the leading space), or its id; one for
             all prompts, one each, or several each.
         pos: Position that predicts it, from each prompt's own end if negative.
@@ -106,7 +122,7 @@ class Logit:
 class LogitDifference:
     """The logit of one token minus that of another.
 
-    Args:
+    Attributes:
         answer: As for `Logit`.
         foil: The token whose logit is subtracted; as `answer`.
         pos: As for `Logit`.
@@ -431,7 +447,7 @@ class Score:
     Explained by pairs of components (see `attribute_scores`); or with a `side`, by the components
     there, whatever the other side is made of.
 
-    Args:
+    Attributes:
         layer: Of the head.
         head: Its index.
         query: Position of the token that looks, from each prompt's own end if negative.
@@ -460,22 +476,26 @@ class Score:
         side = self.side
         if side is None or side not in get_args(Side):
             raise DataError(f"side={side!r} is not one of {', '.join(get_args(Side))}")
-        parts, query, (key,) = _meeting(trace, self, [self.key])
-        held = trace.require_affine([parts.site], scores=True)
+        layer, head = require_head(trace.require_text().view, self.layer, self.head)
+        parts = ScoreParts(trace, layer, head)
+        query, key = trace.positions(self.query), trace.positions(self.key)
+        q, k = (x.numbers(trace.n_pos, trace.batch).to(trace.view.device) for x in (query, key))
+        rows = torch.arange(trace.batch, device=q.device)[:, None]
+        if not parts.sees[rows, q, k].all():
+            raise DataError(f"position {self.query} does not see key {self.key}: it is masked")
         here, there = (query, key) if side == "query" else (key, query)
-        met = parts.met("k" if side == "query" else "q")
-        slope = parts.slope(query.numbers(trace.n_pos, trace.batch), _numbers(trace, key))
-        direction, constants = parts.direction(side, here, there.of(met) * slope[..., None])
-        rows = _pick(trace, query, key)
+        met = there.of(parts.met("k" if side == "query" else "q")) * parts.slope(q, k)[..., None]
+        direction, constants = parts.direction(side, here, met)
 
         def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
-            return rows(parts.again(side, here, stream))
+            return parts.again(side, here, stream)[rows, q, k]
 
         of = f"score of {parts.name} from {self.query} to {self.key}, by what is at the {side}"
         return Reading(
-            Place(parts.layer), here, direction, constants, rows(parts.scores), again,
+            Place(layer), here, direction, constants, parts.scores[rows, q, k], again,
             (of,) * trace.batch, "score",
-            f"parts at the {side} = attention score of {parts.name}", held,
+            f"parts at the {side} = attention score of {parts.name}",
+            trace.require_affine([parts.site], scores=True),
         )  # fmt: skip
 
 
@@ -485,7 +505,7 @@ class LogOdds:
 
     The softmax is not additive, its log-odds are: the normaliser cancels.
 
-    Args:
+    Attributes:
         layer: Of the head.
         head: Its index.
         key: Position.
@@ -507,68 +527,29 @@ class LogOdds:
     query: SupportsIndex = -1
     side: Side = "query"
 
+    def _scores(self) -> tuple[Score, Score]:
+        where = (self.layer, self.head, self.query)
+        return Score(*where, self.key, self.side), Score(*where, self.other, self.side)
+
     def needs(self, trace: Trace) -> tuple[Place, list[str]]:
         """As `Target.needs`."""
-        layer, head = require_head(trace.view, self.layer, self.head)
-        return Place(layer), ScoreParts(trace, layer, head).needs()
+        return self._scores()[0].needs(trace)
 
     def read(self, trace: Trace) -> Reading:
         """As `Target.read`."""
-        if self.side not in get_args(Side):
-            raise DataError(f"side={self.side!r} is not one of {', '.join(get_args(Side))}")
-        parts, query, keys = _meeting(trace, self, [self.key, self.other])
-        held = trace.require_affine([parts.site], scores=True)
-        numbers, q = [_numbers(trace, key) for key in keys], _numbers(trace, query)
-        slopes = [parts.slope(q, number)[..., None] for number in numbers]
-        picks = [_pick(trace, query, key) for key in keys]
-        k, meets = parts.met("k"), query.of(parts.met("q"))
-        if self.side == "query":
-            here, summed = query, False
-            apart = keys[0].of(k) * slopes[0] - keys[1].of(k) * slopes[1]
-            direction, constants = parts.direction("query", here, apart)
-        else:
-            here, summed = Positions(torch.cat(numbers, dim=1)), True
-            both = torch.cat([meets * slopes[0], -meets * slopes[1]], dim=1)
-            direction, constants = parts.direction("key", here, both)
-
-        def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
-            scores = parts.again(self.side, here, stream)
-            return picks[0](scores) - picks[1](scores)
-
-        logs = [pick(parts.log_pattern) for pick in picks]
-        scores = [pick(parts.scores) for pick in picks]
-        size = max(x.abs().max().item() for x in (*logs, *scores))
+        score, other = (one.read(trace) for one in self._scores())
+        parts = ScoreParts(trace, *require_head(trace.view, self.layer, self.head))
+        rows = torch.arange(trace.batch)
+        query = trace.positions(self.query).numbers(trace.n_pos, trace.batch)[:, 0]
+        keys = [trace.positions(key).numbers(trace.n_pos, trace.batch)[:, 0]
+                for key in (self.key, self.other)]  # fmt: skip
+        logs = [parts.log_pattern[rows, query, key][:, None] for key in keys]
+        size = max(x.abs().max().item() for x in (*logs, score.total, other.total))
         of = f"log-odds of {self.key} over {self.other}, {parts.name} from {self.query}"
-        return Reading(
-            Place(parts.layer), here, direction, constants, logs[0] - logs[1], again,
-            (of,) * trace.batch, "log-odds", f"parts at the {self.side} = log-odds", held,
-            summed=summed, scale=size,
+        return replace(
+            score.minus(other, trace), total=logs[0] - logs[1], of=(of,) * trace.batch,
+            unit="log-odds", identity=f"parts at the {self.side} = log-odds", scale=size,
         )  # fmt: skip
-
-
-def _meeting(
-    trace: Trace, target: Score | LogOdds, keys: list[Any]
-) -> tuple[ScoreParts, Positions, list[Positions]]:
-    """The head, the query's position and the keys', which the query must see."""
-    trace.require_text()
-    layer, head = require_head(trace.view, target.layer, target.head)
-    parts = ScoreParts(trace, layer, head)
-    query, found = trace.positions(target.query), [trace.positions(key) for key in keys]
-    for key, at in zip(keys, found, strict=True):
-        if not _pick(trace, query, at)(parts.sees).all():
-            raise DataError(f"position {target.query} does not see key {key}: it is masked")
-    return parts, query, found
-
-
-def _numbers(trace: Trace, at: Positions) -> Int[Tensor, "batch kept"]:
-    return at.numbers(trace.n_pos, trace.batch).to(trace.view.device)
-
-
-def _pick(trace: Trace, query: Positions, key: Positions) -> Callable[[Tensor], Tensor]:
-    """From something by query and key to its entry, [batch, 1]."""
-    rows = torch.arange(trace.batch, device=trace.view.device)[:, None]
-    q, k = _numbers(trace, query), _numbers(trace, key)
-    return lambda x: x[rows, q, k]
 
 
 # Neurons and the stream
@@ -578,7 +559,7 @@ def _pick(trace: Trace, query: Positions, key: Positions) -> Callable[[Tensor], 
 class Neuron:
     """A neuron's input, or its activation.
 
-    Args:
+    Attributes:
         layer: Of the neuron.
         neuron: Its index.
         pos: Position, from each prompt's own end if negative.
@@ -664,7 +645,7 @@ def require_mlp(view: View, layer: Any) -> int:
 class Probe:
     """The stream at a place along any direction: a linear probe, a steering vector, a feature.
 
-    Args:
+    Attributes:
         direction: [d_model], or one for each position, [pos, d_model].
         at: Hook name of the place, such as `blocks.3.hook_resid_mid`. Default: the stream that the
             final norm reads.

@@ -83,10 +83,17 @@ class Read:
 
 @dataclass(frozen=True)
 class Place:
-    """A point of the stream: after so many blocks, and the next one's attention if `mid`."""
+    """A point of the residual stream.
+
+    Examples:
+        >>> lf.Place(2).hook, lf.Place(2, mid=True).hook
+        ('blocks.1.hook_resid_post', 'blocks.2.hook_resid_mid')
+    """
 
     layer: int
+    """Behind so many blocks."""
     mid: bool = False
+    """Behind the next block's attention, too."""
 
     @property
     def hook(self) -> str:

@@ -27,6 +27,7 @@ from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.forms import epsilon_of
 from lnfree_interp.models.norm_conversions import is_crms
+from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.sites import (
     has_norm_sites,
     is_frozen_form,
@@ -166,6 +167,7 @@ def export(
         >>> lf.formats.read_sidecar(folder).form
         'folded'
     """
+    require_hooked(model)
     measured = dict(errors or {})
     if target not in get_args(Target):
         raise UnsupportedModelError(

@@ -22,6 +22,7 @@ from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, fold_weights, frozen_scales, is_reader
 from lnfree_interp.models.norms import FrozenNorm, NormMap
+from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.sites import (
     has_norm_sites,
     norm_at,
@@ -112,6 +113,7 @@ def constant_norms(model: HookedTransformer) -> dict[str, NormMap]:
     Raises:
         NormSiteError: if a norm is live.
     """
+    require_hooked(model)
     sites = sites_of(model.cfg)
     if model.cfg.normalization_type is None:
         # final_rms is kept from the model with norms; rounding cannot tell in bfloat16.

@@ -22,6 +22,7 @@ from lnfree_interp.models.construct import copy_weights, hooked_transformer
 from lnfree_interp.models.folding import fold_weights, is_reader
 from lnfree_interp.models.forms import weights_around_norms
 from lnfree_interp.models.norms import CRMSNormPre
+from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.sites import has_norm_sites, live_sites, norm_at, sites_of
 from lnfree_interp.numerics import ROUNDING, MeasuredError
 
@@ -100,6 +101,7 @@ def to_rms(model: HookedTransformer) -> NormConversion:
         >>> conversion.model.cfg.normalization_type
         'RMSPre'
     """
+    require_hooked(model)
     if has_norm_sites(model):
         raise UnsupportedModelError(
             "a model with norm sites cannot be converted: convert the stock model, then call "
@@ -158,6 +160,7 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
         >>> conversion.d_model
         (192, 191)
     """
+    require_hooked(model)
     if basis not in get_args(Basis):
         raise UnsupportedModelError(
             f"basis={basis!r} does not exist: pass {' or '.join(map(repr, get_args(Basis)))}"

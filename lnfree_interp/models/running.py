@@ -76,6 +76,23 @@ def _hook_point(model: nn.Module, name: str) -> nn.Module:
     return point
 
 
+def require_hooked(model: Any) -> None:
+    """Refuse a bridge of TransformerLens 4 where a `HookedTransformer` is needed.
+
+    Raises:
+        UnsupportedModelError: saying which call to use.
+    """
+    if any(kind.__name__ == "TransformerBridge" for kind in type(model).__mro__):
+        raise UnsupportedModelError(BRIDGE)
+
+
+BRIDGE = (
+    "this call needs a HookedTransformer of TransformerLens 3.9, not a TransformerBridge: open the "
+    "exported folder with lf.load(...) under transformer-lens 3.9. On a bridge use lf.trace, "
+    "lf.attribute, lf.certify and the other analyses"
+)
+
+
 def is_watched(point: HookPoint) -> bool:
     """Whether anybody reads or changes the activation, with TransformerLens' hooks or torch's."""
     return bool(point._forward_hooks) or point.has_hooks()
@@ -97,6 +114,7 @@ def run(
         stop_at_layer: Stop before this block. Default: go on to the logits.
         start_at_layer: Where a stream enters.
     """
+    require_hooked(model)
     n_layers = model.cfg.n_layers
     if tokens.is_floating_point():
         resid = tokens

@@ -21,6 +21,7 @@ from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.block import LookupEmbed, SiteBlock, TiedUnembed
 from lnfree_interp.models.norms import Norm, NormMap, SplitNorm, describe
+from lnfree_interp.models.running import require_hooked
 
 SiteKind = Literal[
     "ln1.qk",
@@ -161,6 +162,7 @@ def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
         >>> lf.list_norm_sites(free)
         ()
     """
+    require_hooked(model)
     if model.cfg.normalization_type is None:
         return ()
     return sites_of(model.cfg, whole_ln1=is_frozen_form(model))
@@ -179,6 +181,7 @@ def is_frozen_form(model: HookedTransformer) -> bool:
 
 
 def _require_pre_norm(model: HookedTransformer) -> None:
+    require_hooked(model)
     cfg = model.cfg
     unsupported = {
         f"normalization_type={cfg.normalization_type!r} (load it unprocessed, with load() or "

@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.data.sequences import ShuffledSequences, TokenSequences
 from lnfree_interp.errors import DataError, RecipeError, UnsupportedModelError
-from lnfree_interp.models.running import require_tokens
+from lnfree_interp.models.running import require_hooked, require_tokens
 from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run import Run
@@ -87,6 +87,7 @@ def remove_norms(
         >>> run = lf.remove_norms(model, recipe, data, out="run")  # doctest: +SKIP
         >>> free = lf.fold(run.model)  # doctest: +SKIP
     """
+    require_hooked(model)
     if out is None and (resume or recipe.guard.action == "rollback"):
         raise RecipeError("resuming and rolling back need the run's folder: give out=...")
     if checkpoint_every < 1 or log_every < 0:

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from support.architectures import make_model
 from support.models import freeze_all, make_gpt2, make_tokenizer
-from tokenizers.processors import TemplateProcessing
 from transformer_lens import HookedTransformer, patching
 from transformer_lens.utilities import get_act_name
 
@@ -211,7 +210,7 @@ def test_wrong_evaluations_are_refused(live, folded, tokens):
         (lambda: lf.evaluate(live, tokens, threshold=math.nan), "cannot be negative"),
         (lambda: lf.evaluate({"a": live}, tokens, original="b"), "no model is called 'b'"),
         (lambda: lf.evaluate(live, tokens + 300), "tokenized for another model"),
-        (lambda: lf.evaluate(live, tokens, batch=0), "at least one row"),
+        (lambda: lf.evaluate(live, tokens, batch=0), "at least one sequence"),
         (lambda: lf.evaluate(live, tokens, neurons=999), "128 neurons, not 999"),
     ):
         with pytest.raises(DataError, match=message):
@@ -404,22 +403,22 @@ def test_the_command(gpt2_folder, tmp_path):
 def test_prompts_about_an_indirect_object():
     words = ["John", "Mary", "Tom", "James", "store", "market", "milk", "eggs", "bread"]
     words += [f" {word}" for word in words]
-    model = make_tokenizer(300)
-    model.add_tokens(words)
-    clean, corrupted, targets, foils = lf.ioi_pairs(model, n=12, seed=3)
+    tokenizer = make_tokenizer(300)
+    tokenizer.add_tokens(words)
+    gpt2 = lf.load(make_gpt2(vocab_size=len(tokenizer)), tokenizer=tokenizer, check=False)
+    clean, corrupted, targets, foils = lf.ioi_pairs(gpt2, n=12, seed=3, prepend_bos=False)
     assert clean.shape == corrupted.shape
     assert len(clean) == len(targets) == len(foils) == 12
     for row, other, right, wrong in zip(clean, corrupted, targets, foils, strict=True):
         assert (row != other).sum() == 3  # each name where it stood, and one of them again
         assert {int(right), int(wrong)} <= {*row.tolist(), *other.tolist()}
-        text = model.decode(row) + model.decode(right)
-        name = model.decode(right).strip()
+        text = tokenizer.decode(row) + tokenizer.decode(right)
+        name = tokenizer.decode(right).strip()
         assert text.count(name) == 2
-        assert text.replace(name, "").count(model.decode(wrong).strip()) == 2
-        swapped = model.decode(other)
+        assert text.replace(name, "").count(tokenizer.decode(wrong).strip()) == 2
+        swapped = tokenizer.decode(other)
         assert swapped.count(name) == 2
-    assert torch.equal(clean, lf.ioi_pairs(model, n=12, seed=3)[0])
-    gpt2 = lf.load(make_gpt2(vocab_size=len(model)), tokenizer=model, check=False)
+    assert torch.equal(clean, lf.ioi_pairs(gpt2, n=12, seed=3, prepend_bos=False)[0])
     assert lf.patch_residual(gpt2, clean, corrupted, targets, foils).total.shape == (12,)
     found = lf.evaluate(
         gpt2, torch.arange(24)[None], pairs=8, pairs_of="ioi", neurons=0, effects=False
@@ -427,9 +426,30 @@ def test_prompts_about_an_indirect_object():
     patching = found.models["model"].patching
     assert patching.measured.shape[2] == 8
     assert 0 < patching.standard_error < 10 * patching.error
-    model.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", model.bos_token_id)]
-    )
-    assert (lf.ioi_pairs(model, n=4)[0][:, 0] == model.bos_token_id).all()
+
+
+def test_ids_and_text_have_one_policy_for_bos(capsys):
+    """Prompts by `ioi_pairs` are what the same text would be: BOS as the model adds it."""
+    words = ["John", "Mary", "Tom"]
+    tokenizer = make_tokenizer(300)
+    tokenizer.add_tokens([*words, *(f" {word}" for word in words)])
+    gpt2 = lf.load(make_gpt2(vocab_size=len(tokenizer)), tokenizer=tokenizer, check=False)
+    for prepends in (True, False):
+        gpt2.cfg.default_prepend_bos = prepends
+        clean, _, targets, foils = lf.ioi_pairs(gpt2, n=2)
+        assert (int(clean[0, 0]) == tokenizer.bos_token_id) == prepends
+        text = tokenizer.decode(clean[0], skip_special_tokens=True)
+        by_text = lf.attribute_logits(gpt2_free(gpt2), text, int(targets[0]), int(foils[0]))
+        by_ids = lf.attribute_logits(gpt2_free(gpt2), clean[0], int(targets[0]), int(foils[0]))
+        torch.testing.assert_close(by_text.values, by_ids.values)
     with pytest.raises(DataError, match="models of English"):
-        lf.ioi_pairs(make_tokenizer(300))
+        lf.ioi_pairs(lf.load(make_gpt2(), tokenizer=make_tokenizer(300), check=False))
+
+
+def gpt2_free(model):
+    sited = lf.with_norm_sites(model)
+    for site in lf.list_norm_sites(sited):
+        lf.freeze_site(sited, site, 1.0)
+    free = lf.fold(sited)
+    free.cfg.default_prepend_bos = model.cfg.default_prepend_bos
+    return free

@@ -14,7 +14,7 @@ def attributions(folded, level):
     return lf.attribute_logits(folded, ["return", "for i in"], ["r", "i"], ["e", "n"], by=level)
 
 
-@pytest.mark.parametrize("level", ["block", "neuron"])
+@pytest.mark.parametrize("level", ["sublayer", "neuron"])
 def test_waterfall_bars_add_up_to_the_logit(folded, level):
     result = attributions(folded, level).select(1)
     (waterfall,) = lf.plots.attribution(result, top=5).data
@@ -242,10 +242,10 @@ def test_the_lens_shows_the_end(folded):
     tokens = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(0))
     result = lf.logit_lens(folded, tokens)
     figure = lf.plots.lens(result)
-    assert [figure.data[0].x[i].split()[0] for i in (0, -1)] == ["15", "38"]
-    assert "positions 15 to 38 of 39" in figure.layout.title.subtitle.text
+    assert [figure.data[0].x[i].split()[0] for i in (0, -1)] == ["16", "39"]
+    assert "positions 16 to 39 of 40" in figure.layout.title.subtitle.text
     assert len(lf.plots.lens(result, start=3).data[0].x) == 24
-    assert len(lf.plots.lens(result, start=30).data[0].x) == 9
+    assert len(lf.plots.lens(result, start=30).data[0].x) == 10
     assert len(lf.plots.lens(result, stop=5).data[0].x) == 5
 
 
@@ -265,7 +265,7 @@ def test_what_is_no_logit_is_not_called_one(folded):
     assert lf.plots.attribution(stream).layout.yaxis.title.text == "cumulative projection"
     with pytest.raises(DataError, match="onto=direction"):
         lf.plots.attribution(lf.decompose_residual(folded, "for i in", by="sublayer"))
-    with pytest.raises(DataError, match="0 largest"):
+    with pytest.raises(DataError, match="at least 1"):
         lf.plots.attribution(attributions(folded, "neuron").select(0), top=0)
 
 
@@ -292,14 +292,15 @@ def test_a_broken_model_has_no_flow_to_draw(folded):
 
 def test_a_deep_model_still_fits_on_a_page():
     from lnfree_interp.analysis.certificates import Certificate
-    from lnfree_interp.analysis.flow import FlowGraph, FlowNode
+    from lnfree_interp.analysis.flow import FlowGraph
     from lnfree_interp.numerics import MeasuredError
 
     certificate = Certificate("", MeasuredError(0.0, 0.0, torch.float32))
-    nodes = [
-        FlowNode(f"{layer}_mlp_out@0", "mlp_out", layer, 0, 1.0, 0.0, 0.0, 0.0)
-        for layer in range(48)
-    ]
-    nodes.append(FlowNode("logit", "logit", None, None, 1.0, 0.0, 0.0, 0.0))
-    graph = FlowGraph(tuple(nodes), (), certificate, "b", ("a",), 1.0)
+    components = (*(lf.Component("mlp_out", layer) for layer in range(48)), lf.Component("b_U"))
+    flow, nothing = torch.ones(49), torch.zeros(49)
+    graph = FlowGraph(
+        components, (*(0,) * 48, None), flow, nothing, nothing, nothing,
+        torch.empty(0, 2, dtype=torch.long), torch.empty(0), certificate, ("b",), (("a",),),
+        torch.tensor(1.0),
+    )  # fmt: skip
     assert lf.plots.flow(graph).layout.height < 1600

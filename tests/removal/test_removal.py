@@ -317,9 +317,9 @@ def test_refusals(model, data):
 def test_the_model_with_norm_sites_is_built_once(model, data, monkeypatch):
     """For the run, for its original and for the check of its hooks."""
     built, compared = [], []
-    right = sites.split_norms, sites.compare_logits
+    right = sites.split_norms, sites.require_same_logits
     monkeypatch.setattr(sites, "split_norms", lambda *a: built.append(1) or right[0](*a))
-    monkeypatch.setattr(sites, "compare_logits", lambda *a: compared.append(1) or right[1](*a))
+    monkeypatch.setattr(sites, "require_same_logits", lambda *a: compared.append(1) or right[1](*a))
     hooks = [("blocks.0.ln1.qk.hook_scale", lambda x, hook: None)]
     lf.remove_norms(model, small_recipe(distillation=0.5), data, fwd_hooks=hooks, progress=False)
     assert (built, compared) == ([1], [1])
