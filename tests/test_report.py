@@ -171,3 +171,20 @@ def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2
     assert "belong together" in run.stderr
+
+
+def test_a_question_runs_the_model_once(folded):
+    """All figures about one prompt; demo and report ask several prompts in one run."""
+    from lnfree_interp.report import sections as build
+    from lnfree_interp.report.sections import Question
+
+    runs = []
+    handle = folded.embed.register_forward_hook(lambda *_: runs.append(1))
+    asked = Question("for i in", "r", "e")
+    section = build.explanation(build.traced(folded, asked), asked)
+    assert len(section.content) == 7
+    assert len(runs) == 1
+    questions = [Question("for i in", "r", "e"), Question("return", "s", "d")]
+    build.attributions(folded, questions, ("sublayer", "head", "neuron"))
+    assert len(runs) == 2
+    handle.remove()

@@ -185,14 +185,13 @@ def logits(attributions: Iterable[Contributions]) -> list[Section]:
 _DRAWN = {"FlowGraph": plots.flow, "ScoreAttribution": plots.scores, "Lens": plots.lens}
 
 
-def explanation(model: HookedTransformer, question: Question) -> Section:
+def explanation(one: Trace, question: Question) -> Section:
     """One logit by sublayer, head, source token and input token, and how it flows.
 
     Args:
-        model: The model; what is not affine in it is held.
+        one: The forward pass over the question's prompt, see `traced`.
         question: The logit.
     """
-    one = traced(model, question)
     ask = (one, question.answer, question.foil)
     by_source = attribute_logits(*ask, by="source")
     results: list[Any] = [
@@ -200,7 +199,7 @@ def explanation(model: HookedTransformer, question: Question) -> Section:
         affine_map(*ask), flow_graph(*ask, top_k=30),
     ]  # fmt: skip
     layer, head = _largest_head(by_source)
-    if layer > 0 and not model.cfg.use_qk_norm:
+    if layer > 0 and not one.view.cfg.use_qk_norm:
         results.append(attribute_scores(one, layer, head))
     results.append(logit_lens(one))
     figures = []

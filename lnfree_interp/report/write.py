@@ -63,9 +63,11 @@ def write_report(
     named = MODEL if not live_sites(model) else "vanilla" if found.history else "model"
     models[named] = model
     asked = list(questions) or _questions(job, model)
+    traces = {}
     for question in asked:  # so that a wrong one is refused before the evaluation
         with suppress(UnsupportedModelError):
-            attribute_logits(build.traced(model, question), question.answer, question.foil)
+            traces[question] = build.traced(model, question)
+            attribute_logits(traces[question], question.answer, question.foil)
     length = min(256, *(one.cfg.n_ctx for one in models.values()))
     tokens = evaluation_text(job.data, model.tokenizer, length, job.sequences)
     say(f"evaluating on {tokens.numel():,} tokens of {job.data}")
@@ -77,7 +79,8 @@ def write_report(
     for question in asked:
         say(f"explaining what follows {question.prompt!r:.60}")
         try:
-            sections.append(build.explanation(model, question))
+            one = traces.get(question) or build.traced(model, question)
+            sections.append(build.explanation(one, question))
         except UnsupportedModelError as error:
             sections.append(Section(f"After “{question.prompt[-60:]}”", f"Not explained: {error}."))
     if not build.holds(model):
