@@ -26,6 +26,9 @@ ROUNDING: dict[torch.dtype, float] = {
 }
 """Below this share of a weight's largest entry, what is left of it is rounding, by dtype."""
 
+LNFREE_EPSILON = 1e8
+"""From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
+
 _CHUNK = 2**22
 """Elements that are compared in float64 at once, to keep the peak of memory low."""
 _PARTS = 2048

@@ -14,10 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lnfree_interp.analysis.view import MLP, Attention, Read, Stream, View
-from lnfree_interp.checkpoints.published import LNFREE_EPSILON
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.running import Edit
-from lnfree_interp.numerics import TOLERANCE, measure_error
+from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error
 
 Hook = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
 """From a module's inputs and its output to what takes the output's place, or None."""

@@ -31,7 +31,7 @@ from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
 from lnfree_interp.models.sites import freeze_site, split_norms, whole_norm
-from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
+from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, MeasuredError, measure_error
 
 CHECK_TOKENS = 128
 """Random tokens in each of the two rows on which logits are compared."""
@@ -173,7 +173,7 @@ def load_checkpoint(
     architecture_name, architecture = architecture_of(opened.hf_model.config, opened.hf_model)
     cfg = hooked_config(opened.hf_model.config, architecture_name, dtype, device, name)
     _require_same_vocabulary(opened.tokenizer, cfg, name)
-    if cfg.eps >= published.LNFREE_EPSILON:
+    if cfg.eps >= LNFREE_EPSILON:
         published.refuse_float16(dtype, name)
 
     tokens = random_tokens(opened.hf_model, pos=_compared_length(cfg))

@@ -23,9 +23,7 @@ from transformers import GPT2Config
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.norms import NormMap
 from lnfree_interp.models.sites import sites_in
-
-LNFREE_EPSILON = 1e8
-"""From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
+from lnfree_interp.numerics import LNFREE_EPSILON
 
 _LIVE_BELOW = 1.0
 """Below this epsilon a norm is live. Between the two it is neither live nor constant."""
