@@ -167,6 +167,7 @@ def fold(model: HookedTransformer) -> HookedTransformer:
         >>> lf.fold(sited).cfg.normalization_type is None
         True
     """
+    require_hooked(model)
     if model.cfg.normalization_type is None:
         raise NormSiteError("nothing to fold: the model has no norms")
     return _in_form(model, "folded", None)
