@@ -1,17 +1,17 @@
 """Every error that a caller can meet. All derive from `LnfreeError`.
 
-The message is one line that says what was found and what to do about it; the command line prints
-it and exits with 2.
+A message is one line that says what was found and what to do about it. The command line prints it
+and exits with status 2.
 """
 
 
 class LnfreeError(Exception):
-    """Base class."""
+    """The base class of all errors of this package."""
 
 
 class DataError(LnfreeError):
     """Input that cannot be used: text that cannot be read or packed, prompts and answers that the
-    model cannot read, labels that name no component, figures of what is not there."""
+    model cannot read, labels that name no component, figures of data that a result lacks."""
 
 
 class CheckpointError(LnfreeError):
@@ -19,11 +19,11 @@ class CheckpointError(LnfreeError):
 
 
 class UnsupportedModelError(LnfreeError):
-    """A model that is not approximated because it cannot be represented faithfully."""
+    """A model that cannot be represented faithfully, and is not approximated."""
 
 
 class InexactError(LnfreeError):
-    """Two things that must be equal differ by more than the tolerance, or would if computed."""
+    """Two numbers that must be equal differ by more than the tolerance, or would if computed."""
 
 
 class NormSiteError(LnfreeError):
@@ -31,16 +31,16 @@ class NormSiteError(LnfreeError):
 
 
 class RecipeError(LnfreeError):
-    """A removal recipe that does not fit itself, the model or the data."""
+    """A removal recipe that contradicts itself, or does not fit the model or the data."""
 
 
 class OutputError(LnfreeError):
-    """An output folder that already holds something, or cannot be written."""
+    """An output file or folder that exists already, or cannot be written."""
 
 
 class TrainingError(LnfreeError):
-    """A run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class HeldWarning(UserWarning):
-    """A sum that adds up while something that is not affine was held: it is not exact."""
+    """A sum that adds up only because something that is not affine was held, so it is not exact."""

@@ -1,4 +1,4 @@
-"""One way to say how far two tensors are apart, for every check in the package."""
+"""How far two tensors are apart, measured in one way for every check in the package."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ TOLERANCE: dict[torch.dtype, float] = {
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }
-"""Largest relative error that rounding may cause in one forward pass, by dtype."""
+"""The largest relative error that rounding may cause in one forward pass, by dtype."""
 
 
 ROUNDING: dict[torch.dtype, float] = {
@@ -24,15 +24,15 @@ ROUNDING: dict[torch.dtype, float] = {
     torch.bfloat16: 1e-2,
     torch.float16: 1e-2,
 }
-"""Below this share of a weight's largest entry, what is left of it is rounding, by dtype."""
+"""The share of a weight's largest entry below which an entry is only rounding, by dtype."""
 
 LNFREE_EPSILON = 1e8
-"""From this epsilon on a norm divides by sqrt(epsilon), whatever its input."""
+"""With an epsilon this large or larger, a norm divides by sqrt(epsilon), whatever its input."""
 
 _CHUNK = 2**22
-"""Elements that are compared in float64 at once, to keep the peak of memory low."""
+"""How many elements are compared in float64 at once, to keep the peak of memory low."""
 _PARTS = 2048
-"""Parts that are summed at once."""
+"""How many parts are summed at once."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class MeasuredError:
     """How far `found` is from `expected`."""
 
     absolute: float
-    """Largest absolute difference, in the unit of the values compared."""
+    """The largest absolute difference, in the unit of the values compared."""
     relative: float
-    """The same divided by the largest absolute expected value, unless another scale is named."""
+    """The same divided by the largest absolute expected value, or by another scale if given."""
     dtype: torch.dtype
-    """The coarser of the two dtypes compared: what the error must be judged by."""
+    """The coarser of the two dtypes compared, which sets the tolerance."""
 
     @property
     def tolerance(self) -> float:
@@ -56,10 +56,11 @@ class MeasuredError:
 
         Args:
             what: What was compared, for the message.
-            tolerance: Largest relative error allowed. Default: by dtype.
+            tolerance: The largest relative error allowed. Default: what rounding in `dtype`
+                explains.
 
         Raises:
-            InexactError: if it is larger, or not a number.
+            InexactError: if the relative error is larger, or not a number.
         """
         tolerance = self.tolerance if tolerance is None else tolerance
         if not self.relative <= tolerance:
@@ -85,7 +86,7 @@ def sum_and_largest(
     largest = 0.0
     for chunk in values.split(_PARTS):
         total += chunk.sum(0, dtype=wide)
-        # Out of the order in memory, the extremes take ten times as long.
+        # If the order differs from that in memory, finding the extremes takes ten times as long.
         last = chunk.stride(0) < chunk.stride(-1)
         low, high = torch.aminmax(chunk.movedim(0, -1) if last else chunk)
         largest = _larger(largest, _larger(-low.item(), high.item()))
@@ -100,8 +101,8 @@ def measure_error(
     """The largest difference between two tensors, computed in float64 on the CPU.
 
     Args:
-        found: Any shape.
-        expected: The same shape.
+        found: A tensor of any shape.
+        expected: A tensor of the same shape.
         scale: What `relative` divides by. Default: the largest absolute expected value.
     """
     coarser = max(found.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
@@ -119,5 +120,5 @@ def measure_error(
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger of two numbers, and NaN if one is: `max` would let it pass."""
+    """The larger of two numbers, or NaN if one of them is NaN, which `max` may drop."""
     return b if math.isnan(b) or b > a else a

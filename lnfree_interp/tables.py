@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """A small table; every cell is text."""
+    """A small table, whose cells are text."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def to_html(self) -> str:
-        """As an HTML table, cells escaped."""
+        """The table as HTML, with cells escaped."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -22,7 +22,7 @@ class Table:
         return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
     def to_text(self) -> str:
-        """Aligned for a terminal: first column left, the others right."""
+        """The table for a terminal: the first column aligned left, the others right."""
         lines = [list(self.header), *map(list, self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         return "\n".join(

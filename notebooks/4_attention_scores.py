@@ -22,14 +22,15 @@ lf.plots.show_in_notebooks()
 
 free = lf.load("../lnfree-demo/model")
 prompt = "class Stack:\n    def push(self, item):\n        self.items.append("
-tokens = free.to_str_tokens(prompt)
+trace = lf.trace(free, prompt)
+tokens = trace.prompts[0]
 item = tokens.index(" item")
 
 # %% [markdown]
 # Why does L3H4 look from the end of the prompt to the argument? Its score, by pairs of components:
 
 # %%
-scores = lf.attribute_scores(free, prompt, layer=3, head=4).verify()
+scores = lf.attribute_scores(trace, layer=3, head=4).verify()
 print(scores)
 print(f"attention to {tokens[item]!r}: {scores.log_pattern.exp()[item]:.2f}")
 lf.plots.scores(scores, key=item)
@@ -39,12 +40,16 @@ scores.top(key=item, k=5)
 
 # %% [markdown]
 # Why there rather than to the first `self`? The logarithm of the two weights' ratio is a sum over
-# what is at the query.
+# what is at the query; or over what is at the two keys.
 
 # %%
 odds = scores.log_odds(item, tokens.index("self")).verify()
 print(f"{odds.total.item():.2f} = log of the ratio of the two attention weights")
 odds.top(5)
+
+# %%
+self_at = tokens.index("self")
+trace.attribute(lf.LogOdds(3, 4, key=item, other=self_at, side="key")).verify().top(5)
 
 # %% [markdown]
 # ## Without a component
@@ -53,7 +58,7 @@ odds.top(5)
 # is compared with a run in which that was taken out.
 
 # %%
-without = lf.counterfactual_pattern(free, prompt, 3, 4, without="0_mlp_out").verify()
+without = lf.counterfactual_pattern(trace, 3, 4, without="0_mlp_out").verify()
 print(without)
 lf.plots.pattern(without)
 
@@ -62,7 +67,7 @@ lf.plots.pattern(without)
 
 # %%
 for side in ("query", "key"):
-    one = lf.counterfactual_pattern(free, prompt, 3, 4, "0_mlp_out", side=side).verify()
+    one = lf.counterfactual_pattern(trace, 3, 4, "0_mlp_out", side=side).verify()
     print(f"missing at the {side:5}: attention to {tokens[item]!r} {one.pattern[-1, item]:.2f}")
 
 # %% [markdown]

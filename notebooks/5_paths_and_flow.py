@@ -11,9 +11,9 @@
 # %% [markdown]
 # # Paths and flow
 #
-# Given the attention patterns, a logit is a sum over paths: a source, and the heads that carried it
-# to the last position. There are about (1 + heads) ** layers of them, so the largest are opened
-# first, and what stays closed keeps its exact value.
+# Given the attention patterns, a logit is a sum over paths: a source at its position, and the heads
+# that carried it to the last position. There are about (1 + heads) ** layers ways, so the largest
+# are opened first, and what stays closed keeps its exact value.
 
 # %%
 import lnfree_interp as lf
@@ -22,10 +22,11 @@ lf.plots.show_in_notebooks()
 
 free = lf.load("../lnfree-demo/model")
 prompt = "class Stack:\n    def push(self, item):\n        self.items.append("
-question = (free, prompt, "item", "self")
+trace = lf.trace(free, prompt)
+target = lf.LogitDifference("item", "self")
 
 # %%
-paths = lf.expand_paths(*question, top_k=20).verify()
+paths = lf.expand_paths(trace, target, top_k=20).verify()
 print(paths)
 paths.top(8)
 
@@ -33,29 +34,30 @@ paths.top(8)
 lf.plots.paths(paths)
 
 # %% [markdown]
-# The largest path goes through block 0's MLP and then through L3H4. A path sums over positions;
-# where does this one start?
+# The largest path starts at block 0's MLP, at the position of the argument, and goes through L3H4:
+# the MLP says which token it is, the head moves it to the end.
 
 # %%
-_, cache = free.run_with_cache(prompt)
-pattern = cache["pattern", 3][0, 4, -1]
-reading = free.W_U[:, free.to_single_token("item")] - free.W_U[:, free.to_single_token("self")]
-at = pattern * (cache["mlp_out", 0][0] @ free.W_V[3, 4] @ free.W_O[3, 4] @ reading).detach()
-words = free.to_str_tokens(prompt)
-assert abs(at.sum() - paths["0_mlp_out > L3H4"]) < 1e-3
-print(*(f"{words[i]!r} at {i}: {at[i]:+.2f}" for i in at.abs().topk(3).indices.tolist()), sep="\n")
+at = trace.prompts[0].index(" item")
+assert paths.labels[0] == f"0_mlp_out@{at} > L3H4"
 
 # %% [markdown]
-# At the argument: the MLP says which token it is, the head moves it to the end.
-#
+# Is it needed? Take away what the head reads at the argument, and nothing else. *Predicted* is the
+# sum over the paths that pass there; *direct* is measured where the target reads, and *total* with
+# everything that the model makes of it.
+
+# %%
+lf.ablate(trace, [f"L3H4@{at}"]).compare(target).verify().to_frame().round(3)
+
+# %% [markdown]
 # ## Flow
 #
-# With neuron gates held as well, everything flows from tokens and biases to the logit: at every
+# With neuron gates given as well, everything flows from tokens and biases to the logit: at every
 # node, what enters (its own biases among it) is what leaves. Nodes that are not shown are counted
 # at each node, and at the end: here they carry about half.
 
 # %%
-graph = lf.flow_graph(*question, top_k=25).verify()
+graph = lf.flow_graph(trace, target, top_k=25).verify()
 print(graph)
 lf.plots.flow(graph)
 

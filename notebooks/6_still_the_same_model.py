@@ -11,7 +11,7 @@
 # %% [markdown]
 # # Is my LN-free model still the same model?
 #
-# A good mean hides a few tokens that went wrong; a bad one can be three blocks in ten thousand.
+# A good mean hides a few tokens that went wrong; a bad one can be three sequences in ten thousand.
 # `lf.evaluate` puts what has been asked about LN-free models side by side, on any text. With the
 # control: the same fine-tuning, norms left in. What it changed is not the removal's doing.
 
@@ -25,7 +25,8 @@ models = {
     "vanilla": lf.load("../lnfree-demo/control"),
     "lnfree": lf.load("../lnfree-demo/model"),
 }
-text = lf.evaluation_text("stdlib", models["original"].tokenizer, 256, 48)
+tokenizer = models["original"].tokenizer
+text = lf.evaluation_text("stdlib", tokenizer, sequence_length=256, sequences=48)
 evaluation = lf.evaluate(models, text, original="original", text="held-out modules")
 evaluation.to_frame().round(4)
 

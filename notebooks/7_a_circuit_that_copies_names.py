@@ -17,8 +17,8 @@
 #         self.items.append(
 #
 # the next token is likely `item`. The bundled model does this. Which parts of it, and how? Sums are
-# exact, and what they claim is checked by experiments that do not rest on them: ablations to the
-# mean and to another prompt's activations, patching, the model with its norms, and real code.
+# exact, and what they claim is checked by experiments that do not rest on them: ablations, patching
+# with another prompt's activations, the model with its norms, and real code.
 
 # %%
 import ast
@@ -108,6 +108,8 @@ tokens = prompts_of(templates["self.items.append("])
 words = free.to_str_tokens(tokens[0])
 place = words.index(" " + names[0])
 clean = free(tokens)
+traces = {label: lf.trace(model, tokens, hold=True) for label, model in models.items()}
+trace, target = traces["LN-free"], lf.LogitDifference(answers, SELF)
 top = clean[:, -1].argmax(-1)
 failures = [
     (name, free.to_string(t)) for name, t, a in zip(names, top, answers, strict=True) if t != a
@@ -122,7 +124,7 @@ print("it fails for", *(f"{name} ({said})" for name, said in failures))
 # which parts depend on the name.
 
 # %%
-by_head = lf.attribute_logits(free, tokens, answers, SELF, by="head").verify()
+by_head = trace.attribute(target, by="head").verify()
 table = pd.DataFrame(
     {"mean": by_head.values.mean(1), "spread": by_head.values.std(1)}, index=by_head.labels
 )
@@ -137,9 +139,9 @@ table.loc[table["mean"].abs().sort_values(ascending=False).index[:8]].round(2)
 # head read?
 
 # %%
-by_source = lf.attribute_logits(free, tokens, answers, SELF, by="source").verify()
+by_source = trace.attribute(target, by="source").verify()
 from_name = by_source[f"{copier.label}@{place}"]
-pattern = free.run_with_cache(tokens)[1]["pattern", copier.layer][:, copier.index, -1, place]
+pattern = trace.act("pattern", copier.layer)[:, copier.index, -1, place]
 print(f"{copier.label}: {by_head[copier].mean():+.2f}, from the argument {from_name.mean():+.2f}")
 print(f"it looks at the argument with {pattern.mean():.2f} (at least {pattern.min():.2f})")
 
@@ -150,110 +152,83 @@ print(f"it looks at the argument with {pattern.mean():.2f} (at least {pattern.mi
 # LN-free model it does, prompt by prompt; with the norms it is an estimate.
 
 # %%
-for label, model in models.items():
-    _, cache = model.run_with_cache(tokens)
-    claimed = lf.attribute_logits(model, tokens, answers, SELF, frozen_scale=True)[copier]
-    z, stream = cache["z", copier.layer][:, -1, copier.index], cache["resid_post", -1]
-    without = stream.clone()
-    without[:, -1] -= z @ model.W_O[copier.layer, copier.index]
-    measured = difference(model(stream, start_at_layer=4)) - difference(
-        model(without, start_at_layer=4)
+for label, one in traces.items():
+    effects = lf.ablate(one, copier).compare(target)
+    miss = (effects.predicted - effects.direct).abs().max()
+    print(
+        f"{label:9} predicted {effects.predicted.mean():+.2f}, measured "
+        f"{effects.direct.mean():+.2f}; largest miss in a prompt {miss:.1e}"
     )
-    miss = (claimed - measured).abs().max()
-    print(f"{label:9} measured {measured.mean():+.2f}; largest miss of the attribution {miss:.1e}")
     assert label == "original" or miss < 1e-3
 
 # %% [markdown]
 # ## Is the head needed?
 #
-# Its output at the last position, set to its mean over the prompts (the name is lost, everything
-# else stays), to that of another prompt, or to zero. All heads, for comparison, by the mean.
+# Its output is replaced by that of a prompt with another name (the name is lost, everything else
+# stays), by its mean over prompts and positions, or by zero. All heads, for comparison, by that of
+# another prompt.
 
 # %%
 other = torch.roll(torch.arange(len(names)), 1)
+others = {label: lf.trace(model, tokens[other]) for label, model in models.items()}
 
 
-def ablated(model, head, how):
-    hook = f"blocks.{head.layer}.attn.hook_z"
-    kept = model.run_with_cache(tokens, names_filter=hook)[1][hook][:, -1, head.index]
-    new = {"mean": kept.mean(0), "another prompt": kept[other], "zero": torch.zeros(())}[how]
-
-    def replace(z, hook):
-        z[:, -1, head.index] = new
-        return z
-
-    return [(hook, replace)]
+def names_found(one, labels, with_):
+    """In how many prompts the name is first, with components replaced."""
+    hooks = lf.ablate(one, labels, with_).hooks()
+    return found(one.view.model.run_with_hooks(one.tokens, fwd_hooks=hooks))
 
 
 rows = {}
-for how in ("mean", "another prompt", "zero"):
+for how in ("another prompt", "mean", "zero"):
     rows[f"{copier.label}: {how}"] = {
-        label: found(model.run_with_hooks(tokens, fwd_hooks=ablated(model, copier, how)))
-        for label, model in models.items()
+        label: names_found(one, copier, others[label] if how == "another prompt" else how)
+        for label, one in traces.items()
     }
 print(pd.DataFrame(rows).T)
-left = {
-    head.label: found(free.run_with_hooks(tokens, fwd_hooks=ablated(free, head, "mean")))
-    for head in heads
-}
-print("\nfewest names left with a head at its mean:")
+left = {head.label: names_found(trace, head, others["LN-free"]) for head in heads}
+print("\nfewest names left with a head's output from another prompt:")
 print(pd.Series(left).sort_values()[:5].to_string())
-assert min(left, key=left.get) == copier.label
+assert sorted(left, key=left.get)[:2] == [copier.label, "L0H2"]
 
 # %% [markdown]
 # Needed, with and without norms (and `L0H2`, second in the list, too: see below). Ablation is a
 # total effect: later parts react. Since nothing is normalised, the change of the logit difference
-# is exactly the sum of the changes of all parts:
+# is exactly the sum of the changes of all parts, and results can be subtracted:
 
 
 # %%
-def changes(inputs, hooks):
-    """By part, what hooks change in the mean logit difference; exact."""
-    before = lf.attribute_logits(free, inputs, answers, SELF, by="head").verify()
-    with free.hooks(hooks):
-        after = lf.attribute_logits(free, inputs, answers, SELF, by="head").verify()
-    parts = pd.Series((after.values - before.values).mean(1), index=before.labels)
-    total = float((after.total - before.total).mean())
-    assert abs(parts.sum() - total) < 1e-3
-    kept = parts[parts.abs().sort_values(ascending=False).index[:3]]
-    return (
-        f"{total:+.2f} = " + ", ".join(f"{label} {x:+.2f}" for label, x in kept.items()) + ", ..."
-    )
+def changes(intervention):
+    """By part, what an intervention changes in the mean logit difference; exact."""
+    inputs = intervention.trace.tokens
+    before = lf.trace(free, inputs).attribute(target, by="head")
+    with free.hooks(intervention.hooks()):
+        after = lf.trace(free, inputs).attribute(target, by="head")
+    change = (after - before).mean().verify()
+    largest = change.top(3).itertuples()
+    parts = ", ".join(f"{row.component} {row.value:+.2f}" for row in largest)
+    return f"{change.total:+.2f} = {parts}, ..."
 
 
-print("copier at its mean:", changes(tokens, ablated(free, copier, "mean")))
+print("copier replaced:", changes(lf.ablate(trace, copier, others["LN-free"])))
 
 # %% [markdown]
 # ## Is it enough?
 #
-# Now the other way round. In prompts with *another* name, parts get the activations that they have
-# with the right one. Which heads bring the name back?
+# Now the other way round. In prompts with *another* name, heads get the outputs that they have with
+# the right one. Which of them bring the name back?
 
 # %%
-corrupted = tokens[other]
-floor, ceiling = difference(free(corrupted)).mean(), difference(clean).mean()
+corrupted = others["LN-free"]
+floor, ceiling = difference(free(corrupted.tokens)).mean(), difference(clean).mean()
 
 
-def patched(model, chosen):
-    hooks = []
-    for head in chosen:
-        hook = f"blocks.{head.layer}.attn.hook_z"
-        right = model.run_with_cache(tokens, names_filter=hook)[1][hook][:, -1, head.index]
-
-        def replace(z, hook, right=right, head=head):
-            z[:, -1, head.index] = right
-            return z
-
-        hooks.append((hook, replace))
-    return hooks
+def restored(labels):
+    patched = lf.ablate(corrupted, labels, with_=trace).compare(target)
+    return float(-patched.total_effect[-1].mean() / (ceiling - floor))
 
 
-def restored(chosen):
-    logits = free.run_with_hooks(corrupted, fwd_hooks=patched(free, chosen))
-    return float((difference(logits).mean() - floor) / (ceiling - floor)), found(logits)
-
-
-alone = {head.label: restored([head])[0] for head in heads}
+alone = {head.label: restored(head) for head in heads}
 print(pd.Series(alone).sort_values(ascending=False)[:4].map("{:.0%}".format).to_string())
 
 # %% [markdown]
@@ -263,15 +238,15 @@ print(pd.Series(alone).sort_values(ascending=False)[:4].map("{:.0%}".format).to_
 # %%
 early = next(head for head in heads if head.label == "L0H2")
 assert sorted(alone, key=alone.get)[-2:] == ["L0H2", "L3H4"]
-early_pattern = free.run_with_cache(tokens)[1]["pattern", 0][:, early.index, -1]
+early_pattern = trace.act("pattern", early.layer)[:, early.index, -1]
 looks = early_pattern.mean(0).topk(2)
 print(f"L0H2 itself: {by_head[early].mean():+.2f}; it looks at")
 for share, at in zip(looks.values.tolist(), looks.indices.tolist(), strict=True):
     print(
         f"    {share:.2f} position {at}" + (", the argument" if at == place else f", {words[at]!r}")
     )
-print("L0H2 patched:", changes(corrupted, patched(free, [early])))
-print("L3H4 patched:", changes(corrupted, patched(free, [copier])))
+for head in (early, copier):
+    print(f"{head.label} patched:", changes(lf.ablate(corrupted, head, with_=trace)))
 
 # %% [markdown]
 # It looks at the argument from the last position, more than at anything else, and MLPs *there*,
@@ -283,9 +258,10 @@ rows, right = {}, clean[:, -1].argmax(-1) == answers
 for label, chosen in {"L3H4": [copier], "L0H2": [early], "both": [copier, early]}.items():
     shares, shares_right, counts = [], [], []
     for shift in (1, 3, 7, 11, 17):
-        from_other = tokens[torch.roll(torch.arange(len(names)), shift)]
-        low, high = difference(free(from_other)), difference(clean)
-        logits = free.run_with_hooks(from_other, fwd_hooks=patched(free, chosen))
+        from_other = lf.trace(free, tokens[torch.roll(torch.arange(len(names)), shift)])
+        low, high = difference(free(from_other.tokens)), difference(clean)
+        hooks = lf.ablate(from_other, chosen, with_=trace).hooks()
+        logits = free.run_with_hooks(from_other.tokens, fwd_hooks=hooks)
         gained = difference(logits) - low
         shares.append(float(gained.mean() / (high - low).mean()))
         shares_right.append(float(gained[right].mean() / (high - low)[right].mean()))
@@ -308,12 +284,11 @@ pd.DataFrame(rows).T
 # %%
 ov = lf.ov_table(free, copier.layer, copier.index)
 spaced = [free.to_single_token(" " + name) for name in names]
-_, cache = free.run_with_cache(tokens)
 W_V = free.W_V[copier.layer, copier.index]
 for what, logits in (
     ("the embedding", ov.left[spaced] @ ov.right),
-    ("0_mlp_out", cache["mlp_out", 0][:, place] @ W_V @ ov.right),
-    ("the whole stream", cache["resid_pre", copier.layer][:, place] @ W_V @ ov.right),
+    ("0_mlp_out", trace.act("mlp_out", 0)[:, place] @ W_V @ ov.right),
+    ("the whole stream", trace.act("resid_pre", copier.layer)[:, place] @ W_V @ ov.right),
 ):
     ranks = (logits > logits.gather(1, answers[:, None])).sum(1)
     print(
@@ -328,12 +303,12 @@ for what, logits in (
 # prompts, what the keys know. The closed form: a part's share of the key is replaced, nothing else.
 
 # %%
-scores = lf.attribute_scores(free, tokens[0], copier.layer, copier.index).verify()
+scores = lf.attribute_scores(trace.select(0), copier.layer, copier.index).verify()
 lf.plots.scores(scores, key=place)
 
 # %%
 L, H = copier.layer, copier.index
-q, k = cache["q", L][:, -1, H], cache["k", L][:, :, H]
+q, k = trace.act("q", L)[:, -1, H], trace.act("k", L)[:, :, H]
 
 
 def attention(k):
@@ -342,12 +317,8 @@ def attention(k):
 
 
 rows = {}
-for label, part in (
-    ("0_mlp_out", cache["mlp_out", 0]),
-    ("1_attn_out", cache["attn_out", 1]),
-    ("2_attn_out", cache["attn_out", 2]),
-):
-    share, row = part[:, place] @ free.W_K[L, H], {}
+for label, part in (("0_mlp_out", 0), ("1_attn_out", 1), ("2_attn_out", 2)):
+    share, row = trace.act(label[2:], part)[:, place] @ free.W_K[L, H], {}
     for how, new in (("without it", 0 * share), ("same for all names", share.mean(0))):
         replaced = k.clone()
         replaced[:, place] += new - share
@@ -366,46 +337,42 @@ assert rows["the whole key"]["same for all names"] > 0.9 * attention(k)
 #
 # ## The paths in one picture
 #
-# Sources on the left, positions summed: `0_mlp_out` through L3H4 is the first route; `0_mlp_out`
-# straight to the logit holds the second, beside what `(` says to every name alike.
+# Sources on the left, each at its position: `0_mlp_out` at the argument through L3H4 is the first
+# route; `0_mlp_out` at the last position, straight to the logit, holds the second, beside what `(`
+# says to every name alike.
 
 # %%
 prompt = names.index("item")
-paths = lf.expand_paths(free, tokens[prompt], int(answers[prompt]), SELF, top_k=12).verify()
+paths = lf.expand_paths(trace.select(prompt), int(answers[prompt]), SELF, top_k=12).verify()
 print(paths.top(4))
+assert paths.labels[0] == f"0_mlp_out@{place} > {copier.label}"
 lf.plots.paths(paths)
 
 # %% [markdown]
 # ## In other prompts, and in real code
 #
-# The head was found on one template. What is left of the names in the others, with it at its mean?
+# The head was found on one template. What is left of the names in the others, with its output from
+# a prompt with another name?
 
 # %%
 rows = {}
 for where, text in list(templates.items())[:4]:
-    inputs = prompts_of(text)
-    row = {"as it is": found(free(inputs))}
+    inputs = lf.trace(free, prompts_of(text))
+    another = lf.trace(free, inputs.tokens[other])
+    row = {"as it is": found(free(inputs.tokens))}
     for head in (copier, early):
-        hook = f"blocks.{head.layer}.attn.hook_z"
-        kept = free.run_with_cache(inputs, names_filter=hook)[1][hook][:, -1, head.index].mean(0)
-
-        def at_mean(z, hook, kept=kept, head=head):
-            z[:, -1, head.index] = kept
-            return z
-
-        row[f"{head.label} at its mean"] = found(
-            free.run_with_hooks(inputs, fwd_hooks=[(hook, at_mean)])
-        )
+        row[f"without {head.label}"] = names_found(inputs, head, another)
     rows[where] = row
-    assert row["L3H4 at its mean"] < row["as it is"] / 2
+    assert row["without L3H4"] < row["as it is"] / 2
 pd.DataFrame(rows).T
 
 # %% [markdown]
-# And on held-out modules: how much worse does its mean make a token that repeats, without a
-# space, a word that stands with one among the last 255 tokens; after `(` and elsewhere?
+# And on held-out modules: with the head at its mean over the text, how much worse is a token that
+# repeats, without a space, a word that stands with one among the last 255 tokens; after `(` and
+# elsewhere?
 
 # %%
-text = lf.evaluation_text("stdlib", free.tokenizer, 256, 96)
+text = lf.evaluation_text("stdlib", free.tokenizer, sequence_length=256, sequences=96)
 word = {i: free.to_string([i]) for i in range(free.cfg.d_vocab)}
 bare = {i: vocabulary.get("Ġ" + w) for i, w in word.items() if w.isidentifier() and len(w) > 1}
 shape = (len(text), text.shape[1] - 1)
@@ -448,7 +415,7 @@ assert min(rows["repeats, after ("]["change"], rows["repeats, elsewhere"]["chang
 pd.DataFrame(rows).T
 
 # %% [markdown]
-# The head is no specialist for calls: it copies a word that stood with a space to where it stands
+# The head is not special to calls: it copies a word that stood with a space to where it stands
 # without one, in calls and elsewhere alike (after `(` for fewer tokens: the median hardly moves).
 # The prompts above are one use of it.
 #
@@ -456,11 +423,11 @@ pd.DataFrame(rows).T
 #
 # Two routes copy the argument's name to a call: L3H4 moves what block 0's MLP made of it at the
 # argument, and L0H2 brings it to the end, where MLPs make it the name. Both are needed: with the
-# first at its mean hardly a name is left, with the second about half; the original model, with
-# its norms, loses the names with the same head. Neither is enough alone; together they bring back
-# most of the logit difference and of the names. Exact are the sums, the score by pairs and the
-# closed forms; that the parts named here are the circuit rests on the experiments, on one small
-# model.
+# first one's output from another prompt hardly a name is left, with the second's about half of
+# them; the original model, with its norms, loses the names with the same head. Neither is enough
+# alone; together they bring back most of the logit difference and of the names. The sums, the score
+# by pairs and the closed forms are exact. That the parts named here are the circuit rests on the
+# experiments, on one small model.
 #
 # Not explained: how block 0's MLP translates ` item` into `item` (`lf.attribute_neuron` and
 # `lf.neuron_output_table` are where to start), what builds the "an argument stands here" of the

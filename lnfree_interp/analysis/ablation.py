@@ -1,6 +1,6 @@
 """What a component writes, measured: the difference that it makes in a run of the model.
 
-Independent of how levels take the stream apart, and of the weights: a check on both.
+The measurement uses neither the levels nor the weights, so it checks both.
 """
 
 import torch
@@ -17,12 +17,13 @@ from lnfree_interp.models.running import Edit
 def by_ablation(
     view: View, tokens: Int[Tensor, "batch pos"], component: Component
 ) -> Float[Tensor, "batch pos d_model"]:
-    """What a component adds to the stream, by leaving it out.
+    """What a component adds to the stream, measured by leaving it out.
 
     Args:
-        view: Of the model, in any form.
-        tokens: [batch, pos].
-        component: Embedding, head (of one source token too), neuron, sublayer, layer or bias.
+        view: The view of a model in any form.
+        tokens: Token ids, [batch, pos].
+        component: An embedding, a head (also of one source token), a neuron, a sublayer, a layer or
+            a bias.
     """
     kind, layer, index = component.kind, component.layer, component.index
     if layer is None:
@@ -60,7 +61,7 @@ def _kept(
 
 
 def _value_bias(view: View, tokens: Tensor, layer: int) -> Float[Tensor, "head d_head"]:
-    """The values of a stream that is zero."""
+    """The values that a head computes from a stream of zeros."""
     name = get_act_name("v", layer)
     nothing = torch.zeros_like(_kept(view, tokens, "hook_embed", 0))[:1, :1]
     _, found = view.run(nothing, [name], start=layer, stop=layer + 1)
@@ -71,7 +72,7 @@ def _value_bias(view: View, tokens: Tensor, layer: int) -> Float[Tensor, "head d
 def _moved(
     view: View, tokens: Int[Tensor, "batch pos"], head: Component
 ) -> Float[Tensor, "batch pos d_head"]:
-    """What a head moves from one token to every position, its value bias apart."""
+    """What a head moves from one token to every position, without its value bias."""
     assert head.layer is not None
     assert head.index is not None
     v, pattern = (_kept(view, tokens, get_act_name(x, head.layer), head.layer)

@@ -1,6 +1,6 @@
-"""The whole network, patterns and gates given, as one affine map from its tokens to a target."""
+"""The network with patterns and gates given: one affine map from its tokens to a target."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -30,11 +30,12 @@ class Backward:
     reading: Reading
     held: tuple[str, ...]
     """What is not affine on the way, and was held."""
-    through_mlps: bool
+    given: frozenset[str]
+    """Sublayers whose output is given, which the direction does not pass through."""
     steps: tuple[tuple[GivenBlock, Stream | None, Stream, Stream], ...]
-    """As `Trace.back` gives them."""
+    """What `Trace.back` yields, block by block."""
     start: Stream
-    """The direction where the target reads."""
+    """The direction of the stream at the target's place."""
 
     @property
     def u(self) -> Stream:
@@ -42,7 +43,7 @@ class Backward:
         return self.steps[-1][-1] if self.steps else self.start
 
     def at(self, place: Place) -> Stream:
-        """The direction of the stream at a place, all that lies behind it counted."""
+        """The direction of the stream at a place, including all that lies behind it."""
         if place == self.reading.place:
             return self.start
         for block, behind, at_attn, before in self.steps:
@@ -53,7 +54,8 @@ class Backward:
             if place == Place(block.layer):
                 return before
         raise DataError(
-            f"{place.hook} lies behind {self.reading.place.hook}, where the target reads"
+            f"{place.hook} lies behind {self.reading.place.hook}, where the target reads: give an "
+            "earlier place"
         )
 
     @property
@@ -61,7 +63,7 @@ class Backward:
         """What holding misses; None where nothing is held."""
         if not self.held:
             return None
-        return token_gap(self.trace, self.reading, self.u, self.through_mlps)
+        return token_gap(self.trace, self.reading, self.u, self.given)
 
     def biases(self) -> Biases:
         """What biases add, in the order of computation."""
@@ -72,14 +74,14 @@ class Backward:
         return [*reversed(found), *constants]
 
     def constants(self) -> Sequence[tuple[Component, Float[Tensor, "batch one"]]]:
-        """What biases behind the place add."""
+        """What biases behind the target's place add."""
         if not self.reading.summed:
             return self.reading.constants
         return [(c, value.sum(1, keepdim=True)) for c, value in self.reading.constants]
 
 
 def carry_back(
-    trace: Trace, answer: Answers | Target, foil: Answers | None, through_mlps: bool = True
+    trace: Trace, answer: Answers | Target, foil: Answers | None, given: Collection[str] = ()
 ) -> Backward:
     """A logit, a difference of two, or any target, carried back to the embeddings.
 
@@ -87,7 +89,7 @@ def carry_back(
         trace: The forward pass.
         answer: A token, or a target.
         foil: The token whose logit is subtracted.
-        through_mlps: False: what MLPs write is given, too.
+        given: Sublayers whose output is given, such as `2_mlp_out`.
 
     Raises:
         DataError: for several answers at once.
@@ -97,22 +99,25 @@ def carry_back(
     else:
         target = Logit(answer) if foil is None else LogitDifference(answer, foil)
     if isinstance(answer, Target) and foil is not None:
-        raise DataError("a target has its foil in itself: give lf.LogitDifference(answer, foil)")
+        raise DataError(
+            "a target has its foil in itself, so `foil` cannot be given with one: give "
+            "lf.LogitDifference(answer, foil)"
+        )
     place, names = target.needs(trace)
-    sites = trace.sites_back(place, through_mlps)
+    sites = trace.sites_back(place, given)
     trace.need(*names, *trace.block_names(place), *trace.scale_names(sites))
     held = trace.require_affine(sites)
     reading = target.read(trace)
     if reading.total.shape[1] != 1:
-        raise DataError("several answers or positions: carry back one at a time")
+        raise DataError("several answers or positions were given: carry back one at a time")
     start = trace.spread(reading.direction, reading.at)
-    steps = tuple(trace.back(start, place, through_mlps))
+    steps = tuple(trace.back(start, place, given))
     held = tuple(dict.fromkeys((*held, *reading.held)))
-    return Backward(trace, reading, held, through_mlps, steps, start)
+    return Backward(trace, reading, held, frozenset(given), steps, start)
 
 
 def layer_biases(block: GivenBlock, behind: Stream | None, at_attn: Stream) -> Biases:
-    """What a block's biases add, the last of them first."""
+    """What a block's biases add, starting with the last."""
     found: Biases = []
     if block.mlp is not None and behind is not None:
         mlp = block.mlp
@@ -127,11 +132,11 @@ def layer_biases(block: GivenBlock, behind: Stream | None, at_attn: Stream) -> B
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AffineMap(CertifiedResult):
-    """A target as sum over tokens of J_t (embedding + position), plus biases.
+    """A target as the sum over tokens t of J_t (embedding + position), plus biases.
 
     Attributes:
-        jacobian: [*batch, pos, d_model], J_t: what the target reads from the stream before block
-            0, in its unit per unit of the stream.
+        jacobian: [*batch, pos, d_model], J_t: the direction that the target reads from the stream
+            before block 0, in the target's unit per unit of the stream.
         contributions: `embed@t` and `pos_embed@t` for every token, then biases layer by layer, in
             the target's unit.
     """
@@ -141,36 +146,36 @@ class AffineMap(CertifiedResult):
 
     @property
     def by_token(self) -> Float[Tensor, "*batch pos"]:
-        """[*batch, pos], what each token adds, its position included."""
+        """[*batch, pos], what each token adds, including its position."""
         found = [self.contributions.of_kind(kind) for kind in ("embed", "pos_embed")]
         return torch.stack([values for values in found if len(values)]).sum(0).movedim(0, -1)
 
     @property
     def biases(self) -> Float[Tensor, "*batch"]:
-        """What does not come from any token."""
+        """[*batch], what comes from biases and not from any token."""
         return self.contributions.total - self.by_token.sum(-1)
 
     @property
     def certificate(self) -> Certificate:
-        """Tokens and biases against the model's own number."""
+        """The sum of tokens and biases against the target as the model computed it."""
         return self.contributions.certificate
 
     def select(self, index: SupportsIndex | None = None, /, **named: SupportsIndex) -> "AffineMap":
         """The map of one prompt of a batch.
 
         Raises:
-            DataError: if there is no such prompt, or no batch.
+            DataError: if there is no such prompt, or the map is of one prompt already.
         """
         chosen = self.contributions.select(index, **named)
         number = index if index is not None else named["prompt"]
         return AffineMap(self.jacobian[number], chosen)
 
     def to_frame(self) -> Any:
-        """As `Contributions.to_frame`: one row per token's embedding and position, and per bias."""
+        """One row per token's embedding and position, and per bias (see `Contributions`)."""
         return self.contributions.to_frame()
 
     def top(self, k: SupportsIndex = 10) -> Any:
-        """As `Contributions.top`: the k largest of them."""
+        """The k rows of largest absolute value (see `Contributions`)."""
         return self.contributions.top(k)
 
     def __repr__(self) -> str:
@@ -185,25 +190,25 @@ class AffineMap(CertifiedResult):
 
 @question
 def affine_map(trace: Trace, answer: Answers | Target, foil: Answers | None = None) -> AffineMap:
-    """What each input token adds to a logit, attention patterns and neuron gates given.
+    """What each input token adds to a logit, with attention patterns and neuron gates given.
 
-    What is given is named: patterns, gates, and no norm. Biases, which are no token's, stand apart:
-    they are often a large share. (Detached Jacobians hold norms as well: identities only.)
+    Only patterns and gates are given; norms are not. Biases belong to no token, stand apart, and
+    are often a large share. (Detached Jacobians hold norms as well, so they only add up.)
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
         answer: The next token, as in `attribute_logits`, one for each prompt; or any target.
-        foil: Subtract this token's logit.
+        foil: The token whose logit is subtracted.
 
     Returns:
-        What each token adds, [pos], and biases, in logits; with the Jacobian, [pos, d_model]. For
-        several prompts with a first dimension [prompt].
+        What each token adds, [pos], and what biases add, in logits; and the Jacobian,
+        [pos, d_model]. For several prompts, with a first dimension [prompt].
 
     Raises:
         InexactError: if a norm on the way is live or the logits are capped, and the trace does not
             hold.
-        DataError: as `attribute_logits`, and for more than one answer.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        DataError: as for `attribute_logits`, and for more than one answer.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Ours: with patterns given the logit is a sum over tokens in an attention-only model (Elhage

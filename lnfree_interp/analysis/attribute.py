@@ -1,8 +1,8 @@
 """Attribution: a target as a sum over the parts of a level, on one trace.
 
-On an LN-free model a target is linear in the residual stream, so the parts add up to it and taking
-one away changes it by exactly that part. Where something that is not affine is held, only the
-adding up survives, and `gaps` measures what that misses.
+On an LN-free model a target is linear in the residual stream, so the parts add up to it, and taking
+one away changes it by exactly that part. Where something that is not affine is held, the parts
+still add up, but they no longer say what taking one away does; `gaps` measures what that misses.
 """
 
 from typing import Any, Literal, SupportsIndex
@@ -33,15 +33,16 @@ def attribute(
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
-        target: What is explained: `lf.Logit`, `lf.LogitDifference`, `lf.NextTokens`, `lf.Score`,
+        target: What to explain: `lf.Logit`, `lf.LogitDifference`, `lf.NextTokens`, `lf.Score`,
             `lf.LogOdds`, `lf.Neuron`, `lf.Probe`, or an object with the members of `lf.Target`.
-        by: Into which parts: the name of a level, or an object with the members of `lf.Level`.
-        biases: Each head's value bias as a part of its own, by head and by neuron. Without, it is
-            in the head's part.
+        by: How finely the model is taken apart: the name of a level, or an object with the members
+            of `lf.Level`.
+        biases: Whether each head's value bias is a part of its own, by head and by neuron; if not,
+            it is in the head's part.
 
     Returns:
-        `Contributions`, values [component, *dims], in the target's unit; `ScoreAttribution` for a
-        `Score` without a side.
+        `Contributions` with values [component, *dims], in the target's unit; for a `Score` without
+        a side, a `ScoreAttribution`.
 
     Raises:
         InexactError: if a norm that the target reads through is live, or a soft cap lies behind
@@ -61,7 +62,10 @@ def attribute(
         '1_b_in'
     """
     if not isinstance(target, Target):
-        raise DataError(f"{target!r:.60} is no target: it needs `needs` and `read`")
+        raise DataError(
+            f"{target!r:.60} is no target: give lf.Logit(...) or another target, or an object with "
+            "the methods `needs` and `read`"
+        )
     if isinstance(target, Score) and target.side is None:
         return attribute_scores(trace, target.layer, target.head, target.query, [target.key], by=by)
     chosen = level(by)
@@ -103,25 +107,25 @@ def attribute_logits(
         answer: The next token: a string that is one token (mind the leading space), or its id; one
             for all prompts, one each, or several each. For one prompt, a sequence is several
             answers.
-        foil: Subtract this token's logit. As `answer`.
-        by: How finely: `"layer"`; `"sublayer"`, attention and MLP of each layer; `"head"`,
-            attention by head, its output bias b_O apart; `"source"`, each head by the token that
-            it reads, its value bias b_V apart; `"neuron"`, as head, and MLPs by neuron, their bias
-            b_out apart. Or an object with the members of `lf.Level`.
-        biases: Each head's value bias as a part of its own, by head and by neuron. Without, it is
-            in the head's part.
+        foil: The token whose logit is subtracted, given as `answer` is.
+        by: How finely the model is taken apart: `"layer"`; `"sublayer"`, attention and MLP of each
+            layer; `"head"`, attention by head, its output bias b_O apart; `"source"`, each head by
+            the token that it reads, its value bias b_V apart; `"neuron"`, heads, and MLPs by
+            neuron, their bias b_out apart. Or an object with the members of `lf.Level`.
+        biases: Whether each head's value bias is a part of its own, by head and by neuron; if not,
+            it is in the head's part.
 
     Returns:
         Values [component] for one prompt, [component, prompt] for several, with a last dimension
-        [answer] where several were asked for; in logits. By source, a prompt that is shorter than
-        the longest has zeros where it has no token.
+        [answer] where there are several answers; in logits. By source, a prompt that is shorter
+        than the longest has zeros where it has no token.
 
     Raises:
         InexactError: if the final norm is live or the logits are capped, and the trace does not
             hold.
         DataError: if an answer is not one token, or is its own foil, the numbers of prompts and
-            answers differ, or there is no such level; and as `trace`.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+            answers differ, or there is no such level; and as for `trace`.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Elhage et al. 2021, https://transformer-circuits.pub/2021/framework; exact on LN-free
@@ -146,8 +150,8 @@ def attribute_next_tokens(
 
     Args:
         trace: A trace; or a model and tokens [sequence, pos], as two arguments.
-        by: How finely, as in `attribute_logits`.
-        biases: Each head's value bias as a part of its own, by head and by neuron.
+        by: How finely the model is taken apart, as in `attribute_logits`.
+        biases: Whether each head's value bias is a part of its own, by head and by neuron.
 
     Returns:
         Values [component, sequence, pos - 1], in logits.
@@ -157,10 +161,10 @@ def attribute_next_tokens(
             hold.
         DataError: if the rows have no next token, differ in length, or the model cannot read them;
             or if there is no such level.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
-        As `attribute_logits`: Elhage et al. 2021,
+        The same as `attribute_logits`: Elhage et al. 2021,
         https://transformer-circuits.pub/2021/framework; arXiv 2409.13710.
 
     Examples:
@@ -184,20 +188,19 @@ def attribute_neuron(
     by: str | Level = "head",
     biases: bool = False,
 ) -> Contributions:
-    """A neuron's input, or its activation, as a sum over what the stream is made of.
+    """A neuron's input, or its activation, as a sum over the parts of the stream.
 
-    The neuron's bias b_in, and that of its norm, `1_ln2.b`, where it has one, are components too.
+    The neuron's bias b_in is a component too, and so is the bias of its norm, `1_ln2.b`, if any.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
-        layer: Of the neuron.
-        neuron: Its index.
+        layer: The neuron's layer, counted from 0.
+        neuron: The neuron's index in its layer, counted from 0.
         pos: Position at which the neuron is read, from each prompt's own end if negative.
-        of: `"pre"`: what the activation function gets; minus the bias b_in is its threshold.
-            `"post"`: the activation, by the secant post / pre, which splits it completely; in a
-            gated MLP what passes the gate, the gate given.
-        by: How finely, as in `attribute_logits`.
-        biases: Each head's value bias as a part of its own, by head and by neuron.
+        of: `"pre"`: the input of the activation function. `"post"`: the activation, split
+            completely by the secant post / pre; in a gated MLP, the activation with its gate given.
+        by: How finely the model is taken apart, as in `attribute_logits`.
+        biases: Whether each head's value bias is a part of its own, by head and by neuron.
 
     Returns:
         Values [component], or [component, prompt] for several, in units of the neuron's input or
@@ -206,7 +209,7 @@ def attribute_neuron(
     Raises:
         DataError: if there is no such neuron, position, level or `of`.
         InexactError: if the norm before the MLP is live and the trace does not hold.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Neurons as keys that the stream is compared with: arXiv 2012.14913. The sum over the parts

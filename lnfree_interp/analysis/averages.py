@@ -1,4 +1,4 @@
-"""Attribution over more text than fits into memory."""
+"""Attribution averaged over more text than fits into memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class MeanContributions(Result):
         mean_abs: [component], mean absolute contribution, in logits.
         std: [component], standard deviation over tokens, in logits.
         components: What each row is.
-        total: Mean logit of the true next token.
-        count: Tokens that were predicted, rows x (pos - 1).
+        total: The mean logit of the true next token.
+        count: The number of tokens that were predicted, sequences x (pos - 1).
         level: How finely the model was taken apart.
         worst: The largest error of any batch.
         held: What is not affine and was held.
-        gap: Then, the largest gap of any batch.
+        gap: Where something was held, the largest gap of any batch.
     """
 
     mean: Float[Tensor, " component"]
@@ -60,11 +60,11 @@ class MeanContributions(Result):
 
     @property
     def certificate(self) -> Certificate:
-        """The means add up to the mean logit; each batch has been verified on its way."""
+        """The means add up to the mean logit; each batch was verified as it was computed."""
         return self.as_contributions().certificate
 
     def to_frame(self) -> pd.DataFrame:
-        """As `Contributions.to_frame`, with `mean_abs` and `std`, in logits."""
+        """The table of `Contributions.to_frame`, with `mean_abs` and `std`, in logits."""
         frame = self.as_contributions().to_frame()
         return frame.assign(mean_abs=self.mean_abs.tolist(), std=self.std.tolist())
 
@@ -72,7 +72,7 @@ class MeanContributions(Result):
         """One component's mean contribution, by label.
 
         Raises:
-            DataError: if there is none; it names the nearest.
+            DataError: if there is no such component; the message names the nearest.
         """
         return self.as_contributions()[component].item()
 
@@ -104,19 +104,18 @@ def mean_next_token_attribution(
     batch: int = 8,
     progress: bool = False,
 ) -> MeanContributions:
-    """Attribution of the true next token over as much text as there is, in the memory of a batch.
+    """Attribution of the true next token, averaged over any amount of text, batch by batch.
 
-    Every batch is verified on its way; sums are kept in float64.
+    Every batch is verified as it is computed; sums are kept in float64.
 
     Args:
         model: A `HookedTransformer` in any form, or a `TransformerBridge`.
-        sequences: Token ids [sequence, pos], none of them padded; or batches of them, from
-            anywhere.
-        by: How finely, as in `attribute_logits`; not `"source"`, whose parts differ from prompt to
-            prompt.
-        biases: Each head's value bias as a part of its own, by head and by neuron.
-        hold: Hold a live final norm's scale, and a soft cap's slope.
-        batch: Rows at once, where `sequences` is one tensor.
+        sequences: Token ids [sequence, pos] without padding; or any iterable of such batches.
+        by: How finely the model is taken apart, as in `attribute_logits`; not `"source"`, whose
+            parts differ from prompt to prompt.
+        biases: Whether each head's value bias is a part of its own, by head and by neuron.
+        hold: Whether a live final norm's scale and a soft cap's slope are held.
+        batch: How many sequences run at once, where `sequences` is one tensor.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -125,9 +124,9 @@ def mean_next_token_attribution(
     Raises:
         InexactError: if the final norm is live and `hold` is False, or the parts of a batch do not
             add up.
-        DataError: if the model cannot read the rows, or they have no next token; for
+        DataError: if the model cannot read the sequences, or they have no next token; for
             `by="source"`, an empty batch or no text.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Ours: `attribute_next_tokens`, averaged, so that it runs over more text than fits into
@@ -142,9 +141,12 @@ def mean_next_token_attribution(
     """
     chosen = level(by)
     if chosen.name == "source":
-        raise DataError("the mean over positions of a source token says nothing: choose by='head'")
+        raise DataError(
+            "by='source' has a part for each position, and a mean over sequences says nothing "
+            "about those: choose by='head'"
+        )
     if batch < 1:
-        raise DataError(f"batch={batch}: a batch has at least one row")
+        raise DataError(f"batch={batch}: give how many sequences run at once, at least 1")
     chunks = sequences.split(batch) if isinstance(sequences, Tensor) else sequences
     sums: Tensor | None = None
     total, count, last = 0.0, 0, None

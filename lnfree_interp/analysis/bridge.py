@@ -19,9 +19,9 @@ from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error
 
 Hook = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
-"""From a module's inputs and its output to what takes the output's place, or None."""
+"""A function from a module's inputs and output to what replaces the output, or None."""
 Handed = list[tuple[tuple[Any, ...], dict[str, Any]]]
-"""For each block, its arguments behind the stream."""
+"""The arguments that each block gets besides the stream."""
 Show = Callable[[Tensor], Tensor]
 _SHOW_SCORES = (
     "JointQKVAttentionBridge",
@@ -30,11 +30,11 @@ _SHOW_SCORES = (
 )
 _MLPS = ("MLPBridge", "GatedMLPBridge")
 _STRUCTURE = 1e-4
-"""Relative error above which a model is not what its weights say."""
+"""The relative error above which a model is not what its weights describe."""
 
 
 class _Stop(Exception):  # noqa: N818
-    """Carries the stream out of a run that has come far enough."""
+    """Ends a run that has reached its last block, and carries the stream out of it."""
 
     def __init__(self, stream: Stream):
         self.stream = stream
@@ -42,7 +42,7 @@ class _Stop(Exception):  # noqa: N818
 
 @contextmanager
 def _listening(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Hooks that answer to this thread alone, and are gone afterwards."""
+    """Hooks that act in this thread only, and are removed afterwards."""
     thread = threading.get_ident()
 
     def answering(hook: Hook) -> Callable[..., Any]:
@@ -78,16 +78,16 @@ class _Norm:
         return y if self.bias is None else y + self.bias
 
     def in_float64(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """What it makes of a stream, nothing rounded to the model's dtype."""
+        """A stream after the norm, without rounding to the model's dtype."""
         return self(x.double())
 
     def hook(self, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        """The same in the place of what transformers computed in float32."""
+        """The norm's output, which replaces what transformers computed in float32."""
         return self(args[0])
 
 
 class BridgeView(View):
-    """A `TransformerBridge`, its activations under TransformerLens 3.9's names and shapes.
+    """A `TransformerBridge`, with activations under TransformerLens 3.9's names and shapes.
 
     A norm whose epsilon drowns every variance, as in our exports to transformers, is constant: the
     model's own still divides by sqrt(variance + epsilon), a relative variance / (2 epsilon) apart.
@@ -106,7 +106,7 @@ class BridgeView(View):
         super().__init__(model)
 
     def require_plain_sum(self) -> None:
-        """As `View.require_plain_sum`; a run over two tokens tells whether weights say it all."""
+        """As `View.require_plain_sum`; a run over two tokens checks weights and config."""
         cfg, blocks = self.cfg, list(self.model.blocks)
         positions = cfg.positional_embedding_type
         known = _SHOW_SCORES + ("AttentionBridge",) * self._native
@@ -138,7 +138,7 @@ class BridgeView(View):
 
     @torch.no_grad()
     def _unexplained(self) -> list[str]:
-        """What a run over two tokens shows that weights and config do not say."""
+        """What a run over two tokens shows that weights and config do not explain."""
         tokens, found = torch.arange(2, device=self.device)[None] % self.cfg.d_vocab, []
         names = ["hook_embed", *(["hook_pos_embed"] * self.has_positions)]
         short = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_post"]
@@ -275,7 +275,7 @@ class BridgeView(View):
         cos, sin = (angle.to(x)[:, None] for angle in angles)
         size = cos.shape[-1]
         turned, rest = x[..., :size], x[..., size:]
-        if self._native:  # neighbours turn together
+        if self._native:  # neighbouring entries are rotated together
             other = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
         else:
             other = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
@@ -303,7 +303,7 @@ class BridgeView(View):
         return _as_norm(reduce(getattr, self._path(site).split("."), self.model), site)
 
     def _path(self, site: str) -> str:
-        """The module that a site's name means in this model."""
+        """The module at a norm site of this model."""
         site = site.removesuffix(".qk").removesuffix(".v")
         block = self.model.blocks[0]
         return site if hasattr(block, "ln2") else site.replace(".ln2", ".ln1")
@@ -370,7 +370,8 @@ class BridgeView(View):
 
     @torch.no_grad()
     def _handed(self, n_pos: int) -> Handed:
-        """What the model gives its blocks besides the stream: masks, cosines, positions."""
+        """The arguments that the model gives its blocks besides the stream: masks, cosines,
+        positions."""
         length, handed = self._given
         if length != n_pos:
             handed = []
@@ -419,11 +420,11 @@ class BridgeView(View):
             found[name] = self._scores(int(name.split(".")[1]), found[q], found[k])
 
     def _meeting(self, which: str) -> str:
-        """Where queries or keys are shown as they meet."""
+        """The hook name of the queries or keys whose products are the scores."""
         return f"attn.hook_{'rot_' * self.rotary}{which}"
 
     def _point(self, name: str, n_pos: int) -> tuple[nn.Module, Show, Show]:
-        """The hook point of an activation, the way from what it shows to 3.9's, and back."""
+        """The hook point of an activation, and functions from its shape to 3.9's and back."""
         at, _, kind = name.rpartition(".")
         turned, back, shown = None, None, name
         if "hook_rot_" in kind and not self._reconstructed(layer := int(name.split(".")[1])):
@@ -447,7 +448,7 @@ class BridgeView(View):
         return point, show, put
 
     def _scores(self, layer: int, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
-        """Scores from queries and keys as they meet, in a model without windows."""
+        """Scores from the queries and keys after any rotation, in a model without windows."""
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         scores = einsum(q, k, "b q h k, b p h k -> b h q p") / self.attention(layer).scale
         cap = self.score_cap
@@ -459,7 +460,7 @@ class BridgeView(View):
         return type(self.model.blocks[layer].attn).__name__ == "PositionEmbeddingsAttentionBridge"
 
     def _exact(self) -> tuple[list[tuple[nn.Module, Hook]], list[tuple[nn.Module, Hook]]]:
-        """What keeps a run in float64, before and after what a caller's hooks do."""
+        """The hooks that keep a run in float64, for before and after a caller's hooks."""
         before: list[tuple[nn.Module, Hook]] = []
         after: list[tuple[nn.Module, Hook]] = []
         if self.W_E.dtype != torch.float64:
@@ -480,7 +481,7 @@ class BridgeView(View):
         return before, after
 
     def _cosines(self, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> Any:
-        """Default rotary angles in float64; None, which leaves them, for others."""
+        """Default rotary angles in float64; None, which changes nothing, for other angles."""
         said = getattr(self.model.original_model.config, "rope_parameters", None) or {}
         if said.get("rope_type") != "default":
             return None
@@ -491,7 +492,7 @@ class BridgeView(View):
 
 
 def _softmax() -> tuple[Hook, Hook]:
-    """Looks at scores, and gives their softmax as the pattern."""
+    """Reads scores, and gives their softmax as the pattern."""
     seen: list[Tensor] = []
 
     def look(args: Any, kwargs: Any, output: Tensor) -> None:
@@ -504,7 +505,7 @@ def _softmax() -> tuple[Hook, Hook]:
 
 
 def _as_norm(module: Any, site: str) -> _Norm | None:
-    """None where the stream is read as it is."""
+    """The norm of a module; None where the stream is read unchanged."""
     inner = module.original_component
     if isinstance(inner, nn.Identity):
         return None

@@ -1,4 +1,4 @@
-"""What an analysis claims, and how far it is from true."""
+"""Certificates: the identity behind a result, and the error with which it holds."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from lnfree_interp.numerics import MeasuredError
 
 @dataclass(frozen=True)
 class Certificate:
-    """An identity, checked."""
+    """An identity that was checked."""
 
     identity: str
-    """What equals what."""
+    """The identity in words: what equals what."""
     error: MeasuredError
-    """Largest absolute and relative difference, and the dtype it must be judged by."""
+    """The largest absolute and relative difference, and the dtype that sets the tolerance."""
     held: tuple[str, ...] = ()
-    """What is not affine and was held for it; empty for an exact answer."""
+    """What is not affine and was held for it; empty for an exact result."""
     gap: MeasuredError | None = None
     """What holding misses: claims against measured effects."""
 
     @property
     def holds(self) -> bool:
-        """Whether the relative error is one that rounding in the dtype explains."""
+        """Whether rounding in the dtype explains the relative error."""
         return self.error.relative <= self.error.tolerance
 
     def require(self, tolerance: float | None = None) -> "Certificate":
@@ -34,7 +34,7 @@ class Certificate:
                 explains, 1e-5 in float32 and 1e-10 in float64.
 
         Raises:
-            InexactError: if it does not.
+            InexactError: if the identity does not hold.
         """
         self.error.require(self.identity + describe_held(self.held, self.gap), tolerance)
         return self
@@ -47,7 +47,7 @@ class Certificate:
 
 
 def describe_held(held: tuple[str, ...], gap: MeasuredError | None) -> str:
-    """What was held, and what that misses, as the end of a sentence; nothing where nothing was."""
+    """What was held and what that misses, as the end of a sentence; empty if nothing was held."""
     if not held:
         return ""
     named = held[0] if len(held) == 1 else f"{held[0]} and {len(held) - 1} more"
@@ -64,10 +64,10 @@ def certificate_table(certificates: Iterable[Certificate]) -> pd.DataFrame:
     Returns:
         One row per certificate with the columns `identity`, `absolute` (in the unit of what was
         compared), `relative`, `dtype`, `tolerance` (relative), `holds`, `held` (empty for an exact
-        answer) and `gap` (what holding misses, relative).
+        result) and `gap` (what holding misses, relative).
 
     Source:
-        Ours: every decomposition states the identity behind it and by how much it is missed.
+        Ours: every decomposition states the identity behind it and the error of that identity.
 
     Examples:
         >>> dla = lf.attribute_logits(free, "for i in", " range")

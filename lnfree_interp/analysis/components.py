@@ -1,4 +1,4 @@
-"""Names of the parts that a model is taken apart into."""
+"""Components: the parts that a model is taken apart into, and their labels."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lnfree_interp.errors import DataError
 
 BEHIND_STREAM = ("ln1.b", "ln2.b", "ln_final.b", "b_Q", "b_K", "b_U", "b_in", "probe.b")
-"""Kinds that are read by no norm: biases between the stream and what is explained."""
+"""Kinds that are no part of the stream: biases between the stream and what is explained."""
 KINDS = (
     "embed", "pos_embed", "layer", "attn_out", "head", "mlp_out", "neuron", "b_V", "b_O", "b_out",
     *BEHIND_STREAM, "rest",
@@ -19,7 +19,7 @@ _LETTERS = {"head": "H", "neuron": "N"}
 
 @dataclass(frozen=True)
 class Component:
-    """One part of the residual stream, or of the way from it to what is explained.
+    """One part of the residual stream, or a bias between it and what is explained.
 
     Examples:
         >>> head = lf.Component.parse("L2H5")
@@ -30,24 +30,24 @@ class Component:
     """
 
     kind: str
-    """What it is: an embedding, a head, a neuron, a whole sublayer or layer, a bias by name, or
-    what a level of your own calls its parts."""
+    """Its kind: an embedding, a head, a neuron, a whole sublayer or layer, a bias by name, or a
+    name that a level of your own gives its parts."""
     layer: int | None = None
-    """Block that it belongs to; None for what is in no block, and for `b_Q` and `b_K`."""
+    """The block that it belongs to; None if it is in no block, and for `b_Q` and `b_K`."""
     index: int | None = None
-    """Head, neuron, or row of a dictionary."""
+    """The index of the head, the neuron, or the row of a dictionary."""
     pos: int | None = None
-    """Position of the token that it comes from, where parts are told apart by it."""
+    """The position of the token that it comes from, where parts differ by position."""
     through: tuple["Component", ...] = ()
-    """Heads that it passes, one after the other, where parts are paths."""
+    """The heads that it passes through, in order, where parts are paths."""
 
     @property
     def label(self) -> str:
-        """Short name in TransformerLens' style: `L2H5`, `L2N310`, `2_mlp_out`, `embed`.
+        """The short name in TransformerLens' style: `L2H5`, `L2N310`, `2_mlp_out`, `embed`.
 
-        What comes from one position has it behind an @: `L2H5@3`, `embed@0`. A path has the heads
-        that it passes: `embed@0 > L0H1 > L2H5`. Row 17 of a dictionary that a level of your own
-        reads in layer 1 is `L1.feature17`.
+        A position follows an @: `L2H5@3`, `embed@0`. The heads that a path passes through follow
+        a >: `embed@0 > L0H1 > L2H5`. Row 17 of a dictionary that a level of your own reads in
+        layer 1 is `L1.feature17`.
         """
         return " > ".join([self._own_label, *(head._own_label for head in self.through)])
 
@@ -67,7 +67,7 @@ class Component:
 
     @property
     def in_stream(self) -> bool:
-        """Whether it is a part of the residual stream, which can be taken out of it."""
+        """Whether it is a part of the residual stream, so that it can be taken out of it."""
         return self.kind not in BEHIND_STREAM
 
     @classmethod
@@ -75,7 +75,7 @@ class Component:
         """The component with that label.
 
         Raises:
-            DataError: if no component is written like that.
+            DataError: if no component can have that label.
         """
         start, *heads = label.split(" > ")
         if heads:
@@ -100,13 +100,13 @@ class Component:
             if name in ("embed", "pos_embed", "ln_final.b", "b_Q", "b_K", "b_U", "probe.b"):
                 return cls(name, pos=pos)
         raise DataError(
-            f"no component is called {label!r}; names are like L2H5, L2N310, 2_mlp_out, L2H5@3, "
-            "embed > L0H1"
+            f"no component is called {label!r}: give a label such as L2H5, L2N310, 2_mlp_out, "
+            "L2H5@3, or embed > L0H1"
         )
 
 
 def as_component(component: str | Component) -> Component:
-    """A component, by itself or by its label."""
+    """A component, given as one or by its label."""
     return component if isinstance(component, Component) else Component.parse(component)
 
 
@@ -120,7 +120,8 @@ def find_components(wanted: Sequence[str | Component], among: Sequence[Component
     """The rows of components, by label.
 
     Raises:
-        DataError: for a label that is not there (it names the nearest), or is named twice.
+        DataError: for a label that is not among them (the message names the nearest), or that is
+            named twice.
     """
     rows = {component.label: row for row, component in enumerate(among)}
     found = []
@@ -128,13 +129,13 @@ def find_components(wanted: Sequence[str | Component], among: Sequence[Component
         if label not in rows:
             raise DataError(f"no component {label!r} among these {len(rows)}{nearest(label, rows)}")
         if rows[label] in found:
-            raise DataError(f"{label} is named twice")
+            raise DataError(f"{label} is named twice: name each component once")
         found.append(rows[label])
     return found
 
 
 def nearest(name: object, names: Collection[str]) -> str:
-    """A hint for a message: the names most like a wrong one, else some of those that there are."""
+    """A hint for a message: the names most like a wrong one, or else some of the names."""
     by_lower = {one.lower(): one for one in names}
     near = difflib.get_close_matches(str(name).lower(), by_lower, n=3)
     if near:

@@ -1,7 +1,8 @@
-"""A head's attention pattern without some of what it reads, in closed form.
+"""A head's attention pattern without some components of what it reads, in closed form.
 
 The parts of queries and keys are known, so taking one away gives the new scores and, by the
-softmax, the new pattern: no second run of the model. The certificate makes that run all the same.
+softmax, the new pattern, without running the model again. The certificate does run it again, to
+check.
 """
 
 from collections.abc import Sequence
@@ -35,15 +36,15 @@ class CounterfactualPattern(CertifiedResult):
     """A head's attention pattern without some components of what it reads.
 
     Attributes:
-        pattern: [query, key], attention weights without them, in closed form.
-        scores: [query, key], the same before the softmax; -inf where a query does not look.
-        original: [query, key], the model's own.
+        pattern: [query, key], attention weights without the components, in closed form.
+        scores: [query, key], the same before the softmax; -inf where a query does not see a key.
+        original: [query, key], the model's own attention weights.
         certificate: The closed form against a run of the model in which the components were
             subtracted from what the head reads; where a live norm is held, the gap is what the
             closed form misses.
-        without: Their labels.
-        head: As in `L2H5`.
-        prompts: The prompt, as strings.
+        without: The labels of the components.
+        head: The head, such as `L2H5`.
+        prompts: The tokens of the prompt, as strings.
     """
 
     pattern: Float[Tensor, "query key"]
@@ -60,8 +61,8 @@ class CounterfactualPattern(CertifiedResult):
         return self.prompts[0]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per pair of positions that the head looks at: `query`, `key`, `original`,
-        `without`, `change`, in attention weights."""
+        """One row per query and key that it sees: `query`, `key`, `original`, `without`, `change`,
+        in attention weights."""
         where = self.scores.isfinite().nonzero().tolist()
         rows = [
             {"query": q, "key": k, "original": self.original[q, k].item(),
@@ -100,28 +101,28 @@ def counterfactual_pattern(
 ) -> CounterfactualPattern:
     """The pattern that a head would have if components were missing from what it reads.
 
-    Only what this head reads changes: the components stay in the stream for all others. A soft cap
+    Only what this head reads changes; the rest of the model still reads the components. A soft cap
     on scores is applied, not held.
 
     Args:
         trace: A trace of one prompt; or a model and a prompt, as two arguments.
-        layer: Of the head.
-        head: Its index.
-        without: Labels of components of the level, `"L0H3"`, `"pos_embed"`, `"0_mlp_out"`.
-        side: Missing from queries, from keys, or from both.
-        by: The level at which they are components, as in `attribute_logits`.
+        layer: The head's layer, counted from 0.
+        head: The head's index in its layer, counted from 0.
+        without: Labels of components of the level, such as `"L0H3"`, `"pos_embed"`, `"0_mlp_out"`.
+        side: Whether they are missing from queries (`"query"`), from keys (`"key"`), or `"both"`.
+        by: The level whose components they are, as in `attribute_logits`.
 
     Returns:
         Patterns with and without the components, each [query, key], in attention weights.
 
     Raises:
-        DataError: for a component that does not exist at that level before this layer; the nearest
-            are named. For a head, level or side that does not exist, no component, a bias that is
-            no part of the stream, or more than one prompt.
+        DataError: for a component that does not exist at that level before this layer (the message
+            names the nearest); for a head, level or side that does not exist, no component, a bias
+            that is no part of the stream, or more than one prompt.
         InexactError: if the norm that queries and keys read through is live and the trace does not
             hold.
-        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
-            and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
+            norms on queries and keys.
 
     Source:
         Ours: components are subtracted in the QK circuit (Elhage et al. 2021,
@@ -136,14 +137,20 @@ def counterfactual_pattern(
     """
     layer, head = require_head(trace.view, layer, head)
     if trace.batch > 1:
-        raise DataError(f"one prompt at a time, not {trace.batch}: take one with trace.select(i)")
+        raise DataError(
+            f"this question is about one prompt at a time, not {trace.batch}: take one with "
+            "trace.select(i)"
+        )
     if side not in get_args(Sides):
-        raise DataError(f"side={side!r} is not one of {', '.join(get_args(Sides))}")
+        raise DataError(f"side={side!r} is not a side: give one of {', '.join(get_args(Sides))}")
     wanted = as_labels(without)
     if not wanted:
-        raise DataError("name at least one component to take away")
+        raise DataError("no component was named: give at least one component to take away")
     if biases := [one for one in wanted if not _in_stream(one)]:
-        raise DataError(f"{biases[0]} is no part of the stream: it cannot be missing from it")
+        raise DataError(
+            f"{biases[0]} is no part of the stream, so it cannot be taken away: give components "
+            "that write to the stream"
+        )
     parts, chosen, place = ScoreParts(trace, layer, head), level(by), Place(layer)
     trace.need(*parts.needs(), *chosen.needs(trace.view, place))
     held = trace.require_affine([parts.site])
@@ -164,7 +171,7 @@ def counterfactual_pattern(
     error = measure_error(pattern, patched)
     name = f"closed form = patched pattern of {parts.name}"
     gap = None
-    if held:  # a run in which the norm sees that something is missing is what the gap is about
+    if held:  # the gap compares with a run in which the norm reads what is left
         gap, error = error, measure_error(*_recomputed(parts))
         name = f"closed form = pattern of {parts.name}, nothing missing"
     return CounterfactualPattern(
@@ -176,12 +183,12 @@ def counterfactual_pattern(
 def _in_stream(label: str) -> bool:
     try:
         return Component.parse(label).in_stream
-    except DataError:  # of a level of the caller's own
+    except DataError:  # the label is of the caller's own level
         return True
 
 
 def _recomputed(parts: ScoreParts) -> tuple[Tensor, Tensor]:
-    """The model's own pattern in closed form, and as it is."""
+    """The model's own pattern, in closed form and as the model computed it."""
     q, k, view = parts.met("q")[0], parts.met("k")[0], parts.trace.view
     scores, cap = q @ k.T / view.attention(parts.layer).scale, view.score_cap
     scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
@@ -192,7 +199,7 @@ def _recomputed(parts: ScoreParts) -> tuple[Tensor, Tensor]:
 def _patched_pattern(
     parts: ScoreParts, by: Level, without: Sequence[str], side: Sides
 ) -> Float[Tensor, "query key"]:
-    """The same from the model's own block, run on a stream from which the components are gone."""
+    """The pattern that the model's own block computes from a stream without the components."""
     trace, layer = parts.trace, parts.layer
     gone = torch.stack([_written(trace, by, one, Place(layer)) for one in without]).sum(0)
     kept, hook = {}, get_act_name("pattern", layer)
@@ -205,7 +212,7 @@ def _patched_pattern(
 
 
 def _written(trace: Trace, by: Level, label: str, place: Place) -> Stream:
-    """What a component writes: measured by ablation, where it is one of the model's own parts."""
+    """What a component writes, measured by ablation where it is one of the model's own parts."""
     try:
         component = Component.parse(label)
     except DataError:

@@ -1,9 +1,9 @@
 """The flow from tokens through heads and neurons to a target, conserved at every node.
 
-Patterns and gates given, each part of the model passes on to the target exactly what it got: what
-flows into a head through the tokens that it looks at, and its bias, is what it adds to the target
-on all ways. The graph shows the nodes through which most flows; what the others carry is stated at
-every node, so that nothing is lost without being counted.
+With patterns and gates given, each part of the model passes on to the target exactly what it gets:
+what flows into a head from the tokens that it looks at and from its biases is what the head adds to
+the target, directly and through later parts. The graph shows the nodes of largest flow; every node
+states what it gets from and passes to the others, so that everything is counted.
 """
 
 import json
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _ALWAYS_SHOWN = ("embed", "pos_embed")
 _READERS = ("head", "attn_out", "mlp_out", "neuron")
-"""Kinds that pass on what they read; what is of another kind is where flow starts."""
+"""Kinds of components that pass on what they read; flow starts at components of other kinds."""
 Terms = list[tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch d_model"]]]
 
 
@@ -47,18 +47,18 @@ class FlowNode:
     layer: int | None
     pos: int | None
     flow: float
-    """What passes through it on its way to the target, in the target's unit."""
+    """What passes through the node to the target, in the target's unit."""
     from_biases: float
-    """The share of it that comes from biases, its own and the stream's."""
+    """The share of the flow that comes from biases, the node's own and the stream's."""
     from_rest: float
-    """The share that comes from nodes that are not shown."""
+    """The share of the flow that comes from nodes that are not shown."""
     to_rest: float
-    """The share that goes on through nodes that are not shown."""
+    """The share of the flow that goes on through nodes that are not shown."""
 
 
 @dataclass(frozen=True)
 class FlowEdge:
-    """What one node gets from another, in the target's unit."""
+    """What one node passes to another, in the target's unit."""
 
     source: str
     target: str
@@ -70,20 +70,21 @@ class FlowGraph(CertifiedResult):
     """Nodes and edges, and what they leave out.
 
     Attributes:
-        components: What each node is, tokens first, the target last.
-        positions: Where each node is; the target is None.
-        flow: [node, *batch], what passes through it on its way to the target.
-        from_biases: [node, *batch], the share that comes from biases, its own and the stream's.
+        components: The component of each node, tokens first, the target last.
+        positions: The position of each node; None for the target.
+        flow: [node, *batch], what passes through the node to the target.
+        from_biases: [node, *batch], the share that comes from biases, the node's own and the
+            stream's.
         from_rest: [node, *batch], the share that comes from nodes that are not shown.
         to_rest: [node, *batch], the share that goes on through nodes that are not shown.
-        ends: [edge, 2], from which node to which.
+        ends: [edge, 2], the numbers of the nodes that the edge leaves and enters.
         edge_flow: [edge, *batch], what each edge carries.
-        certificate: At every node that is shown, what it reads, computed from the stream, against
+        certificate: For every node that is shown, what it reads, computed from the stream, against
             what it passes on, computed from what it writes.
         of: What flows, for each prompt, e.g. `' self' - ' cls'`.
-        prompts: The prompts, as strings.
+        prompts: The tokens of each prompt, as strings.
         total: [*batch], the target.
-        unit: Of all flows.
+        unit: The unit of all flows.
         dims: `()` for one prompt, `("prompt",)` for a batch.
     """
 
@@ -113,7 +114,10 @@ class FlowGraph(CertifiedResult):
 
     def _one(self) -> None:
         if self.dims:
-            raise DataError("nodes and edges of one prompt: take it with select(prompt=i)")
+            raise DataError(
+                "this graph is of several prompts: take one with select(prompt=i) to list its "
+                "nodes and edges"
+            )
 
     @property
     def nodes(self) -> tuple[FlowNode, ...]:
@@ -141,7 +145,7 @@ class FlowGraph(CertifiedResult):
         """A node by name.
 
         Raises:
-            DataError: if it is not shown.
+            DataError: if no node of that name is shown.
         """
         if name not in self.names:
             raise DataError(f"no node {name!r} is shown{nearest(name, self.names)}")
@@ -156,10 +160,13 @@ class FlowGraph(CertifiedResult):
         """The graph of one prompt of a batch.
 
         Raises:
-            DataError: if there is no such prompt, or no batch.
+            DataError: if there is no such prompt, or the graph is of one prompt already.
         """
         if not self.dims or set(named) - {"prompt"}:
-            raise DataError(f"there is no dimension to select from but {self.dims or 'none'}")
+            raise DataError(
+                "select(prompt=i) takes one prompt of a batch; the dimensions of this graph: "
+                f"{self.dims or 'none'}"
+            )
         row = read_number(named["prompt"] if index is None else index, len(self.total), "prompt")
         columns = ("flow", "from_biases", "from_rest", "to_rest", "edge_flow")
         chosen = {name: getattr(self, name)[:, row] for name in columns}
@@ -235,12 +242,12 @@ class _Node:
     writes: Float[Tensor, "batch d_model"] | None
     """What it adds to the stream at its position."""
     written: float
-    """Where, in the order of computation."""
+    """Where it writes, in the order of computation."""
     reads: Terms
-    """Directions that it reads, with a weight for every position; its output's share of the target
-    is the sum, plus `own_bias`."""
+    """Directions that it reads, with a weight for every position. What it adds to the target is the
+    sum over them, plus `own_bias`."""
     reads_at: Place | None
-    """The stream that it reads; None for a source."""
+    """The place of the stream that it reads; None for a source."""
     own_bias: Float[Tensor, " batch"]
 
 
@@ -256,20 +263,20 @@ def flow_graph(
 ) -> FlowGraph:
     """How a logit flows from the tokens through heads and MLPs or neurons.
 
-    Patterns and gates are given. A node's flow is what it adds to the logit on all ways; biases are
-    not nodes, each node states what it gets from them.
+    Patterns and gates are given. A node's flow is what it adds to the logit, directly and through
+    later nodes. Biases are not nodes; each node states what it gets from them.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
         answer: The next token, as in `attribute_logits`, one for each prompt; or any target.
-        foil: Subtract this token's logit.
+        foil: The token whose logit is subtracted.
         by: What the nodes are: `"sublayer"`, `"head"` (with whole MLPs), `"neuron"`, `"source"`;
             or a level of your own, whose parts are where flow starts, unless they are heads, MLPs
             or neurons.
-        top_k: Nodes to show, those through which most flows, besides the tokens and the target.
+        top_k: How many nodes to show, those of largest flow, besides the tokens and the target.
             None: all, which is for small models and short prompts.
-        smallest: Leave out edges that carry no more, in the target's unit; nodes count them as
-            rest.
+        smallest: Edges that carry no more than this, in the target's unit, are left out; nodes
+            count them as rest.
 
     Returns:
         Nodes [node] and edges [edge], each with its flow, in logits; for several prompts with a
@@ -278,9 +285,9 @@ def flow_graph(
     Raises:
         InexactError: if a norm on the way is live or the logits are capped, and the trace does not
             hold.
-        DataError: as `attribute_logits`; for more than one answer, a level without such nodes, or
-            a negative `top_k` or `smallest`.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        DataError: as for `attribute_logits`; for more than one answer, a level without such nodes,
+            or a negative `top_k` or `smallest`.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Graphs of information flow: arXiv 2403.00824, where an edge is the proximity of a part to
@@ -295,13 +302,32 @@ def flow_graph(
     """
     chosen = level(by)
     if chosen.name == "layer":
-        raise DataError("by='layer': a whole layer reads what it wrote itself; take 'sublayer'")
+        raise DataError(
+            "by='layer': a whole layer reads what it wrote itself, so it is no node: give "
+            "by='sublayer'"
+        )
     if smallest < 0 or (top_k is not None and whole_number(top_k, "top_k") < 0):
-        raise DataError(f"top_k={top_k} and smallest={smallest}: neither can be negative")
-    way = carry_back(trace, answer, foil)
-    trace.need(*chosen.needs(trace.view, way.reading.place))
+        raise DataError(
+            f"top_k={top_k} and smallest={smallest}: neither can be negative, so give 0 or more"
+        )
+    way = carry_back(trace, answer, foil, _sources_alone(trace, chosen))
     nodes, biases, started = _nodes(way, chosen, top_k)
     return _graph(way, nodes, biases, started, smallest)
+
+
+def _sources_alone(trace: Trace, by: Level) -> list[str]:
+    """Sublayers whose output the level has as sources of its own, or not at all: what flows out of
+    them starts there."""
+    place = trace.view.last
+    trace.need(*by.needs(trace.view, place))
+    kinds = {(part.components[0].kind, part.components[0].layer) for part in by.parts(trace, place)}
+    passing = {"attn_out": ("head", "attn_out"), "mlp_out": ("neuron", "mlp_out")}
+    return [
+        f"{layer}_{sublayer}"
+        for layer in range(trace.view.n_layers)
+        for sublayer, ways in passing.items()
+        if not any((kind, layer) in kinds for kind in ways)
+    ]
 
 
 def _order(place: Place) -> float:
@@ -311,8 +337,8 @@ def _order(place: Place) -> float:
 def _nodes(
     way: Backward, by: Level, top_k: int | None
 ) -> tuple[list[_Node], list[tuple[float, Tensor]], Float[Tensor, " batch"]]:
-    """Tokens, the nodes of largest flow in the order of computation, and the target; the stream's
-    biases; and what starts somewhere, at tokens, other sources or biases."""
+    """The nodes: tokens, the nodes of largest flow in the order of computation, and the target; the
+    stream's biases; and all flow that starts, at tokens, other sources or biases."""
     trace, reading = way.trace, way.reading
     biases: list[tuple[float, Tensor]] = []
     groups: list[tuple[Part, Float[Tensor, "batch pos part"]]] = []
@@ -364,7 +390,7 @@ def _nodes(
 
 
 def _biases_apart(trace: Trace, part: Part) -> tuple[list[Tensor], Part | None]:
-    """The biases in a group of parts, and the group without them."""
+    """The biases in a group of parts, and the group without its biases."""
     component = part.components[0]
     if isinstance(part, Constant):
         return list(part.biases), None
@@ -381,13 +407,13 @@ def _biases_apart(trace: Trace, part: Part) -> tuple[list[Tensor], Part | None]:
 
 
 def _own_biases(way: Backward, part: Part, like: Tensor) -> Float[Tensor, "batch pos part"]:
-    """What each part of a group has from its own biases."""
+    """What each part of a group gets from its own biases."""
     component, u = part.components[0], way.at(part.written)
     layer = component.layer
     assert layer is not None
     block = way.trace.block(layer)
     if component.kind == "head" and component.pos is not None:
-        return torch.zeros_like(like)  # b_V stands apart there
+        return torch.zeros_like(like)  # by source, b_V is a part of its own
     if component.kind in ("head", "attn_out"):
         by_head = (block.attention.onto_z(u) * block.b_V).sum(-1)
         return by_head if component.kind == "head" else by_head.sum(-1, keepdim=True)
@@ -397,7 +423,7 @@ def _own_biases(way: Backward, part: Part, like: Tensor) -> Float[Tensor, "batch
 
 
 def _node(way: Backward, part: Part, flow: Tensor, pos: int, i: int) -> _Node:
-    """One part at one position, with what it writes and reads."""
+    """The node of one part at one position, with what it writes and reads."""
     component = part.components[i]
     writes = part.vectors([i])[:, pos, 0]
     nothing = torch.zeros_like(flow[:, 0, 0])
@@ -413,7 +439,7 @@ def _node(way: Backward, part: Part, flow: Tensor, pos: int, i: int) -> _Node:
 
 
 def _reads(way: Backward, component: Component, written: Place, pos: int) -> tuple[Terms, Place]:
-    """What a head, an attention, an MLP or a neuron reads on behalf of the target."""
+    """The directions along which a head, an attention, an MLP or a neuron reads for the target."""
     trace, layer = way.trace, component.layer
     assert layer is not None
     block, u = trace.block(layer), way.at(written)[:, pos]
@@ -439,7 +465,7 @@ def _reads(way: Backward, component: Component, written: Place, pos: int) -> tup
 
 
 def _through_gates(mlp: GivenMLP, u: Tensor, pos: int, index: SupportsIndex | None) -> Tensor:
-    """A direction at one position behind an MLP, or one neuron, in front of it."""
+    """A direction at one position behind an MLP, or behind one neuron, carried back before it."""
     if index is None:
         share = (u @ mlp.weights.W_out.T) * mlp.gate[:, pos]
         return share @ mlp.weights.W_in.T
@@ -448,7 +474,7 @@ def _through_gates(mlp: GivenMLP, u: Tensor, pos: int, index: SupportsIndex | No
 
 
 def _target(way: Backward) -> _Node:
-    """What everything flows into."""
+    """The node of the target, into which everything flows."""
     reading, trace = way.reading, way.trace
     numbers = reading.at.numbers(trace.n_pos, trace.batch).to(reading.direction.device)
     terms: Terms = [
@@ -498,7 +524,7 @@ def _graph(
     from_rest = torch.where(is_source[:, None], 0.0, into - edges.sum(0) - from_biases)
     to_rest = flow - edges.sum(1)
     to_rest[-1] = 0
-    # All that starts somewhere ends in the target.
+    # All flow that starts ends in the target.
     found_in = torch.cat([into[~is_source], started[None].double()]).to(dtype)
     found_out = torch.cat([flow[~is_source], flow[-1:]]).to(dtype)
     error = measure_error(found_in, found_out, max(flow.abs().max().item(), reading.scale))

@@ -1,11 +1,11 @@
-"""What holding something that is not affine costs: claims against measured effects.
+"""The gap: what holding something that is not affine misses, claims against measured effects.
 
-With a live norm's scale held, parts add up to the whole and yet say nothing exact about it:
-without a part, the scale would be another. So the largest parts are taken out and the model is
-asked. On an LN-free model the same measurement is zero.
+With a live norm's scale held, parts add up to the whole, but a part is not what the whole loses
+without it, since the scale would change. So the largest parts are taken out one by one, and the
+model computes the whole without them. On an LN-free model the gap is zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 MEASURED = 4
-"""Parts whose effect is measured."""
+"""The number of parts whose effect is measured."""
 
 
 def measured_gap(
@@ -33,11 +33,11 @@ def measured_gap(
     """What the largest parts claim against what the numbers lose without them.
 
     Args:
-        parts: Of the stream, at the positions that are read.
-        stream: There.
-        claims: Of every component.
-        components: What each row of the claims is.
-        lost: What the numbers lose when another stream is read there.
+        parts: The parts of the stream, at the positions that are read.
+        stream: The stream at these positions.
+        claims: What every component claims to add to the numbers.
+        components: The component of each row of the claims.
+        lost: Computes what the numbers lose when another stream is read at these positions.
     """
     in_stream = [i for i, one in enumerate(components) if one.in_stream]
     size = claims[in_stream].abs().flatten(1).mean(1)
@@ -54,7 +54,7 @@ def target_gap(
     claims: Float[Tensor, "component batch kept"],
     components: Sequence[Component],
 ) -> MeasuredError:
-    """The gap of an attribution; of much text, at some of its positions."""
+    """The gap of an attribution; for much text, it is measured at some of the positions."""
     n = stream.shape[1]
     some = slice(None) if n <= POSITIONS else slice(0, None, n // 64)
 
@@ -65,24 +65,24 @@ def target_gap(
 
 
 def token_gap(
-    trace: Trace, reading: Reading, u: Stream, through_mlps: bool = True
+    trace: Trace, reading: Reading, u: Stream, given: Collection[str] = ()
 ) -> MeasuredError:
     """What tokens claim of a target, carried back to them, against what it loses without them.
 
     The embeddings of the tokens that claim most are set to zero in turn. Patterns and gates are
-    given in that run as well, norms are not held: the gap is theirs alone.
+    given in that run as well, and norms are not held, so the gap is due to the norms alone.
 
     Args:
         trace: The forward pass.
         reading: What the target reads.
         u: The direction that it reads, carried back to the embeddings.
-        through_mlps: False: what MLPs write is given, too.
+        given: Sublayers whose output is given, through which it was not carried.
     """
     claims = torch.stack([torch.linalg.vecdot(x, u) for x in trace.embeds().values()]).sum(0)
     gone = claims.abs().topk(min(MEASURED, claims.shape[1])).indices
     edits: dict[str, Edit] = {}
     for layer in range(reading.place.layer + reading.place.mid):
-        edits |= _given_edits(trace.block(layer), through_mlps)
+        edits |= _given_edits(trace.block(layer), given)
     rows, losses = torch.arange(trace.batch, device=gone.device), []
     for at in gone.T:
 
@@ -98,14 +98,15 @@ def token_gap(
     return measure_error(claims.gather(1, gone), torch.stack(losses, dim=1))
 
 
-def _given_edits(block: GivenBlock, through_mlps: bool) -> dict[str, Edit]:
-    """What gives a block's pattern, and its gates or all that its MLP writes."""
-    prefix = f"blocks.{block.layer}"
+def _given_edits(block: GivenBlock, given: Collection[str]) -> dict[str, Edit]:
+    """What gives a block's pattern and gates, or all that a sublayer writes."""
+    prefix, mlp = f"blocks.{block.layer}", block.mlp
     edits: dict[str, Edit] = {f"{prefix}.attn.hook_pattern": lambda x: block.pattern}
-    mlp = block.mlp
+    if f"{block.layer}_attn_out" in given:
+        edits[f"{prefix}.attn.hook_z"] = lambda x: block.z
     if mlp is None:
         return edits
-    if not through_mlps:
+    if f"{block.layer}_mlp_out" in given:
         return {**edits, f"{prefix}.mlp.hook_post": lambda x: mlp.post}
     linear: dict[str, Tensor] = {}
 

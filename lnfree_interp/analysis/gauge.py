@@ -1,9 +1,9 @@
-"""Which numbers about the residual stream mean something.
+"""Which numbers about the residual stream are about the model's function.
 
 Without norms the stream can be written in any basis: for every invertible M, writers W M and
-readers M^-1 W give the same model. What depends on the basis (a norm of an activation, a cosine
-between two, the proximity of a part to the whole) is a fact about the parametrisation and not about
-the function. Attributions, scores, paths and virtual weights do not depend on it.
+readers M^-1 W give the same function. What depends on the basis (the norm of an activation, a
+cosine between two, the proximity of a part to the whole) is a fact about the parametrisation and
+not about the function. Attributions, scores, paths and virtual weights do not depend on the basis.
 """
 
 import copy
@@ -36,18 +36,18 @@ def random_gauge(
     """The same function in another basis of the residual stream.
 
     Args:
-        model: LN-free and folded.
-        kind: Any invertible matrix, or rotations and reflections only.
-        spread: Largest factor by which a direction is stretched or shrunk, if `kind` is
+        model: An LN-free, folded `HookedTransformer`.
+        kind: `"general"`: any invertible matrix. `"orthogonal"`: rotations and reflections only.
+        spread: The largest factor by which a direction is stretched or shrunk, if `kind` is
             `"general"`.
-        seed: Of the matrix.
+        seed: The seed of the random matrix.
 
     Returns:
-        A new model whose logits have been compared with the given one's.
+        A new model; its logits were compared with those of the given model.
 
     Raises:
-        UnsupportedModelError: if the model has norms: a mean and a standard deviation are read in
-            one basis only. Also if it has hooks, or its stream has other parts.
+        UnsupportedModelError: if the model has norms, whose mean and standard deviation belong to
+            one basis; if it has hooks, or its stream is not the plain sum of its parts.
         DataError: if `spread` is not between 1 and 1000, or `kind` is neither of the two.
         InexactError: if the logits differ by more than rounding explains.
 
@@ -68,10 +68,11 @@ def random_gauge(
         )
     if not 1 < spread < 1e3 or kind not in ("general", "orthogonal"):
         raise DataError(
-            f"spread={spread} must lie in 1..1000, kind={kind!r} be general or orthogonal"
+            f"spread={spread} and kind={kind!r}: give a spread between 1 and 1000, and 'general' "
+            "or 'orthogonal' as kind"
         )
     if any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()):
-        raise UnsupportedModelError("the model has hooks: model.reset_hooks() first")
+        raise UnsupportedModelError("the model has hooks: call model.reset_hooks() first")
     generator = torch.Generator().manual_seed(seed)
     d_model = model.cfg.d_model
     left, right = (
@@ -95,11 +96,11 @@ def random_gauge(
 
 @dataclass(frozen=True)
 class GaugeReport:
-    """Whether a metric means something on an LN-free model."""
+    """Whether a metric of an LN-free model is about its function."""
 
     error: MeasuredError
-    """Largest change of a number between bases, relative to that number (or, for one that is
-    next to nothing, to what rounding of the largest leaves)."""
+    """The largest change of a number between bases, relative to that number (for a number that is
+    close to zero, relative to what rounding explains for the largest number)."""
     bases: int
     """How many other bases were tried."""
     kind: str
@@ -112,10 +113,10 @@ class GaugeReport:
 
     def __str__(self) -> str:
         if self.invariant:
-            return f"does not depend on the basis: {self.error} over {self.bases} of them"
+            return f"does not depend on the basis: {self.error} over {self.bases} bases"
         return (
             f"DEPENDS on the basis of the residual stream: changed by {self.error.relative:.0%} "
-            f"over {self.bases} of them, while the logits stayed. It says something about the "
+            f"over {self.bases} bases, while the logits did not change. It is about the "
             "parametrisation, not about the function"
         )
 
@@ -128,28 +129,28 @@ def gauge_check(
     kind: Literal["general", "orthogonal"] = "general",
     seed: int = 0,
 ) -> GaugeReport:
-    """Whether a number that you quote about a model is about its function.
+    """Whether a metric of a model is about its function, not about its parametrisation.
 
     Args:
-        metric: From a model to a number or a tensor of numbers. It gets the model in float64,
-            unless it cannot compute with that.
-        model: LN-free and folded.
+        metric: A function from a model to a number or a tensor of numbers. It gets the model in
+            float64, unless it cannot compute with that.
+        model: An LN-free, folded `HookedTransformer`.
         bases: How many random bases to try.
-        kind: As in `random_gauge`; a metric that only `"orthogonal"` ones leave alone is a fact
-            about the basis that training happened to find.
-        seed: Of the first; the others have the seeds that follow.
+        kind: As in `random_gauge`. A metric that changes in `"general"` bases but not in
+            `"orthogonal"` ones is a fact about the basis that training found.
+        seed: The seed of the first basis; the others have the seeds that follow.
 
     Returns:
         The largest change of a number over the bases, relative to that number, and whether
         rounding explains it.
 
     Raises:
-        DataError: if the metric gives no numbers, nan, or another shape from one basis to the next;
-            if `bases` is less than one.
-        UnsupportedModelError, InexactError: as `random_gauge`.
+        DataError: if the metric gives no numbers, nan, or numbers of another shape in another
+            basis; if `bases` is less than one.
+        UnsupportedModelError, InexactError: as for `random_gauge`.
 
     Source:
-        Ours: what is a fact about the function is the same in every basis of `random_gauge`.
+        Ours: a fact about the function is the same in every basis of `random_gauge`.
 
     Examples:
         >>> def norm(model):
@@ -161,20 +162,21 @@ def gauge_check(
         True
     """
     if bases < 1:
-        raise DataError("try at least one basis")
+        raise DataError(f"bases={bases}: give how many bases to try, at least 1")
     dtype, precise = model.cfg.dtype, copy.deepcopy(model)
     precise.to(torch.float64, print_details=False)
-    try:  # so that the rounding of a large number is no change of a small one
+    try:  # in float64, so that rounding errors do not look like changes of small numbers
         expected = _numbers(metric(precise))
         model = precise
-    except RuntimeError:  # a metric with tensors of its own in the model's dtype
+    except RuntimeError:  # the metric has tensors of its own in the model's dtype
         expected = _numbers(metric(model))
     worst: MeasuredError | None = None
     for index in range(bases):
         found = _numbers(metric(random_gauge(model, kind=kind, seed=seed + index)))
         if found.shape != expected.shape:
             raise DataError(
-                f"the metric gave {list(expected.shape)}, then {list(found.shape)} numbers"
+                f"the metric gave numbers of shape {list(expected.shape)}, then of shape "
+                f"{list(found.shape)}: give a metric whose shape is the same in every basis"
             )
         error = _change(found, expected, dtype)
         worst = error if worst is None or not error.relative <= worst.relative else worst
@@ -183,15 +185,16 @@ def gauge_check(
 
 
 def _change(found: Tensor, expected: Tensor, dtype: torch.dtype) -> MeasuredError:
-    """Each number against its own size: a large one would hide the change of a small one."""
+    """The change of each number relative to its own size: a large number would hide the change of a
+    small one."""
     if found.isnan().any() or expected.isnan().any():
-        raise DataError("the metric gave nan")
+        raise DataError("the metric gave nan: give a metric that is a number in every basis")
     if not found.is_floating_point():
         changed = (found != expected).any().item()
         return MeasuredError(float(changed), float(changed), torch.float64)
     found, expected = found.double(), expected.double()
     size = expected.abs()
-    # Below this share of the largest, what is left of a number is rounding.
+    # A number below this share of the largest is no more than rounding errors.
     floor = size.max() * TOLERANCE[dtype]
     change = (found - expected).abs()
     relative = torch.where(change == 0, 0.0, change / torch.maximum(size, floor))
@@ -202,7 +205,9 @@ def _numbers(value: float | int | Tensor) -> Tensor:
     try:
         numbers = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError) as error:
-        raise DataError(f"a metric gives numbers, not {value!r}") from error
+        raise DataError(
+            f"the metric gave {value!r:.60}: a metric gives a number or a tensor of numbers"
+        ) from error
     if numbers.numel() == 0:
-        raise DataError("the metric gave no numbers")
+        raise DataError("the metric gave no numbers: it must give at least one")
     return numbers

@@ -16,7 +16,7 @@ from lnfree_interp.models.sites import norm_at, norm_path
 
 
 class HookedView(View):
-    """A `HookedTransformer` in any of our forms."""
+    """The view of a `HookedTransformer` in any form."""
 
     generation = "TransformerLens 3"
 
@@ -110,7 +110,7 @@ class HookedView(View):
         if found is None:
             return lambda x: x
         norm: Any = copy.deepcopy(found).double()
-        if hasattr(norm, "cfg"):  # TransformerLens' own cast their output to its dtype
+        if hasattr(norm, "cfg"):  # TransformerLens' norms cast their output to cfg.dtype
             norm.cfg = replace(norm.cfg, dtype=torch.float64)
         return norm
 

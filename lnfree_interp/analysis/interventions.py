@@ -1,7 +1,7 @@
-"""Taking components away or replacing them, by label, with nothing held.
+"""Interventions: components are taken away or replaced by label, with nothing held or given.
 
-A decomposition predicts what a target loses without a part. An intervention asks the model: the
-component is changed, everything behind it runs anew, norms, patterns and gates included.
+A decomposition predicts what a target loses without a part. An intervention asks the model: it
+changes the component and computes everything behind it anew, including norms, patterns and gates.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from transformer_lens.utilities import get_act_name
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component, as_labels, nearest
 from lnfree_interp.analysis.levels import Level, level
-from lnfree_interp.analysis.parts import Dense, Part
+from lnfree_interp.analysis.parts import Part
 from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.targets import Target, require_head
 from lnfree_interp.analysis.trace import Trace, question
@@ -32,27 +32,28 @@ _WITHIN = {
     "head": ("z", "attn_out"), "attn_out": ("attn_out", "attn_out"),
     "neuron": ("post", "mlp_out"), "mlp_out": ("mlp_out", "mlp_out"),
 }  # fmt: skip
-"""Where a component is replaced in a run, and where what it writes is seen."""
+"""The activations where a component is replaced in a run, and where what it writes shows."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Effects(CertifiedResult):
-    """What a target loses by an intervention: predicted, direct, and in all.
+    """What a target loses by an intervention: predicted, direct and total effect.
 
     Attributes:
-        components: What was changed, label by label; alone in each row, together in the last.
+        components: The labels of what was changed: one component in each row, and all of them in
+            the last row if there are several.
         predicted: [change, prompt], what direct attribution says, in the target's unit: the share
-            of the component as it is, minus that of what took its place.
-        direct: [change, prompt], measured with the change in the stream that the target reads and
-            nowhere else.
-        total_effect: [change, prompt], measured with the change in the model, all that follows
-            computed anew and nothing held.
-        before: [prompt], the target as it is.
+            of the component minus the share of what took its place.
+        direct: [change, prompt], measured with the change made only in the stream that the target
+            reads; along a path, with the patterns of its heads given.
+        total_effect: [change, prompt], measured with the change made in the model; everything
+            behind it is computed anew, and nothing is held.
+        before: [prompt], the target without the intervention.
         of: What the target is, for each prompt.
-        unit: Of all numbers.
+        unit: The unit of all numbers.
         with_: What took the components' place.
-        certificate: Predicted against direct effect, which an LN-free model makes equal.
-        prompts: The prompts, as strings.
+        certificate: The predicted against the direct effect; they are equal on an LN-free model.
+        prompts: The tokens of each prompt, as strings.
     """
 
     components: tuple[str, ...]
@@ -67,8 +68,8 @@ class Effects(CertifiedResult):
     prompts: tuple[tuple[str, ...], ...]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per change and prompt: `component`, `prompt`, `predicted`, `direct`, `total`, in
-        the target's unit, each as what the target loses; and `before`."""
+        """One row per change and prompt: `component`, `prompt`; `predicted`, `direct` and `total`,
+        which say what the target loses, in its unit; and `before`."""
         rows = [
             {
                 "component": label, "prompt": i, "predicted": self.predicted[row, i].item(),
@@ -98,14 +99,14 @@ class Effects(CertifiedResult):
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """One component's replacement."""
+    """The replacement of one component."""
 
     edits: Mapping[str, Edit]
-    """In a run of the model."""
+    """The edits of a run that replace it, by hook name."""
     gone: Stream
-    """What the stream loses by that, before anything reads it."""
+    """What the stream loses by them, before anything reads it."""
     predicted: Stream
-    """What it loses according to the level's parts, patterns given."""
+    """What the stream loses according to the level's parts, with patterns given."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,10 +114,10 @@ class Intervention:
     """Components of a trace, replaced by zero, by their mean, or by those of another trace.
 
     Attributes:
-        trace: The forward pass as it is.
-        labels: What is replaced.
-        with_: What by.
-        by: The level at which they are parts; None for the one that each label needs.
+        trace: The forward pass without the intervention.
+        labels: The labels of the components to replace.
+        with_: What takes their place.
+        by: The level whose parts they are; None for the level that each label needs.
     """
 
     trace: Trace
@@ -127,31 +128,39 @@ class Intervention:
     def __post_init__(self) -> None:
         self.trace.require_text()
         if not self.labels:
-            raise DataError("name at least one component to replace")
+            raise DataError("no component was named: give at least one component to replace")
         if isinstance(self.with_, Trace):
             if self.with_.lengths != self.trace.lengths:
                 raise DataError(
                     f"the other trace has prompts of {self.with_.lengths} tokens, this one of "
-                    f"{self.trace.lengths}: positions do not match"
+                    f"{self.trace.lengths}: positions do not match, so give prompts of the same "
+                    "lengths"
                 )
         elif self.with_ not in get_args(With):
-            raise DataError(f"with_={self.with_!r} is not zero, mean or another trace")
-        _ = self._changes  # refused now, not when it is run
+            raise DataError(
+                f"with_={self.with_!r} is not allowed: give 'zero', 'mean' or another trace"
+            )
+        _ = self._changes  # so that errors are raised now, not when it is run
 
     @cached_property
     def _changes(self) -> list[_Change]:
         return [self._change(label) for label in self.labels]
+
+    @property
+    def gone(self) -> Stream:
+        """[prompt, pos, d_model], what the stream loses directly, as the blocks see it."""
+        return sum((change.gone for change in self._changes[1:]), self._changes[0].gone)
 
     def edits(self) -> dict[str, Edit]:
         """What the intervention does to a run, by hook name."""
         return _merged(self._changes)
 
     def hooks(self) -> list[tuple[str, Any]]:
-        """The same for TransformerLens: `model.run_with_hooks(tokens, fwd_hooks=...)`."""
+        """The edits as hooks of TransformerLens: `model.run_with_hooks(tokens, fwd_hooks=...)`."""
         return [(name, lambda x, hook, edit=edit: edit(x)) for name, edit in self.edits().items()]
 
     def run(self, place: str | Place | None = None) -> Stream:
-        """The stream at a place, by default the last, everything behind a change computed anew."""
+        """The stream at a place, by default the last, after the change; all behind it runs anew."""
         return self._run(self._changes, self.trace.view.place(place))
 
     def _run(self, changes: Sequence[_Change], place: Place) -> Stream:
@@ -161,13 +170,13 @@ class Intervention:
 
     @torch.no_grad()
     def compare(self, target: Target) -> Effects:
-        """Predicted and measured change of a target, side by side.
+        """What a target loses, predicted and measured, side by side.
 
         Args:
-            target: What is watched: `lf.LogitDifference(...)` and so on.
+            target: The target to compare, such as `lf.LogitDifference(...)`.
 
         Returns:
-            `Effects`: a row for each component alone, and one for all together where there are
+            `Effects` with a row for each component alone, and a row for all of them if there are
             several.
 
         Raises:
@@ -178,7 +187,7 @@ class Intervention:
         self.trace.need(*names, place.hook)
         reading = target.read(self.trace)
         if reading.total.shape[1] != 1:
-            raise DataError("several answers or positions: compare one at a time")
+            raise DataError("several answers or positions were given: compare one at a time")
         stream, at = reading.at.of(self.trace.stream(place)), reading.at
         groups = [[change] for change in self._changes]
         groups += [self._changes] if len(groups) > 1 else []
@@ -192,11 +201,10 @@ class Intervention:
             rows[2].append((reading.total - after)[:, 0])
         predicted, direct, total = map(torch.stack, rows)
         size = max(predicted.abs().max().item(), reading.total.abs().max().item(), reading.scale)
-        plain = [i for i, label in enumerate(self.labels) if " > " not in label]
-        error = measure_error(predicted[plain], direct[plain], size)
         certificate = Certificate(
-            "predicted effect = effect on the stream that is read", error, reading.held,
-            measure_error(predicted[plain], direct[plain]) if reading.held else None,
+            "predicted effect = effect on the stream that is read",
+            measure_error(predicted, direct, size), reading.held,
+            measure_error(predicted, direct) if reading.held else None,
         )  # fmt: skip
         return Effects(
             (*self.labels, "all of them")[: len(groups)], predicted, direct, total,
@@ -216,34 +224,42 @@ class Intervention:
         if component is not None and component.through:
             return self._path(component)
         chosen = level(self.by or _level_of(label, component))
-        last = self.trace.view.last
-        part, row = _find(chosen.parts(self.trace, last), label)
+        part, row, pos = _find(chosen.parts(self.trace, self.trace.view.last), label)
         component = part.components[row]
-        predicted = self._replaced(part.vectors([row])[:, :, 0], chosen, label)
-        if component.kind in ("embed", "pos_embed"):
-            return _Change(
-                {f"hook_{component.kind}": lambda x: x - predicted}, predicted, predicted
-            )
+
+        def there(x: Tensor) -> Tensor:
+            """Only at the position that the label names, if it names one."""
+            at = torch.arange(x.shape[1], device=x.device) == pos
+            return x if pos is None else x * at.view(-1, *[1] * (x.ndim - 2))
+
+        predicted = there(self._replaced(part.vectors([row])[:, :, 0], chosen, label))
         layer, index = component.layer, component.index
         if layer is None or component.kind not in _WITHIN:
-            hook = part.written.hook
+            embeds = component.kind in ("embed", "pos_embed")
+            hook = f"hook_{component.kind}" if embeds else part.written.hook
             return _Change({hook: lambda x: x - predicted}, predicted, predicted)
         within, written = (get_act_name(name, layer) for name in _WITHIN[component.kind])
         if index is None:
-            moved = self._moved(self.trace[within], within)
+            moved = there(self._moved(self.trace[within], within))
         elif component.pos is not None:
             moved = self._moved_from(component)
         else:
-            moved = self._moved(self.trace[within][:, :, index], within, index)
+            moved = there(self._moved(self.trace[within][:, :, index], within, index))
         edits = {within: _subtract(index, moved)}
-        view, stream = self.trace.view, self.trace.stream(Place(layer))
-        _, found = view.run(stream, [written], start=layer, stop=layer + 1, edits=edits)
-        return _Change(edits, self.trace[written] - found[written], predicted)
+        return _Change(edits, self._lost(layer, written, edits), predicted)
+
+    def _lost(self, layer: int, written: str, edits: Mapping[str, Edit]) -> Stream:
+        """What a block writes less by edits inside it."""
+        stream = self.trace.stream(Place(layer))
+        _, found = self.trace.view.run(
+            stream, [written], start=layer, stop=layer + 1, edits=edits
+        )  # fmt: skip
+        return self.trace[written] - found[written]
 
     def _replaced(self, vector: Stream, chosen: Level, label: str) -> Stream:
-        """A part minus what takes its place, in the stream."""
+        """A part of the stream minus what takes its place."""
         if isinstance(self.with_, Trace):
-            part, row = _find(chosen.parts(self.with_, self.with_.view.last), label)
+            part, row, _ = _find(chosen.parts(self.with_, self.with_.view.last), label)
             return vector - part.vectors([row])[:, :, 0]
         return self._without_mean(vector) if self.with_ == "mean" else vector
 
@@ -260,7 +276,7 @@ class Intervention:
         return x - x[real].mean(0)
 
     def _moved_from(self, head: Component) -> Float[Tensor, "batch pos d_head"]:
-        """What a head gets from one token, biases apart, minus what takes its place."""
+        """What a head gets from one token without its biases, minus what takes its place."""
         layer, index, pos = head.layer or 0, head.index or 0, head.pos
 
         def moved(trace: Trace) -> Tensor:
@@ -275,56 +291,68 @@ class Intervention:
         return self._without_mean(here) if self.with_ == "mean" else here
 
     def _path(self, path: Component) -> _Change:
-        """Only along one way: each head on it reads the change, and nobody else does."""
+        """A change along one path: each head on the path reads it, and nothing else does."""
         trace, view = self.trace, self.trace.view
         start = self._change(replace(path, through=()).label)
-        gone, predicted, edits = start.gone, start.predicted, start.edits
-        before = -1 if path.layer is None else path.layer
+        # Nothing held; patterns given; patterns given and by the weights alone.
+        free, given, predicted = start.gone, start.gone, start.predicted
+        edits, before = start.edits, -1 if path.layer is None else path.layer
         for head in path.through:
             layer, index = head.layer, head.index
             if head.kind != "head" or layer is None or index is None:
-                raise DataError(f"{path.label}: a path passes heads, and {head.label} is none")
+                raise DataError(
+                    f"{path.label}: a path passes through heads, and {head.label} is no head: name "
+                    "heads behind its start, such as L0H1 > L2H5"
+                )
             require_head(view, layer, index)
             if layer <= before:
-                raise DataError(f"{path.label}: {head.label} does not come after what it reads")
-            before, block, hook = layer, trace.block(layer), get_act_name("z", layer)
-            written = get_act_name("attn_out", layer)
-            stream = trace.stream(Place(layer))
-            _, found = view.run(stream - gone, [hook], start=layer, stop=layer + 1)
-            edits = {hook: _subtract(index, (trace[hook] - found[hook])[:, :, index])}
-            _, found = view.run(stream, [written], start=layer, stop=layer + 1, edits=edits)
-            gone = trace[written] - found[written]
-            values = block.before.forward(predicted) @ block.attention.W_V[index]
-            moved = block.pattern[:, index] @ values
+                raise DataError(
+                    f"{path.label}: {head.label} does not come after what it reads: give heads of "
+                    "later and later layers"
+                )
+            before, block = layer, trace.block(layer)
+            hook, pattern = (get_act_name(name, layer) for name in ("z", "pattern"))
+            changed = []
+            for gone, held in (
+                (free, {}),
+                (given, {pattern: lambda x, block=block: block.pattern}),
+            ):
+                stream = trace.stream(Place(layer)) - gone
+                _, found = view.run(stream, [hook], start=layer, stop=layer + 1, edits=held)
+                moved = (trace[hook] - found[hook])[:, :, index]
+                edit = {hook: _subtract(index, moved)}
+                changed.append((edit, self._lost(layer, get_act_name("attn_out", layer), edit)))
+            (edits, free), (_, given) = changed
+            moved = block.pattern[:, index] @ (
+                block.before.forward(predicted) @ block.attention.W_V[index]
+            )
             predicted = block.attention.write(moved[:, :, None], [index])[:, :, 0]
-        return _Change(edits, gone, predicted)
+        return _Change(edits, given, predicted)
 
 
 def _level_of(label: str, component: Component | None) -> str:
     """The level at which a component of the model is a part."""
     if component is None or component.kind not in (*_WITHIN, "embed", "pos_embed"):
         raise DataError(
-            f"{label} cannot be replaced: name a head (L2H5; what it reads of a token: L2H5@3), a "
-            "neuron (L2N310), 2_attn_out, 2_mlp_out, embed, pos_embed, or a path (L0H1 > L2H5)"
+            f"{label} cannot be replaced: give a head (L2H5; what it reads from a token: L2H5@3), "
+            "a neuron (L2N310), 2_attn_out, 2_mlp_out, embed, pos_embed, or a path (L0H1 > L2H5)"
         )
     if component.kind == "head" and component.pos is not None:
         return "source"
     return {"neuron": "neuron", "attn_out": "sublayer"}.get(component.kind, "head")
 
 
-def _find(parts: Iterable[Part], label: str) -> tuple[Part, int]:
-    """The group that a part is in, and its row there; of one position, if the label names one."""
+def _find(parts: Iterable[Part], label: str) -> tuple[Part, int, int | None]:
+    """The group that a part is in, its row there, and the position that its label restricts it to:
+    `2_mlp_out@3` is what that MLP wrote at 3."""
     name, _, pos = label.partition("@")
     labels = []
     for part in parts:
         for row, component in enumerate(part.components):
             if component.label == label:
-                return part, row
-            if pos and component.label == name and isinstance(part, Dense):
-                at = torch.arange(part.x.shape[1], device=part.x.device) == int(pos)
-                alone = replace(component, pos=int(pos))
-                x = torch.where(at[:, None], part.x, 0.0)
-                return replace(part, components=(alone,), x=x), 0
+                return part, row, None
+            if component.label == name and pos.isdigit():
+                return part, row, int(pos)
             labels.append(component.label)
     raise DataError(f"the model has no {label}{nearest(label, labels)}")
 
@@ -341,7 +369,7 @@ def _subtract(index: int | None, change: Tensor) -> Edit:
 
 
 def _merged(changes: Sequence[_Change]) -> dict[str, Edit]:
-    """Edits of one hook, one after the other."""
+    """The edits of all changes by hook name; those of one hook are applied in turn."""
     by_hook: dict[str, list[Edit]] = {}
     for change in changes:
         for hook, edit in change.edits.items():
@@ -361,28 +389,28 @@ def ablate(
     *,
     by: str | Level | None = None,
 ) -> Intervention:
-    """Replace components by label, and see what that does: predicted and measured.
+    """Replace components by label, and compare what that does with what is predicted.
 
-    Nothing is held: norms, patterns and gates behind the change are computed anew.
+    Nothing is held or given: norms, patterns and gates behind the change are computed anew.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
         components: Labels: a head `"L23H3"`, what it reads from one token `"L23H3@4"`, a neuron
             `"L2N310"`, `"5_mlp_out"`, `"5_attn_out"`, `"embed"`, `"pos_embed"`; or a path
-            `"L0H1 > L2H5"`, along which the change is read, and nowhere else.
+            `"L0H1 > L2H5"`, so that the change is read along this path only.
         with_: `"zero"`; `"mean"`, over the positions and prompts of this trace; or another trace of
             prompts of the same length, whose activations take their place.
-        by: A level of your own, of which the labels are parts; they are taken out of the stream
-            where it first holds them. Default: the built-in level that each label needs.
+        by: A level of your own whose parts the labels name; they are taken out of the stream where
+            they are first written. Default: the built-in level that each label needs.
 
     Returns:
-        An `Intervention`: `.compare(target)` gives predicted and measured change side by side,
-        `.run()` the patched stream, `.hooks()` the hooks for TransformerLens.
+        An `Intervention`: `.compare(target)` gives predicted and measured effects side by side,
+        `.run()` gives the patched stream, `.hooks()` gives the hooks for TransformerLens.
 
     Raises:
         DataError: for a component that the model does not have or that cannot be replaced, or
             another trace that does not fit.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Ablation and patching by component: arXiv 2211.00593; along paths: arXiv 2304.05969. The

@@ -1,7 +1,7 @@
 """The logit lens: what the unembedding reads from the stream at every layer.
 
-With a live final norm the lens at a layer rescales everything by that layer's own norm, and the
-steps from layer to layer are no attribution. Without, each step is exactly what the block added:
+With a live final norm, the lens at each layer rescales the stream by that layer's own scale, so the
+steps from layer to layer are no attribution. Without one, each step is exactly what the block adds:
 lens(l + 1) - lens(l) is block l's direct logit attribution.
 """
 
@@ -27,20 +27,20 @@ from lnfree_interp.numerics import measure_error
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Lens(CertifiedResult):
-    """The logit of the true next token, as it builds up; at the last position, which has none,
-    that of the token that the model predicts.
+    """The logit of the true next token, layer by layer; at the last position, which has no next
+    token, the logit of the token that the model predicts.
 
     Attributes:
         values: [layer + 1, prompt, pos], in logits; the first row is before block 0, the last
             the logit.
-        increments: [layer, prompt, pos], what each block added, in logits.
+        increments: [layer, prompt, pos], what each block adds, in logits.
         targets: [prompt, pos], the id of the token whose logit is read there.
-        predicted: [layer + 1, prompt, pos], the id of the token that would be predicted there.
-        prompts: The prompts, as strings.
+        predicted: [layer + 1, prompt, pos], the id of the token that the lens predicts there.
+        prompts: The tokens of each prompt, as strings.
         names: Each token of `predicted` and `targets`, as a string.
-        certificate: Steps of the lens against direct attribution by layer. Where a live norm is
-            held, steps with its final scale at every layer; the gap is what each layer's own scale
-            makes of them.
+        certificate: The steps of the lens against direct attribution by layer. Where a live norm
+            is held, these are steps with its final scale at every layer, and the gap is how far
+            the steps with each layer's own scale are from the attribution.
     """
 
     values: Float[Tensor, "place prompt pos"]
@@ -52,7 +52,7 @@ class Lens(CertifiedResult):
 
     @property
     def increments(self) -> Float[Tensor, "layer prompt pos"]:
-        """[layer, prompt, pos], what each block added, in logits."""
+        """[layer, prompt, pos], what each block adds, in logits."""
         return self.values.diff(dim=0)
 
     def select(self, prompt: SupportsIndex) -> "Lens":
@@ -106,15 +106,15 @@ class Lens(CertifiedResult):
 
 @question
 def logit_lens(trace: Trace) -> Lens:
-    """The stream at every layer through the final norm and the unembedding.
+    """The stream at every layer, read through the final norm and the unembedding.
 
-    Read at the logit of the true next token; at the last position at that of the token which the
+    It gives the logit of the true next token; at the last position, the logit of the token that the
     model predicts.
 
     Args:
         trace: A trace; or a model and a prompt, or tokens [sequence, pos], as two arguments. With
-            a live final norm each layer is divided by its own scale, as logit lenses are, and the
-            trace must hold.
+            a live final norm the trace must hold; the lens then divides each layer by that layer's
+            own scale, as logit lenses do.
 
     Returns:
         Values [layer + 1, prompt, pos], in logits; the first row is before block 0.
@@ -123,7 +123,7 @@ def logit_lens(trace: Trace) -> Lens:
         InexactError: if the final norm is live or the logits are capped, and the trace does not
             hold.
         DataError: if prompts differ in length, or the model cannot read them.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru. Ours: that its
@@ -138,7 +138,10 @@ def logit_lens(trace: Trace) -> Lens:
     """
     view, by_layer = trace.view, level("layer")
     if len(set(trace.lengths)) > 1:
-        raise DataError("prompts differ in length: a lens is for prompts of one length")
+        raise DataError(
+            "the prompts differ in length, and a lens is for prompts of one length: ask about one "
+            "prompt at a time"
+        )
     places = [Place(layer) for layer in range(view.n_layers + 1)]
     trace.require_affine(["ln_final"], logits=True)
     trace.need(*(place.hook for place in places), *by_layer.needs(view, view.last))
@@ -146,7 +149,10 @@ def logit_lens(trace: Trace) -> Lens:
     last = view.logits(streams[-1][:, -1:])[0].argmax(-1)
     targets = torch.cat([trace.tokens[:, 1:], last], dim=1)
     if targets.max() >= view.cfg.d_vocab_out:
-        raise DataError(f"the model has logits for tokens 0 to {view.cfg.d_vocab_out - 1} only")
+        raise DataError(
+            f"the model has logits for tokens 0 to {view.cfg.d_vocab_out - 1} only: leave out "
+            "prompts with other tokens"
+        )
     found = [logits_of_targets(view, stream, targets) for stream in streams]
     lens, top = (torch.stack(each) for each in zip(*found, strict=True))
     everywhere = Positions(slice(None))

@@ -1,7 +1,7 @@
-"""How finely a model is taken apart: a level is an object.
+"""Levels: how finely a model is taken apart.
 
-A level splits the residual stream at a place into parts that add up to it. Five are built in and
-looked up by name; anything with the same members may be passed wherever `by` is asked for, such as
+A level is an object that splits the residual stream at a place into parts that add up to it. Five
+are built in and looked up by name. Any object with the same members may be passed as `by`, such as
 the rows of a dictionary and what they miss.
 """
 
@@ -21,7 +21,7 @@ from lnfree_interp.errors import DataError
 
 @runtime_checkable
 class Level(Protocol):
-    """What `by` may be.
+    """What `by` may be: an object that takes the stream apart.
 
     Examples:
         >>> [component.label for part in lf.level("sublayer").parts(
@@ -36,7 +36,7 @@ class Level(Protocol):
         """Hook names of the activations that `parts` reads.
 
         Args:
-            view: Of the model.
+            view: The model.
             place: Where the stream is taken apart.
         """
         ...
@@ -44,19 +44,19 @@ class Level(Protocol):
     def parts(
         self, trace: Trace, place: Place, at: Positions | None = None, biases: bool = False
     ) -> Iterator[Part]:
-        """What adds up to the stream at a place, in the order of computation.
+        """The parts that add up to the stream at a place, in the order of computation.
 
         Args:
             trace: The forward pass.
             place: Where the stream is taken apart.
-            at: At which positions. Default: all.
+            at: The positions that are read. Default: all.
             biases: Whether each head's value bias is a part of its own.
         """
         ...
 
 
 class _Level:
-    """Embeddings, then layer by layer what attention and MLP wrote."""
+    """The embeddings, then layer by layer what attention and MLP write."""
 
     def __init__(self, name: str, attn: tuple[str, ...], mlp: str):
         self.name, self._attn_acts, self._mlp_act = name, attn, mlp
@@ -94,7 +94,7 @@ class _Level:
             yield from self._mlp(trace, layer, at)
 
     def _attention(self, trace: Trace, layer: int, at: Positions, biases: bool) -> Iterator[Part]:
-        """The heads, and the output bias apart."""
+        """The heads, with the output bias apart."""
         written, z = trace.view.attn_written(layer), at.of(trace.act("z", layer))
         split, attention = trace.view.value_bias(layer), trace.view.attention(layer)
         heads = _labels("head", layer, z.shape[2])
@@ -118,7 +118,7 @@ class _Level:
 
 
 class _Layers(_Level):
-    """Attention and MLP of a layer together."""
+    """Attention and MLP of each layer together."""
 
     def _layer(
         self, trace: Trace, layer: int, at: Positions, biases: bool, with_mlp: bool
@@ -174,13 +174,13 @@ LEVELS: dict[str, Level] = {
 
 
 def level(by: str | Level) -> Level:
-    """A level by name, or a level as it is.
+    """A level by name; a level that is given as an object is returned unchanged.
 
     Args:
         by: `"layer"`; `"sublayer"`: attention and MLP of each layer; `"head"`: attention by head,
             its output bias b_O apart; `"source"`: each head by the token that it reads, its value
-            bias b_V apart; `"neuron"`: as head, and MLPs by neuron, their bias b_out apart. Or
-            anything with the members of `Level`.
+            bias b_V apart; `"neuron"`: heads, and MLPs by neuron, their bias b_out apart. Or any
+            object with the members of `Level`.
 
     Returns:
         The level.
@@ -203,17 +203,21 @@ def level(by: str | Level) -> Level:
             )
         return LEVELS[by]
     if not isinstance(by, Level):
-        raise DataError(f"by={by!r:.60} is no level: it needs `name`, `needs` and `parts`")
+        raise DataError(
+            f"by={by!r:.60} is no level: give the name of one, or an object with `name`, `needs` "
+            "and `parts`"
+        )
     return by
 
 
 @lru_cache(maxsize=256)
 def _labels(kind: str, layer: int, n: int) -> tuple[Component, ...]:
-    """Heads or neurons of a layer; made once, since there are many."""
+    """The heads or neurons of a layer; they are made once, since there are many."""
     return tuple(Component(kind, layer, index) for index in range(n))
 
 
 @lru_cache(maxsize=24)
 def _source_labels(layer: int, n_heads: int, sources: int) -> tuple[Component, ...]:
-    """Heads of a layer by source token; few are kept, since every length has its own."""
+    """The heads of a layer by source token. Few are kept, since every length of prompt has its
+    own."""
     return tuple(Component("head", layer, i, pos) for i in range(n_heads) for pos in range(sources))

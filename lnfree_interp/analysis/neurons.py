@@ -1,8 +1,8 @@
-"""Neurons of an LN-free model: fixed half-spaces of the stream.
+"""Neurons of an LN-free model, which are fixed half-spaces of the stream.
 
 Without a norm, a neuron's input is a sum over the stream's parts and its bias, and its threshold
 is the same for every token. Along any direction of the stream the distance to the next flip of a
-gate is a quotient, and up to there a ReLU MLP is affine.
+gate is a quotient, and up to that flip a ReLU MLP is affine.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ class Flips(CertifiedResult):
 
     Attributes:
         pre: [neuron], the input of the activation function (of the gate in a gated MLP).
-        slope: [neuron], how fast it changes, per unit of distance.
-        distance: [neuron], where it is zero, in multiples of the direction; infinite for a neuron
-            that moves away from zero.
-        certificate: Inputs at the nearest flip, computed by the model, against pre + t slope.
-        affine: For a ReLU MLP without gates: its output half way to the nearest flip against the
+        slope: [neuron], the change of the input per unit of distance.
+        distance: [neuron], where the input is zero, in multiples of the direction; infinite for a
+            neuron that does not move towards zero.
+        certificate: The inputs at the nearest flip, computed by the model, against pre + t slope.
+        affine: For a ReLU MLP without gates, its output half way to the nearest flip against the
             affine map; None otherwise.
-        layer: Of the MLP.
+        layer: The MLP's layer, counted from 0.
     """
 
     pre: Float[Tensor, " neuron"]
@@ -47,13 +47,13 @@ class Flips(CertifiedResult):
 
     @property
     def distance(self) -> Float[Tensor, " neuron"]:
-        """Where each neuron's input is zero: t = -pre / slope, if that is ahead."""
+        """Where each neuron's input is zero: t = -pre / slope, if positive; otherwise infinity."""
         t = -self.pre / self.slope
         return torch.where(torch.isfinite(t) & (t > 0), t, torch.inf)
 
     @property
     def nearest(self) -> tuple[Component, float]:
-        """The first neuron to flip, and at which distance."""
+        """The first neuron to flip, and the distance at which it does."""
         index = int(self.distance.argmin())
         return Component("neuron", self.layer, index), self.distance[index].item()
 
@@ -65,10 +65,10 @@ class Flips(CertifiedResult):
         """Return self if both identities hold.
 
         Args:
-            tolerance: As in `Result.verify`.
+            tolerance: The largest relative error allowed, as in `Result.verify`.
 
         Raises:
-            InexactError: if one does not.
+            InexactError: if one of them does not hold.
         """
         if self.affine is not None:
             self.affine.require(tolerance)
@@ -99,24 +99,24 @@ class Flips(CertifiedResult):
 def flip_distances(
     trace: Trace, layer: int, along: Any, pos: SupportsIndex = -1, *, by: str | Level = "head"
 ) -> Flips:
-    """How far the stream may move before a neuron's input changes its sign.
+    """How far the stream can move along a direction before a neuron's input changes its sign.
 
     Args:
         trace: A trace of one prompt; or a model and a prompt, as two arguments.
-        layer: Of the MLP.
-        along: A direction of the stream, [d_model]; or a component, which is taken away: at
-            distance 1 it is gone.
+        layer: The MLP's layer, counted from 0.
+        along: A direction of the stream, [d_model]; or a component, which is gradually taken away
+            and is gone at distance 1.
         pos: Position at which the stream is moved.
-        by: Level at which the component is looked up.
+        by: The level whose component it is.
 
     Returns:
-        Input, slope and distance of each neuron, [neuron]; distances in multiples of `along`.
+        Input, slope and distance of each neuron, [neuron]; distances are multiples of `along`.
 
     Raises:
         DataError: if there is no such layer, position, level or component, the direction is not
             [d_model], or there is more than one prompt.
-        InexactError: if the norm before the MLP is live: the input is then no straight line.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        InexactError: if the norm before the MLP is live, so that inputs are not affine.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Ours: without a norm a neuron's input is affine in the stream, so where it is zero is a
@@ -132,7 +132,10 @@ def flip_distances(
     """
     view, layer = trace.view, require_mlp(trace.view, layer)
     if trace.require_text().batch > 1:
-        raise DataError(f"one prompt at a time, not {trace.batch}: take one with trace.select(i)")
+        raise DataError(
+            f"this question is about one prompt at a time, not {trace.batch}: take one with "
+            "trace.select(i)"
+        )
     chosen, place, site = level(by), view.mlp_place(layer), f"blocks.{layer}.ln2"
     norm = view.constant_read(site)
     trace.need(place.hook, *chosen.needs(view, place))
@@ -143,18 +146,20 @@ def flip_distances(
     else:
         v = torch.as_tensor(along).to(x)
         if v.shape != x.shape:
-            raise DataError(f"a direction has {len(x)} entries, not {list(v.shape)}")
+            raise DataError(
+                f"a direction has {len(x)} entries, not {list(v.shape)}: give [d_model]"
+            )
     weights = view.mlp(layer)
     W, b = weights.before_activation
     bias = 0 if norm.bias is None else norm.bias @ W
 
     def inputs(stream: Tensor) -> Tensor:
-        """By the model's own norm."""
+        """The neurons' inputs, by the model's own norm."""
         return view.through_norm(site, stream[None, None])[0, 0] @ W + b
 
     pre, y = norm.forward(x) @ W + bias + b, norm.forward(v)
     slope = y @ W
-    # A direction that nothing reads, such as the mean, leaves rounding, and no distance.
+    # A direction that no neuron reads, such as the mean, gives only rounding errors: no distance.
     lost = torch.finfo(v.dtype).eps * v.abs().max() / y.abs().max().clamp(min=1e-30)
     slope = torch.where(slope.abs() <= lost * (y.abs() @ W.abs()), 0.0, slope)
     flips = Flips(pre, slope, Certificate("", measure_error(pre, pre)), None, layer)

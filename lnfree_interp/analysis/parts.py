@@ -1,8 +1,8 @@
 """Parts of the residual stream in factored form: activations times the weights that write them.
 
-A part is never expanded to d_model unless it is asked for: a direction is carried back through the
-weights and meets the activations there, and a matrix that reads the stream is multiplied with the
-weights first.
+A part is expanded to d_model only if that is asked for. Otherwise a direction is carried back
+through the weights and multiplied with the activations, and a matrix that reads the stream is
+multiplied with the weights first.
 """
 
 from abc import ABC, abstractmethod
@@ -27,9 +27,9 @@ class Part(ABC):
     """A group of parts of the stream that one set of weights writes."""
 
     components: tuple[Component, ...]
-    """What each is."""
+    """The component of each part."""
     written: Place
-    """Where the stream first holds them."""
+    """The first place where the stream includes them."""
 
     @abstractmethod
     def onto(self, direction: Direction, out: Values) -> None:
@@ -50,7 +50,7 @@ class Part(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Part):
-    """One part that is there in full."""
+    """One part that is stored in full."""
 
     x: Float[Tensor, "batch pos d_model"]
 
@@ -73,11 +73,11 @@ class Dense(Part):
 
 @dataclass(frozen=True, eq=False)
 class Constant(Part):
-    """Biases, the same for every token."""
+    """Biases, which are the same for every token."""
 
     biases: Float[Tensor, "part d_model"]
     shape: tuple[int, int]
-    """Batch and positions."""
+    """The numbers of prompts and of positions."""
 
     def onto(self, direction: Direction, out: Values) -> None:
         """As `Part.onto`."""
@@ -123,7 +123,7 @@ class Rows(Part):
 
 @dataclass(frozen=True, eq=False)
 class Heads(Part):
-    """Heads, or what they add before their biases."""
+    """The heads of a layer, with their value biases or without them."""
 
     z: Float[Tensor, "batch pos head d_head"]
     attention: Attention
@@ -149,7 +149,7 @@ class Heads(Part):
 
 @dataclass(frozen=True, eq=False)
 class Sources(Part):
-    """Each head split by the token that it reads; head by head, then token by token."""
+    """Each head split by the token that it reads, ordered by head, then by token."""
 
     pattern: Float[Tensor, "batch head pos source"]
     v: Float[Tensor, "batch source head d_head"]
@@ -158,7 +158,7 @@ class Sources(Part):
     def _moved(
         self, ahead: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head source"]:
-        """Through the pattern: a direction per position as heads' outputs see it."""
+        """What each head adds from each source along a direction of its output per position."""
         moved = einsum(ahead, self.v, "b pos head k, b source head k -> b head pos source")
         return moved.mul_(self.pattern).transpose(1, 2)
 
@@ -199,13 +199,13 @@ def project(
     """Every part, projected onto a direction per position.
 
     Args:
-        parts: Of the stream.
-        direction: [batch, pos, d_model].
-        constants: What else belongs to the sum.
+        parts: The parts of the stream.
+        direction: [batch, pos, d_model], one direction per position.
+        constants: Biases behind the stream, which are added as rows of their own.
 
     Returns:
-        Values [component, batch, pos], a view of memory that has the components last, and what
-        each row is.
+        Values [component, batch, pos], a view of memory in which components are last, and the
+        component of each row.
     """
     parts = list(parts)
     components = [component for part in parts for component in part.components]
@@ -224,14 +224,14 @@ def project(
 def expand(
     parts: Iterable[Part], wanted: Sequence[str | Component] | None = None
 ) -> tuple[Float[Tensor, "component batch pos d_model"], tuple[Component, ...]]:
-    """Parts in full, d_model and all.
+    """Parts in full, as vectors of d_model entries.
 
     Args:
-        parts: Of the stream.
-        wanted: Only these, in the order of computation. Default: all.
+        parts: The parts of the stream.
+        wanted: The components to expand, which come out in the order of computation. Default: all.
 
     Raises:
-        DataError: for a component that is not among them; it names the nearest.
+        DataError: for a component that is not among them; the message names the nearest.
     """
     parts = list(parts)
     components = [component for part in parts for component in part.components]
@@ -248,7 +248,7 @@ def expand(
 def transform(
     parts: Iterable[Part], W: Float[Tensor, "d_model m"]
 ) -> tuple[Float[Tensor, "component batch pos m"], tuple[Component, ...]]:
-    """Every part, through a matrix that reads the stream."""
+    """Every part, multiplied with a matrix that reads the stream."""
     values, components = [], []
     for part in parts:
         values.append(part.through(W))

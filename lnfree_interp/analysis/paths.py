@@ -1,10 +1,10 @@
-"""Paths through attention: every way from a source to a target, patterns given.
+"""Paths through attention: every way from a source to a target, with attention patterns given.
 
-A target is a sum over sources (embeddings, MLP outputs, biases); what a head adds is again a sum
-over the sources that it read, moved by its pattern and by W_V and W_O. Applied head by head this is
-the path expansion of the circuits framework (Elhage et al. 2021), which without norms has no
-approximation in it. There are far too many paths to list, so the largest are opened first, and what
-was left closed stays in the sum with its exact value.
+A target is a sum over sources (embeddings, MLP outputs, biases) and heads. What a head adds is
+again a sum over what it read, moved by its pattern and by W_V and W_O. Applied head by head, this
+is the path expansion of the circuits framework (Elhage et al. 2021), which without norms involves
+no approximation. There are far too many paths to list, so the heads that add most are opened first,
+and a head that was not opened stays in the sum with its exact value.
 """
 
 import heapq
@@ -34,7 +34,7 @@ Weights = Float[Tensor, "batch pos"]
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """Sources that reached the target by one way: by position, unless they are biases."""
+    """Sources that reach the target along one path: by position, unless they are biases."""
 
     components: tuple[Component, ...]
     via: tuple[Component, ...]
@@ -49,7 +49,7 @@ class _Row:
 
 @dataclass(frozen=True, eq=False)
 class _Closed:
-    """A head that was not opened yet."""
+    """A head that was not opened."""
 
     head: Component
     via: tuple[Component, ...]
@@ -71,32 +71,32 @@ def expand_paths(
     top_k: int | None = 20,
     expansions: SupportsIndex = 200,
 ) -> Contributions:
-    """A logit by paths: a source at its position, and the heads that carried it to the end.
+    """A logit as a sum over paths: a source at its position, and the heads that move it.
 
-    Patterns and the outputs of MLPs are given. A path is labelled `embed@3 > L0H1 > L2H5`: the
-    embedding of token 3, moved by L0H1 and then by L2H5. Biases come from no position.
+    Attention patterns and the outputs of MLPs are given. The path `embed@3 > L0H1 > L2H5` is the
+    embedding of token 3, moved by L0H1 and then by L2H5. Biases have no position.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
         answer: The next token, as in `attribute_logits`, one for each prompt; or any target.
-        foil: Subtract this token's logit.
-        by: What the stream is a sum of; its heads are opened, everything else is a source. As in
-            `attribute_logits`, for levels that have heads or sources.
-        top_k: Rows to list; the others are one row `rest`. None: all.
-        expansions: Heads to open, those with the largest contribution first. One that was not
-            opened is listed as a whole: `L0H1 > L2H5` is all that L2H5 got from L0H1. With enough
-            of them everything is open: there are about (1 + heads) ** layers ways.
+        foil: The token whose logit is subtracted.
+        by: How finely the stream is taken apart, as in `attribute_logits`. The level's heads are
+            opened, everything else is a source.
+        top_k: How many paths to list; the others are one row `rest`. None: all.
+        expansions: How many heads to open, those that add most first. A head that was not opened
+            is listed as a whole: `L0H1 > L2H5` is all that L2H5 got from L0H1. To open all takes
+            many, since there are about (1 + heads) ** layers paths.
 
     Returns:
         Values [path], or [path, prompt] for several prompts, in logits, largest first, then `rest`;
-        each is exact, and so is their sum. Where all rows are listed there is no `rest`.
+        each is exact, and so is their sum. Where all paths are listed there is no `rest`.
 
     Raises:
         InexactError: if a norm that values are read through, or the final one, is live or the
             logits are capped, and the trace does not hold.
-        DataError: as `attribute_logits`; for more than one answer, `top_k` less than one or
+        DataError: as for `attribute_logits`; for more than one answer, `top_k` less than one or
             negative `expansions`.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Path expansion: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework. Ours:
@@ -112,7 +112,8 @@ def expand_paths(
     if top_k is not None and whole_number(top_k, "top_k") < 1:
         raise DataError(f"top_k={top_k}: give how many paths to list, at least 1, or None for all")
     chosen = level(by)
-    way = carry_back(trace, answer, foil, through_mlps=False)
+    mlps = [f"{layer}_mlp_out" for layer in range(trace.view.n_layers)]
+    way = carry_back(trace, answer, foil, given=mlps)
     trace.need(*chosen.needs(trace.view, way.reading.place))
     rows: list[_Row] = []
     closed: list[tuple[float, int, _Closed]] = []
@@ -155,7 +156,7 @@ def _sources(
     place: Place,
     via: tuple[Component, ...],
 ) -> Iterator[_Row | _Closed]:
-    """The stream at a place, read along one direction with a weight for every position."""
+    """The parts of the stream at a place, read along a direction with a weight per position."""
     for part in by.parts(trace, place):
         if isinstance(part, Constant):
             once = replace(part, shape=(trace.batch, 1)).along(direction)
@@ -166,7 +167,7 @@ def _sources(
         if all(heads):
             for column, head in enumerate(part.components):
                 yield _Closed(head, via, values[..., column], weights, direction)
-        elif any(c.pos is not None for c in part.components):  # they say where they come from
+        elif any(c.pos is not None for c in part.components):  # these have a position already
             yield _Row(part.components, via, values.sum(1, keepdim=True), False)
         else:
             yield _Row(part.components, via, values, True)
@@ -175,7 +176,7 @@ def _sources(
 def _opened(
     trace: Trace, one: _Closed, rows: list[_Row]
 ) -> tuple[Weights, Float[Tensor, "batch d_model"], Place, tuple[Component, ...]]:
-    """What a head read: its bias goes to the rows, the stream before it is still to be opened."""
+    """What a head reads. Its bias becomes a row; the stream before the head is read next."""
     layer, index = one.head.layer, one.head.index
     assert layer is not None
     assert index is not None

@@ -1,4 +1,4 @@
-"""Prompts and answers as a caller writes them, as tokens."""
+"""Prompts and answers as a caller gives them, read as tokens."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -16,18 +16,18 @@ from lnfree_interp.models.running import require_tokens
 Answer = str | int
 """A token: a string that is one token (mind the leading space), or its id."""
 Answers = Answer | Sequence[Any] | Tensor | np.ndarray | np.integer
-"""One token or several, for one prompt or each of several."""
+"""One token or several, for one prompt or for each of several."""
 Prompt = str | Sequence[Any] | Tensor | np.ndarray
-"""Text; token ids, [pos] or [prompt, pos], in a tensor, array or list; or a list of such."""
+"""Text; token ids, [pos] or [prompt, pos], in a tensor, array or list; or a list of these."""
 LONG_RUN = 8
-"""Padding tokens in a row that are no text, whatever is asked."""
+"""So many padding tokens in a row are never taken for text, whatever the question."""
 
 
 def whole_number(x: Any, what: str) -> int:
-    """A number of Python, NumPy or torch as Python's.
+    """A whole number of Python, NumPy or torch, as an int.
 
     Raises:
-        DataError: if it is no whole number.
+        DataError: if it is not a whole number.
     """
     try:
         if isinstance(x, bool | np.bool_) or (isinstance(x, Tensor) and x.dtype == torch.bool):
@@ -40,14 +40,14 @@ def whole_number(x: Any, what: str) -> int:
 def read_prompts(
     view: View, prompt: Prompt, prepend_bos: bool | None = None, attention_mask: Any = None
 ) -> tuple[list[Int[Tensor, " _"]], bool, list[int]]:
-    """Each prompt's tokens, whole; whether the caller gave one prompt, not a batch; and which
-    prompts were token ids without a mask, in which padding could hide.
+    """The tokens of each prompt; whether the caller gave one prompt and not a batch; and which
+    prompts were token ids without a mask, where padding may have gone unnoticed.
 
     Args:
-        view: Of the model: its tokenizer, context and vocabulary.
+        view: The model, for its tokenizer, context and vocabulary.
         prompt: One prompt or several, as text or token ids; several need not be equally long.
-        prepend_bos: Start each text with the beginning-of-sequence token; not added to ids.
-            Default: as the model does, `cfg.default_prepend_bos`.
+        prepend_bos: Whether each text starts with the beginning-of-sequence token; nothing is added
+            to token ids. Default: what the model does, `cfg.default_prepend_bos`.
         attention_mask: 0 where a row of token ids is padding, on either side. With a mask, nothing
             else is taken for padding.
 
@@ -67,7 +67,10 @@ def read_prompts(
         else:
             unmasked = list(range(len(rows)))
     elif attention_mask is not None:
-        raise DataError("an attention mask belongs to token ids of one length, [prompt, pos]")
+        raise DataError(
+            "an attention mask belongs to token ids of one length, [prompt, pos]: give such ids, "
+            "or no mask"
+        )
     else:
         each = [given] if isinstance(given, str) else [_as_ids(one) for one in given]
         rows = [_row(view, one, prepend_bos) for one in each]
@@ -81,7 +84,7 @@ def read_prompts(
 
 
 def _as_ids(given: Any) -> Any:
-    """Whole numbers in any container as a tensor; text, and lists of prompts, as they are."""
+    """Whole numbers in any container as a tensor; text and lists of prompts unchanged."""
     if isinstance(given, str):
         return given
     if isinstance(given, Sequence) and any(
@@ -91,9 +94,11 @@ def _as_ids(given: Any) -> Any:
     try:
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"a prompt is text or token ids, not {given!r:.60}") from error
+        raise DataError(
+            f"a prompt is text or token ids, not {given!r:.60}: give a string, or whole numbers"
+        ) from error
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise DataError(f"token ids are whole numbers, not {ids.dtype}")
+        raise DataError(f"token ids are whole numbers, not {ids.dtype}: give ids, such as int64")
     return ids.long()
 
 
@@ -103,7 +108,10 @@ def _row(view: View, one: Any, prepend_bos: bool | None) -> Int[Tensor, " _"]:
     if not isinstance(one, Tensor):
         raise DataError(f"a prompt is text or token ids, not {one!r:.60}")
     if one.ndim != 1:
-        raise DataError(f"one of several prompts is [pos], not {list(one.shape)}")
+        raise DataError(
+            f"one of several prompts is [pos], not {list(one.shape)}: give a list of rows of token "
+            "ids, or one tensor [prompt, pos]"
+        )
     return one
 
 
@@ -114,7 +122,8 @@ def _unpadded(rows: list[Tensor], attention_mask: Any) -> list[Tensor]:
         raise DataError(f"an attention mask is numbers, not {attention_mask!r:.60}") from error
     if mask.shape != (len(rows), len(rows[0])):
         raise DataError(
-            f"{len(rows)} rows of {len(rows[0])} tokens, and a mask of shape {list(mask.shape)}"
+            f"there are {len(rows)} rows of {len(rows[0])} tokens, but the attention mask has the "
+            f"shape {list(mask.shape)}: give a mask of the shape of the token ids"
         )
     if not ((mask == 0) | (mask == 1)).all():
         raise DataError("an attention mask is 1 where there is text and 0 where there is padding")
@@ -128,13 +137,15 @@ def _unpadded(rows: list[Tensor], attention_mask: Any) -> list[Tensor]:
 
 
 def find_padding(model: Any, rows: Sequence[Tensor], least: int = 1) -> str | None:
-    """What looks like padding read as text, which would change every number and show nowhere.
+    """A message about a row that seems padded: padding read as text would change every number
+    unnoticed.
 
-    A padding token of its own is never text. Where end-of-text stands in for it, as TransformerLens
-    lets it, a row that ends in `least` of them or more, or begins with two, is taken for padded.
+    A padding token of its own is never text. Where end-of-text stands in for padding, as
+    TransformerLens allows, a row that ends in `least` of these tokens, or begins with `least` and
+    at least two, is taken for padded.
 
     Returns:
-        A message, or None.
+        The message; None if no row seems padded.
     """
     tokenizer = model.tokenizer
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -151,22 +162,22 @@ def find_padding(model: Any, rows: Sequence[Tensor], least: int = 1) -> str | No
         if padded:
             return (
                 f"prompt {number} begins or ends with the padding token {pad}. If that is padding, "
-                "pass attention_mask, or the texts themselves, which need not be equally long; if "
-                "it is text, pass attention_mask=torch.ones_like(tokens)"
+                "pass attention_mask, or pass the texts, which need not be equally long; if it is "
+                "text, pass attention_mask=torch.ones_like(tokens)"
             )
     return None
 
 
 def read_sequences(model: Any, tokens: Any, *, packed: bool = False) -> Int[Tensor, "sequence pos"]:
-    """Rows of text for measures of every next token, on the model's device.
+    """Sequences for measures of every next token, checked, on the model's device.
 
     Args:
-        model: Any `HookedTransformer` or `TransformerBridge`.
+        model: A `HookedTransformer` in any form, or a `TransformerBridge`.
         tokens: Token ids, [sequence, pos].
-        packed: The rows are cut from one stream of text, so that none can be padded.
+        packed: Whether sequences are cut from one stream of text, so that none can be padded.
 
     Raises:
-        DataError: if these are no token ids, have no next token, or seem padded.
+        DataError: if these are not token ids, have no next token, or seem padded.
     """
     ids = _as_ids(tokens)
     if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -177,21 +188,24 @@ def read_sequences(model: Any, tokens: Any, *, packed: bool = False) -> Int[Tens
         raise DataError("a sequence of one token has no next token: give at least two")
     size = model.cfg.d_vocab_out
     if ids[:, 1:].max() >= size:
-        raise DataError(f"the model has logits for tokens 0 to {size - 1} only")
-    # A few end-of-texts at either end are text (empty documents); a long run is padding.
+        raise DataError(
+            f"the model has logits for tokens 0 to {size - 1} only: leave out sequences with other "
+            "tokens"
+        )
+    # A few end-of-text tokens at either end are text (empty documents); a long run is padding.
     if not packed and (padded := find_padding(model, list(ids), LONG_RUN)):
         raise DataError(padded)
     return ids.to(next(model.parameters()).device)
 
 
 def batches(tokens: Int[Tensor, "sequence pos"], batch: int) -> tuple[Tensor, ...]:
-    """Sequences in batches.
+    """The sequences, split into batches.
 
     Raises:
-        DataError: if a batch would be empty.
+        DataError: if `batch` is less than one.
     """
     if batch < 1:
-        raise DataError(f"batch={batch}: a batch has at least one sequence")
+        raise DataError(f"batch={batch}: a batch has at least one sequence, so give 1 or more")
     return tokens.split(batch)
 
 
@@ -199,26 +213,26 @@ def read_position(pos: Any, n_pos: int) -> int:
     """A position, counted from the start.
 
     Raises:
-        DataError: if it is no number, or the prompt is shorter.
+        DataError: if it is not a whole number, or the prompt has no such position.
     """
     place = whole_number(pos, "a position")
     if not -n_pos <= place < n_pos:
-        raise DataError(f"there is no position {place} among {n_pos} tokens")
+        raise DataError(f"there is no position {place} among {n_pos} tokens: they count from 0")
     return place % n_pos
 
 
 def read_answers(
     view: View, answer: Answers, n_prompts: int, single: bool, what: str = "answer"
 ) -> tuple[Int[Tensor, "prompt answer"], bool]:
-    """Token ids for every prompt, and whether the caller asked for several each.
+    """The ids of every prompt's answers, and whether the caller asked for several per prompt.
 
     Args:
-        view: Of the model: its tokenizer and vocabulary.
-        answer: One for all prompts; one each; or several each. For one prompt, a sequence is
+        view: The model, for its tokenizer and vocabulary.
+        answer: One for all prompts, one each, or several each. For one prompt, a sequence is
             several answers.
         n_prompts: How many prompts there are.
-        single: Whether the caller gave one prompt, not a batch.
-        what: For messages.
+        single: Whether the caller gave one prompt and not a batch.
+        what: What messages call an answer.
 
     Raises:
         DataError: if an answer is not one token of the vocabulary, or the numbers do not fit.
@@ -231,7 +245,10 @@ def read_answers(
     if single:
         given = [given]
     if len(given) != n_prompts:
-        raise DataError(f"{n_prompts} prompts, but {len(given)} {what}s")
+        raise DataError(
+            f"there are {n_prompts} prompts, but {len(given)} {what}s: give one for all prompts, "
+            "or one each"
+        )
     nested = [not isinstance(one, str | int) for one in given]
     if any(nested) and not all(nested):
         raise DataError(f"give every prompt one {what}, or every prompt several")
@@ -246,7 +263,7 @@ def read_answers(
 
 
 def _plain(answer: Any) -> Any:
-    """Numbers of torch and NumPy as Python's; anything that is no sequence is refused."""
+    """Numbers of torch and NumPy as Python's, sequences as lists; an error for anything else."""
     if isinstance(answer, Tensor | np.ndarray):
         answer = answer.tolist()
     if isinstance(answer, str | int):

@@ -1,4 +1,4 @@
-"""The residual stream at any place as a sum of what was written to it."""
+"""The residual stream at any place, as the sum of what is written to it."""
 
 from typing import Any, SupportsIndex
 
@@ -22,17 +22,17 @@ def decompose_residual(
 ) -> Contributions:
     """The residual stream at one place, as the sum of embeddings, heads, neurons and biases.
 
-    Exact on every model, LN-free or not: norms act on what sublayers read, never on the stream.
+    It is exact on every model, LN-free or not: norms act on what sublayers read, not on the stream.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
-        at: A hook name such as `blocks.3.hook_resid_mid`. Default: the stream that the final norm
-            reads.
+        at: The hook name of the place, such as `blocks.3.hook_resid_mid`. Default: the stream that
+            the final norm reads.
         pos: Positions of the stream: one, from each prompt's own end if negative; or a slice.
-        by: How finely, as in `attribute_logits`.
-        onto: Project onto this direction, [d_model], instead of expanding every part: [component]
-            numbers instead of vectors. Or one direction for each position, [pos, d_model].
-        biases: Each head's value bias as a part of its own, by head and by neuron.
+        by: How finely the model is taken apart, as in `attribute_logits`.
+        onto: A direction to project onto, [d_model], or one for each position, [pos, d_model]. Each
+            part is then a number instead of a vector.
+        biases: Whether each head's value bias is a part of its own, by head and by neuron.
 
     Returns:
         Values [component, pos, d_model] for one prompt, [component, prompt, pos, d_model] for
@@ -40,9 +40,9 @@ def decompose_residual(
         stream's own units; with `onto`, times the direction's length.
 
     Raises:
-        DataError: if there is no such place, position or level, a slice is asked of prompts that
-            differ in length, or the direction is not [..., d_model].
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        DataError: if there is no such place, position or level, a slice is asked for of prompts
+            that differ in length, or the direction is not [..., d_model].
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         The residual stream as the sum of what is written to it: Elhage et al. 2021,

@@ -28,10 +28,10 @@ R = TypeVar("R", bound="Result")
 
 
 class Result:
-    """What every answer can do: verify itself, say what was held, be saved.
+    """What every result can do: verify itself, say what was held, and be saved.
 
-    Its `certificate` is the identity behind the numbers, its error, what was held for it, and the
-    gap.
+    Its `certificate` is the identity behind the numbers, the error of that identity, what was held
+    for it, and the gap.
     """
 
     @property
@@ -40,7 +40,7 @@ class Result:
 
     @property
     def error(self) -> MeasuredError:
-        """By how much the identity is missed."""
+        """The error with which the identity holds."""
         return self._certificate.error
 
     def verify(self: R, tolerance: float | None = None) -> R:
@@ -51,7 +51,7 @@ class Result:
                 explains, 1e-5 in float32 and 1e-10 in float64.
 
         Raises:
-            InexactError: if it does not.
+            InexactError: if the identity does not hold.
 
         Warns:
             HeldWarning: if it holds only because something that is not affine was held; with the
@@ -68,20 +68,20 @@ class Result:
         """Write the result to a file: tensors as safetensors, the rest as JSON in its header.
 
         Args:
-            path: Must not exist yet; `lf.load_result` reads it.
+            path: The file to write, which must not exist yet; `lf.load_result` reads it.
 
         Returns:
             The path, absolute.
 
         Raises:
-            OutputError: if something stands there, or it cannot be written.
+            OutputError: if the path exists already, or the file cannot be written.
         """
         tensors: dict[str, Tensor] = {}
         plain = _to_plain(self, tensors)
         return write_new_file(path, save(tensors, {_HEADER: json.dumps(plain)}))
 
     def _line(self, what: str) -> str:
-        """For `__repr__`."""
+        """The line that `__repr__` shows."""
         held = describe_held(self._certificate.held, self._certificate.gap)
         return f"{type(self).__name__}({what}, error {self.error}{held})"
 
@@ -91,12 +91,12 @@ class CertifiedResult(Result):
 
     @property
     def held(self) -> tuple[str, ...]:
-        """What is not affine and was held; empty for an exact answer."""
+        """What is not affine and was held; empty for an exact result."""
         return self._certificate.held
 
     @property
     def gap(self) -> MeasuredError | None:
-        """Where something was held: what that misses, measured."""
+        """What holding misses, measured; None where nothing was held."""
         return self._certificate.gap
 
 
@@ -114,7 +114,7 @@ class Contributions(Result):
             `"key"`, `"d_model"`.
         of: For each prompt, what was attributed, e.g. `" self" - " cls"`.
         prompts: The prompts' tokens as strings, where there are prompts.
-        answers: For each prompt, the several answers, where several were asked for.
+        answers: The names of each prompt's answers, where there are several.
         unit: What `values` are measured in: `"logit"`, `"score"`, `"log-odds"`, `"pre"`, `"post"`
             or `"projection"`.
         identity: What the sum says, for the certificate.
@@ -122,9 +122,9 @@ class Contributions(Result):
             cap's slope): the parts then still add up, but taking one away would change the others.
         gap: Where something was held: the largest difference between a part and what the whole
             loses without it, measured for the largest parts, relative to the largest loss.
-        dtype: What the model computed in. Default: that of `total`.
+        dtype: The precision that the model computed in. Default: that of `total`.
         scale: The largest number that the parts or the whole were computed from, where that is
-            larger than both: rounding goes with it.
+            larger than both: rounding errors grow with it.
     """
 
     values: Float[Tensor, "component *batch"]
@@ -153,8 +153,8 @@ class Contributions(Result):
         """The identity behind the sum, its error, and whether it holds.
 
         The error is the sum of the parts against the whole, relative to the largest part or whole
-        in the batch. Not to the whole alone: two logits can be close while their parts are large,
-        and rounding goes with the parts.
+        in the batch. It is not relative to the whole alone: two logits can be close while their
+        parts are large, and rounding errors grow with the parts.
         """
         found, largest = sum_and_largest(self.values)
         error = measure_error(
@@ -175,13 +175,16 @@ class Contributions(Result):
         return iter(zip(self.components, self.values, strict=True))
 
     def __getitem__(self, component: str | Component) -> Float[Tensor, "*batch"]:
-        """[*batch], the values of one component, by label.
+        """[*batch], the values of one component, by label; `values` has the rows by number.
 
         Raises:
-            DataError: if there is none; it names the nearest. Rows by number are in `values`.
+            DataError: if there is no such component; the message names the nearest.
         """
         if not isinstance(component, str | Component):
-            raise DataError(f"a component is a label such as {self.labels[0]!r}, not {component!r}")
+            raise DataError(
+                f"a component is a label such as {self.labels[0]!r}, not {component!r}: "
+                "rows by number are in `values`"
+            )
         return self.values[find_components([component], self.components)[0]]
 
     def select(
@@ -190,11 +193,11 @@ class Contributions(Result):
         """The result for one prompt, answer, position or key, without that dimension.
 
         Args:
-            index: Along the first of `dims`, from the end if negative.
-            named: By the dimension's name: `select(prompt=0, answer=1)`.
+            index: The index along the first of `dims`, from the end if negative.
+            named: The index along a dimension, by its name: `select(prompt=0, answer=1)`.
 
         Raises:
-            DataError: if there is no such dimension or number.
+            DataError: if there is no such dimension or index.
         """
         chosen = named if index is None else {(self.dims or ("prompt",))[0]: index, **named}
         result = self
@@ -279,10 +282,11 @@ class Contributions(Result):
         )
 
     def of_kind(self, kind: str) -> Float[Tensor, "component *batch"]:
-        """The values of one kind of component, e.g. all heads, layer by layer.
+        """The values of one kind of component, e.g. all heads, layer by layer; no rows where the
+        result has no component of that kind.
 
         Raises:
-            DataError: if there is no such kind. One that the model lacks gives no rows.
+            DataError: if there is no such kind.
         """
         known = dict.fromkeys([*KINDS, *(component.kind for component in self.components)])
         if kind not in known:
@@ -291,15 +295,16 @@ class Contributions(Result):
         return self.values[rows]
 
     def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
-        """The k components of largest absolute value: `component`, `value`, and `held` if so.
+        """The k components of largest absolute value: `component`, `value`, and `held` where
+        something was held.
 
         Raises:
             DataError: for a batch, or if k is less than one.
         """
         if self.dims:
             raise DataError(
-                f"values have the dimensions {', '.join(self.dims)}: choose with select(...), or "
-                "average with mean(...), and take the largest of that"
+                f"the values have the dimensions {', '.join(self.dims)}: choose with select(...) "
+                "or average with mean(...) first, then call top"
             )
         rows = self.values.abs().topk(read_top(k, len(self))).indices.tolist()
         frame = self.to_frame().iloc[rows]
@@ -360,7 +365,7 @@ _PIECES = ("Component", "Certificate", "MeasuredError")
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for anything that results are made of; tensors go into a dictionary of their own."""
+    """Anything that results are made of, as JSON; tensors go into a dictionary of their own."""
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous().clone()
@@ -405,7 +410,7 @@ def _class_of(name: str) -> type:
         return MeasuredError
     found = getattr(lf, name, None) if name in lf.__all__ else None
     if not isinstance(found, type) or not (issubclass(found, Result) or name in _PIECES):
-        raise ValueError(f"{name} is no result")
+        raise ValueError(f"{name!r} is no result of this package")
     return found
 
 
@@ -413,13 +418,13 @@ def load_result(path: str | os.PathLike[str]) -> Any:
     """A result that `.save(path)` wrote.
 
     Args:
-        path: The file.
+        path: The file to read.
 
     Returns:
-        The result, of the class that it had, on the CPU: values, total, error, gap, prompts.
+        The result, of the same class, on the CPU: values, total, error, gap, prompts.
 
     Raises:
-        DataError: if the file is no such result, or is damaged.
+        DataError: if the file is not a saved result, or is damaged.
 
     Source:
         Ours: safetensors with a JSON header; nothing in the file is executed.
@@ -438,5 +443,5 @@ def load_result(path: str | os.PathLike[str]) -> Any:
         return _from_plain(plain, tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is no result that `.save` wrote, or it is damaged: {error}"
+            f"{path} is no result that `.save` wrote, or the file is damaged: {error}"
         ) from error

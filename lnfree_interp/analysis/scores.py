@@ -2,7 +2,7 @@
 
     score[q, k] = sum_ij (c_i W_Q) . (c_j W_K) / sqrt(d_head)
 
-over the parts c_i of the stream at the query and c_j at the key, biases among them. The softmax is
+over the parts c_i of the stream at the query and c_j at the key, including biases. The softmax is
 not additive, but its log-odds between two keys are: the normaliser cancels.
 """
 
@@ -31,7 +31,7 @@ from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
 _LARGEST = 2**28
-"""Entries of a bilinear attribution; a gigabyte in float32."""
+"""The most entries of a bilinear attribution, a gigabyte in float32."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,20 +40,21 @@ class ScoreAttribution(Result):
 
     Attributes:
         values: [query_component, key_component, *batch, key], in units of the score (pre-softmax).
-        query_components: What each row is, at the query's position.
-        key_components: What each column is, at the key's position.
-        total: [*batch, key], the scores as the model computed them, before the softmax; zero, as
-            the values, where a query does not see a key.
+        query_components: The component of each row, at the query's position.
+        key_components: The component of each column, at the key's position.
+        total: [*batch, key], the scores as the model computed them, before the softmax. Where a
+            query does not see a key, they are zero, and so are the values.
         log_pattern: [*batch, key], the logarithm of the attention pattern.
-        head: As in `L2H5`.
-        query: Its position, for each prompt.
-        keys: Their positions.
-        prompts: The prompts, as strings.
+        head: The head, such as `L2H5`.
+        query: The query's position, for each prompt.
+        keys: The keys' positions.
+        prompts: The tokens of each prompt, as strings.
         level: How finely the stream was taken apart.
         dims: `("key",)`, or `("prompt", "key")` for a batch.
-        held: What is not affine and was held: a live norm, a soft cap.
-        gap: Then, the largest difference between what a component at the query claims and what the
-            scores lose without it, for the largest components, relative to the largest loss.
+        held: What is not affine and was held: a live norm or a soft cap.
+        gap: Where something was held, the largest difference between what a component at the query
+            adds and what the scores lose without it, for the largest components, relative to the
+            largest loss.
     """
 
     values: Float[Tensor, "query_component key_component *batch key"]
@@ -106,13 +107,13 @@ class ScoreAttribution(Result):
     def log_odds(self, key: SupportsIndex, other: SupportsIndex) -> Contributions:
         """The logarithm of how much more the head looks at one key than at another.
 
-        log pattern[key] - log pattern[other], a sum over what is at the query times the difference
-        of what is at the two keys. `lf.LogOdds(..., side="key")` is the sum over what is at the
-        keys.
+        log pattern[key] - log pattern[other], as a sum over components at the query, times the
+        difference between the two keys. `lf.LogOdds(..., side="key")` is the sum over components at
+        the keys.
 
         Args:
-            key: Position.
-            other: Position.
+            key: Position of the one key.
+            other: Position of the other key.
 
         Returns:
             Values [query_component, *batch], in log-odds; its total comes from the pattern, behind
@@ -125,14 +126,17 @@ class ScoreAttribution(Result):
         values = self.values[..., a].sum(1) - self.values[..., b].sum(1)
         logs, scores = (torch.stack([x[..., a], x[..., b]]) for x in (self.log_pattern, self.total))
         if not logs.isfinite().all():
-            raise DataError(f"a query does not see both keys, {key} and {other}: it is masked")
+            raise DataError(
+                f"a query does not see both keys, {key} and {other}, since one is masked: give "
+                "keys that every query sees"
+            )
         head = self.head.label
         of = tuple(f"log-odds of {key} over {other}, {head} from {query}" for query in self.query)
         return Contributions(
             values, self.query_components, logs[0] - logs[1], self.level, self.dims[:-1], of,
             self.prompts, unit="log-odds", identity="parts at the query = log-odds",
             held=self.held, gap=self.gap,
-            # Rounding goes with what the two logarithms were computed from.
+            # Rounding errors grow with what the two logarithms were computed from.
             scale=max(x.abs().max().item() for x in (logs, scores, self.values)),
         )  # fmt: skip
 
@@ -140,7 +144,7 @@ class ScoreAttribution(Result):
         """[*batch, key], the values of one pair, by the labels at the query and at the key.
 
         Raises:
-            DataError: if there is none; it names the nearest.
+            DataError: if there is no such component; the message names the nearest.
         """
         query = find_components([pair[0]], self.query_components)[0]
         return self.values[query, find_components([pair[1]], self.key_components)[0]]
@@ -181,11 +185,12 @@ class ScoreAttribution(Result):
         return read_key_position(position, max(map(len, self.prompts)), self.keys)
 
     def top(self, key: SupportsIndex, k: SupportsIndex = 10) -> pd.DataFrame:
-        """The pairs that matter most for one key: `query`, `key`, `value`, and `held` if so.
+        """The pairs of largest absolute value for one key: `query`, `key`, `value`, and `held`
+        where something was held.
 
         Args:
-            key: Position.
-            k: How many pairs, those of largest absolute value.
+            key: Position of the key.
+            k: How many pairs to list.
 
         Raises:
             DataError: if the position is not among the keys, for a batch, or if k is less than one.
@@ -231,17 +236,17 @@ def attribute_scores(
     *,
     by: str | Level = "head",
 ) -> ScoreAttribution:
-    """One head's attention scores from one query, by pairs of what query and key are made of.
+    """One head's attention scores from one query, by pairs of components at the query and the key.
 
-    The head's biases are components too, `b_Q` and `b_K`, and its norm's, `2_ln1.b`, where it has
-    one. The scores are those before the softmax, divided by the head's scale.
+    The head's biases `b_Q` and `b_K` are components too, and so is the bias of its norm, `2_ln1.b`,
+    if any. The scores are those before the softmax, divided by the head's scale.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.
-        layer: Of the head.
-        head: Its index.
+        layer: The head's layer, counted from 0.
+        head: The head's index in its layer, counted from 0.
         query: Position of the token that looks, from each prompt's own end if negative.
-        keys: Positions that it looks at, or one. Default: all that the query sees.
+        keys: Positions of the keys, or of one key. Default: all that the query sees.
         by: How finely both sides are taken apart, as in `attribute_logits`.
 
     Returns:
@@ -253,13 +258,13 @@ def attribute_scores(
             trace does not hold.
         DataError: for a head, level or position that does not exist, a key that the query does not
             see, or a result of more than 2**28 values.
-        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
-            and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
+            norms on queries and keys.
 
     Source:
         The QK circuit, with the stream on both of its sides taken apart: Elhage et al. 2021,
-        https://transformer-circuits.pub/2021/framework. The log-odds between two keys are ours:
-        they are additive where the softmax is not.
+        https://transformer-circuits.pub/2021/framework. Ours: the log-odds between two keys, which
+        are additive where the softmax is not.
 
     Examples:
         >>> scores = lf.attribute_scores(free, "for i in", layer=2, head=5).verify()
@@ -282,15 +287,15 @@ def attribute_scores(
     n_parts = sum(len(part.components) for part in chosen.parts(trace, place, at))
     if n_parts * max(n_parts, trace.view.cfg.d_head) * len(seen) * trace.batch > _LARGEST:
         raise DataError(
-            f"{n_parts} x {n_parts} pairs for {len(seen)} keys of {trace.batch} prompts are too "
-            "many: give fewer keys, or a coarser level"
+            f"{n_parts} x {n_parts} pairs for {len(seen)} keys of {trace.batch} prompts do not fit "
+            "into memory: give fewer keys or prompts, or a coarser level"
         )
     where = torch.tensor(seen, device=queries.device).expand(trace.batch, -1)
     q, q_components = project_side(parts, chosen, "query", at)
     k, k_components = project_side(parts, chosen, "key", _contiguous(seen, where))
     values = einsum(q[:, :, 0], k, "i b d, j b key d -> i j b key")
     values = values / trace.view.attention(layer).scale
-    if trace.view.score_cap > 0:  # hold the slope of what the cap let through
+    if trace.view.score_cap > 0:  # the soft cap is held at its slope
         values = values * parts.slope(queries.expand_as(where), where)
     masked = ~sees[:, seen]
     total, log_pattern = (x[rows, queries, where] for x in (parts.scores, parts.log_pattern))
@@ -316,11 +321,12 @@ def attribute_scores(
 
 
 def _read_keys(keys: Any, trace: Trace, sees: Tensor, queries: Tensor) -> list[int]:
-    """Positions of keys that at least one query sees; all that are asked for must be seen."""
+    """The positions of keys that at least one query sees; a key that was asked for must be seen."""
     looks = sees.any(0).nonzero()[:, 0].tolist()
     if not looks:
         raise DataError(
-            f"position {int(queries[0])} sees no key: its scores are masked, or not numbers"
+            f"position {int(queries[0])} sees no key, since its scores are masked or not finite: "
+            "give another query"
         )
     if keys is None:
         return looks
@@ -329,13 +335,14 @@ def _read_keys(keys: Any, trace: Trace, sees: Tensor, queries: Tensor) -> list[i
     seen = [read_position(key, trace.n_pos) for key in given]
     if not seen or not set(seen) <= set(looks):
         raise DataError(
-            f"position {int(queries[0])} sees keys {looks[0]} to {looks[-1]}, not all of {seen}"
+            f"position {int(queries[0])} sees keys {looks[0]} to {looks[-1]}, not all of {seen}: "
+            "give keys that it sees"
         )
     return seen
 
 
 def _contiguous(seen: list[int], where: Tensor) -> Positions:
-    """As a slice where it is one: no copies are made then."""
+    """The positions of the keys, as a slice where they are contiguous, which makes no copies."""
     if seen == list(range(seen[0], seen[0] + len(seen))):
         return Positions(slice(seen[0], seen[0] + len(seen)))
     return Positions(where)
@@ -344,7 +351,7 @@ def _contiguous(seen: list[int], where: Tensor) -> Positions:
 def project_side(
     parts: ScoreParts, by: Level, side: Side, at: Positions
 ) -> tuple[Float[Tensor, "component batch kept d_head"], tuple[Component, ...]]:
-    """What each component, and each bias, adds to a head's queries or keys, rotated if they are."""
+    """What each component and each bias adds to a head's queries or keys, rotated if these are."""
     trace, view = parts.trace, parts.trace.view
     attention = view.attention(parts.layer)
     W = (attention.W_Q if side == "query" else attention.W_K)[parts.head]

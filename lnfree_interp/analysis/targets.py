@@ -1,8 +1,8 @@
-"""What is explained: a target is an object that says which direction it reads, and where.
+"""Targets of attribution: an object that says which direction of the stream it reads, and where.
 
-A logit, a score with its keys given, a neuron's input, a probe: each is a sum over the parts of the
-stream at some place, plus what biases behind it add. A target of your own needs the members of
-`Target`.
+A logit, a score with its keys given, a neuron's input and a probe are each a sum over the parts of
+the stream at some place, plus what biases behind that place add. A target of your own needs the
+members of `Target`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from lnfree_interp.errors import DataError, UnsupportedModelError
 Constants = tuple[tuple[Component, Float[Tensor, "batch kept"]], ...]
 Side = Literal["query", "key"]
 POSITIONS = 128
-"""Positions whose logits are held at once."""
+"""How many positions have their logits in memory at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +31,18 @@ class Reading:
     """What a target reads from the stream of one trace."""
 
     place: Place
-    """Where."""
+    """The place of the stream."""
     at: Positions
-    """At which positions."""
+    """The positions."""
     direction: Float[Tensor, "batch kept d_model"]
-    """Along which direction there."""
+    """The direction that is read at each position."""
     constants: Constants
     """What biases behind the stream add."""
     total: Float[Tensor, "batch number"]
-    """The number, as the model itself computed it."""
+    """The number that is explained, as the model itself computed it."""
     again: Callable[[Stream, slice], Float[Tensor, "batch number"]]
-    """The same from another stream at these positions, by the model's own modules; for a slice of
-    the positions."""
+    """Computes the number from another stream at a slice of these positions, with the model's own
+    modules."""
     of: tuple[str, ...]
     """What the number is, for each prompt."""
     unit: str
@@ -50,17 +50,18 @@ class Reading:
     held: tuple[str, ...] = ()
     """What is not affine between the stream and the number, and was held."""
     dims: tuple[str, ...] = ("prompt",)
-    """What the dimensions of `total` mean; with `"prompt"` alone there is one number each."""
+    """What the dimensions of `total` are; with `"prompt"` alone there is one number per prompt."""
     answers: tuple[tuple[str, ...], ...] = ()
     summed: bool = False
     """Whether the number is the sum over the positions."""
     scale: float = 0.0
     """The largest number that the total was computed from."""
     with_prompts: bool = True
-    """Whether a result shows the prompts; the tokens of much text would take longer than it."""
+    """Whether a result shows the prompts. For much text, making its strings would take longer than
+    the result itself."""
 
     def minus(self, other: "Reading", trace: Trace) -> "Reading":
-        """The difference of two numbers that are read at one place of a trace."""
+        """The difference of two numbers that are read at the same place of a trace."""
         n = self.direction.shape[1]
         numbers = [x.at.numbers(trace.n_pos, trace.batch) for x in (self, other)]
         constants = zip(self.constants, other.constants, strict=True)
@@ -81,11 +82,12 @@ class Target(Protocol):
     """What `attribute` explains."""
 
     def needs(self, trace: Trace) -> tuple[Place, list[str]]:
-        """Where the target reads the stream, and hook names of the activations that it needs."""
+        """The place where the target reads the stream, and hook names of the activations that it
+        needs."""
         ...
 
     def read(self, trace: Trace) -> Reading:
-        """What it reads from the stream of a trace."""
+        """What the target reads from the stream of a trace."""
         ...
 
 
@@ -94,12 +96,12 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Logit:
-    """The logit of one token, or of several each.
+    """The logit of one token, or the logits of several tokens for each prompt.
 
     Attributes:
         answer: The token: a string that is one token (mind the leading space), or its id; one for
             all prompts, one each, or several each.
-        pos: Position that predicts it, from each prompt's own end if negative.
+        pos: The position that predicts the token, from each prompt's own end if negative.
 
     Examples:
         >>> lf.attribute(lf.trace(free, "for i in"), lf.Logit(" range"), by="sublayer").unit
@@ -123,9 +125,9 @@ class LogitDifference:
     """The logit of one token minus that of another.
 
     Attributes:
-        answer: As for `Logit`.
-        foil: The token whose logit is subtracted; as `answer`.
-        pos: As for `Logit`.
+        answer: The token, given as for `Logit`.
+        foil: The token whose logit is subtracted, given as `answer` is.
+        pos: The position that predicts the token, from each prompt's own end if negative.
 
     Examples:
         >>> target = lf.LogitDifference(" range", " self")
@@ -162,12 +164,17 @@ class NextTokens:
     def read(self, trace: Trace) -> Reading:
         """As `Target.read`."""
         if len(set(trace.lengths)) > 1:
-            raise DataError("sequences differ in length: give rows of one length, [sequence, pos]")
+            raise DataError(
+                "the sequences differ in length: give rows of one length, [sequence, pos]"
+            )
         if trace.n_pos < 2:
             raise DataError("a sequence of one token has no next token: give at least two")
         size = trace.view.cfg.d_vocab_out
         if trace.tokens[:, 1:].max() >= size:
-            raise DataError(f"the model has logits for tokens 0 to {size - 1} only")
+            raise DataError(
+                f"the model has logits for tokens 0 to {size - 1} only: leave out sequences with "
+                "other tokens"
+            )
         of = ("each next token",) * trace.batch
         at, targets = Positions(slice(0, -1)), trace.tokens[:, 1:]
         return read_logits(trace, at, targets, None, of, ("prompt", "target"))
@@ -189,7 +196,10 @@ def _read_answers(trace: Trace, answer: Answers, foil: Answers | None, pos: Any)
         try:
             foils = foils.expand_as(answers)
         except RuntimeError as error:
-            raise DataError(f"{answers.shape[1]} answers, but {foils.shape[1]} foils") from error
+            raise DataError(
+                f"there are {answers.shape[1]} answers, but {foils.shape[1]} foils: give one foil, "
+                "or one for each answer"
+            ) from error
     names = _names(view, answers, foils)
     at = trace.positions(pos)
     at = Positions(at.index, answers.shape[1])
@@ -201,7 +211,7 @@ def _read_answers(trace: Trace, answer: Answers, foil: Answers | None, pos: Any)
 def _names(
     view: View, answers: Int[Tensor, "prompt answer"], foils: Int[Tensor, "prompt answer"] | None
 ) -> tuple[tuple[str, ...], ...]:
-    """For each prompt, what was asked: `'answer'`, or `'answer' - 'foil'`, several or one."""
+    """What was asked of each prompt: `'answer'` or `'answer' - 'foil'`, one or several."""
     questions = []
     for row, ids in enumerate(answers.tolist()):
         names = [repr(name) for name in view.strings(ids)]
@@ -210,7 +220,7 @@ def _names(
             for name, answer, other in zip(names, ids, others, strict=True):
                 if answer == other:
                     raise DataError(
-                        f"{name} is answer and foil: their difference is zero by definition"
+                        f"{name} is answer and foil, so their difference is zero: give another foil"
                     )
             minus = [repr(name) for name in view.strings(others)]
             names = [f"{name} - {other}" for name, other in zip(names, minus, strict=True)]
@@ -231,17 +241,17 @@ def read_logits(
 
     Args:
         trace: The forward pass.
-        at: One position for each target; or one, repeated for several targets.
-        targets: Token ids.
-        foils: Token ids whose logits are subtracted.
+        at: One position for each target; or one position, repeated for several targets.
+        targets: The ids of the tokens whose logits are read.
+        foils: The ids of the tokens whose logits are subtracted.
         of: What the numbers are, for each prompt.
-        dims: What their dimensions mean.
-        answers: The answers' names, where there are several.
+        dims: What the dimensions of the numbers are.
+        answers: The names of the answers, where there are several.
     """
     view = trace.view
     held = trace.require_affine(["ln_final"], logits=True)
     logits, uncapped, scale = _pick_logits(trace, at, targets, foils)
-    # A cap holds the slope of what it let through.
+    # A soft cap is held at its slope, the logit over the logit before the cap.
     slopes = torch.ones_like(logits)
     if uncapped is not None:
         slopes = torch.where(uncapped == 0, 1.0, logits / uncapped)
@@ -269,7 +279,8 @@ def read_logits(
 def logits_of_targets(
     view: View, stream: Float[Tensor, "batch kept d_model"], targets: Int[Tensor, "batch kept"]
 ) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"]]:
-    """What the model makes of a stream: one logit per position, and the token of the largest."""
+    """What the model computes from a stream: the target's logit at each position, and the token of
+    the largest logit."""
     found, top = [], []
     for some, wanted in zip(
         stream.split(POSITIONS, dim=1), targets.split(POSITIONS, dim=1), strict=True
@@ -329,11 +340,11 @@ def _pick_logits(
 
 
 def require_head(view: View, layer: Any, head: Any) -> tuple[int, int]:
-    """A head that the model has, and whose queries pass no norm of their own.
+    """The layer and index of a head, checked: the model has it, and its queries pass no norm.
 
     Raises:
         DataError: if there is no such head.
-        UnsupportedModelError: if queries and keys pass norms.
+        UnsupportedModelError: if queries and keys pass norms of their own.
     """
     layer, head = whole_number(layer, "a layer"), whole_number(head, "a head")
     cfg = view.cfg
@@ -344,14 +355,15 @@ def require_head(view: View, layer: Any, head: Any) -> tuple[int, int]:
         )
     if getattr(cfg, "use_qk_norm", False):
         raise UnsupportedModelError(
-            "queries and keys pass norms of their own: fold(model) merges frozen ones"
+            "queries and keys pass norms of their own, which this question cannot read through: "
+            "freeze them, then merge them with fold(model)"
         )
     return layer, head
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreParts:
-    """One head's scores in a trace: its queries and keys as they meet, and what it computed."""
+    """One head's scores in a trace, and the queries and keys whose products they are."""
 
     trace: Trace
     layer: int
@@ -363,43 +375,44 @@ class ScoreParts:
 
     @property
     def name(self) -> str:
-        """As in `L2H5`."""
+        """The head's label, such as `L2H5`."""
         return Component("head", self.layer, self.head).label
 
     def hook(self, which: Literal["q", "k"]) -> str:
-        """Where queries or keys are shown as they meet."""
+        """The hook name of the queries or keys, after the rotation if positions are rotary."""
         return get_act_name(f"rot_{which}" if self.trace.view.rotary else which, self.layer)
 
     def needs(self) -> list[str]:
-        """Hook names of what is read here."""
+        """Hook names of the activations that are read here."""
         names = [get_act_name(x, self.layer) for x in ("attn_scores", "pattern")]
         scales = self.trace.scale_names([self.site])
         return [*names, self.hook("q"), self.hook("k"), Place(self.layer).hook, *scales]
 
     def met(self, which: Literal["q", "k"]) -> Float[Tensor, "batch pos d_head"]:
-        """Queries or keys as they meet, as the model computed them."""
+        """The head's queries or keys, as the model computed them, with rotary positions if any."""
         x = self.trace[self.hook(which)]
         return x[:, :, self.head * x.shape[2] // self.trace.view.cfg.n_heads]
 
     @property
     def scores(self) -> Float[Tensor, "batch query key"]:
-        """Before the softmax, as the model computed them."""
+        """The scores before the softmax, as the model computed them."""
         return self.trace.act("attn_scores", self.layer)[:, self.head]
 
     @property
     def sees(self) -> Tensor:
-        """[batch, query, key], whether a query sees a key; the others have a mask's score."""
+        """[batch, query, key], whether a query sees a key; where it does not, the score is the
+        mask's."""
         return self.scores > torch.finfo(self.scores.dtype).min
 
     @property
     def log_pattern(self) -> Float[Tensor, "batch query key"]:
-        """The logarithm of the attention weights; of the scores where weights underflow."""
+        """The logarithm of the attention weights, from the scores where the weights underflow."""
         pattern = self.trace.act("pattern", self.layer)[:, self.head]
         small = pattern < torch.finfo(pattern.dtype).tiny
         return torch.where(small, self.scores.log_softmax(-1), pattern.log())
 
     def slope(self, query: Tensor, key: Tensor) -> Float[Tensor, "batch kept"]:
-        """What a soft cap multiplies scores by, held; one without a cap."""
+        """What a soft cap multiplies scores by, held; without a cap it is one."""
         rows = torch.arange(len(query), device=query.device)[:, None]
         score = self.scores[rows, query, key]
         if self.trace.view.score_cap == 0:
@@ -411,7 +424,7 @@ class ScoreParts:
     def direction(
         self, side: Side, at: Positions, other: Float[Tensor, "batch kept d_head"]
     ) -> tuple[Float[Tensor, "batch kept d_model"], Constants]:
-        """What a side's stream is read along to meet what is on the other side."""
+        """The direction along which one side's stream is read, given the other side's vectors."""
         view, attention = self.trace.view, self.trace.view.attention(self.layer)
         W = (attention.W_Q if side == "query" else attention.W_K)[self.head]
         b = (attention.b_Q if side == "query" else attention.b_K)[self.head]
@@ -427,7 +440,8 @@ class ScoreParts:
         return read.back(ahead @ W.T), tuple(constants)
 
     def again(self, side: Side, at: Positions, stream: Stream) -> Float[Tensor, "batch query key"]:
-        """The scores if one side read another stream at some positions, and the other did not."""
+        """The scores if one side reads another stream at some positions, and the other side does
+        not."""
         trace, hook = self.trace, get_act_name("attn_scores", self.layer)
         kept = self.hook("k" if side == "query" else "q")
         place = Place(self.layer)
@@ -444,15 +458,15 @@ class ScoreParts:
 class Score:
     """One attention score, before the softmax.
 
-    Explained by pairs of components (see `attribute_scores`); or with a `side`, by the components
-    there, whatever the other side is made of.
+    It is a sum over pairs of components (see `attribute_scores`); or, with a `side`, over the
+    components on that side alone.
 
     Attributes:
-        layer: Of the head.
-        head: Its index.
+        layer: The head's layer, counted from 0.
+        head: The head's index in its layer, counted from 0.
         query: Position of the token that looks, from each prompt's own end if negative.
-        key: Position that it looks at.
-        side: `"query"` or `"key"`; None for pairs.
+        key: Position of the token that is looked at.
+        side: `"query"` or `"key"`; None for pairs of components.
 
     Examples:
         >>> trace = lf.trace(free, "for i in")
@@ -475,14 +489,17 @@ class Score:
         """As `Target.read`."""
         side = self.side
         if side is None or side not in get_args(Side):
-            raise DataError(f"side={side!r} is not one of {', '.join(get_args(Side))}")
+            raise DataError(f"side={side!r} is not a side: give one of {', '.join(get_args(Side))}")
         layer, head = require_head(trace.require_text().view, self.layer, self.head)
         parts = ScoreParts(trace, layer, head)
         query, key = trace.positions(self.query), trace.positions(self.key)
         q, k = (x.numbers(trace.n_pos, trace.batch).to(trace.view.device) for x in (query, key))
         rows = torch.arange(trace.batch, device=q.device)[:, None]
         if not parts.sees[rows, q, k].all():
-            raise DataError(f"position {self.query} does not see key {self.key}: it is masked")
+            raise DataError(
+                f"position {self.query} does not see key {self.key}, which is masked: give a key "
+                "that it sees"
+            )
         here, there = (query, key) if side == "query" else (key, query)
         met = there.of(parts.met("k" if side == "query" else "q")) * parts.slope(q, k)[..., None]
         direction, constants = parts.direction(side, here, met)
@@ -503,16 +520,16 @@ class Score:
 class LogOdds:
     """How much more a head looks at one key than at another: log pattern[key] - log pattern[other].
 
-    The softmax is not additive, its log-odds are: the normaliser cancels.
+    The softmax is not additive, but its log-odds are: the normaliser cancels.
 
     Attributes:
-        layer: Of the head.
-        head: Its index.
-        key: Position.
-        other: Position.
+        layer: The head's layer, counted from 0.
+        head: The head's index in its layer, counted from 0.
+        key: Position of the one key.
+        other: Position of the other key.
         query: Position of the token that looks, from each prompt's own end if negative.
-        side: `"query"`: by what is at the query, times the difference of the keys. `"key"`: by
-            what is at the one key, minus what is at the other.
+        side: `"query"`: a sum over components at the query, times the difference of the keys.
+            `"key"`: a sum over components at the one key, minus those at the other.
 
     Examples:
         >>> trace = lf.trace(free, "for i in")
@@ -560,12 +577,11 @@ class Neuron:
     """A neuron's input, or its activation.
 
     Attributes:
-        layer: Of the neuron.
-        neuron: Its index.
-        pos: Position, from each prompt's own end if negative.
-        of: `"pre"`: what the activation function gets; minus the bias b_in is its threshold.
-            `"post"`: the activation, by the secant post / pre, which splits it completely; in a
-            gated MLP what passes the gate, the gate given.
+        layer: The neuron's layer, counted from 0.
+        neuron: The neuron's index in its layer, counted from 0.
+        pos: Position at which the neuron is read, from each prompt's own end if negative.
+        of: `"pre"`: the input of the activation function. `"post"`: the activation, split
+            completely by the secant post / pre; in a gated MLP, the activation with its gate given.
 
     Examples:
         >>> lf.attribute(lf.trace(free, "for i in"), lf.Neuron(1, 7)).verify().unit
@@ -589,7 +605,7 @@ class Neuron:
         trace.require_text()
         view = trace.view
         if self.of not in ("pre", "post"):
-            raise DataError(f"of={self.of!r} is not one of pre, post")
+            raise DataError(f"of={self.of!r} is not allowed: give 'pre' or 'post'")
         layer = require_mlp(view, self.layer)
         weights, site = view.mlp(layer), f"blocks.{layer}.ln2"
         n = weights.W_in.shape[1]
@@ -630,10 +646,10 @@ class Neuron:
 
 
 def require_mlp(view: View, layer: Any) -> int:
-    """A layer with an MLP.
+    """The number of a layer, checked: the layer has an MLP.
 
     Raises:
-        DataError: if there is none.
+        DataError: if the model has no MLP in that layer.
     """
     number = whole_number(layer, "a layer")
     if not view.has_mlps or not 0 <= number < view.n_layers:
@@ -646,11 +662,11 @@ class Probe:
     """The stream at a place along any direction: a linear probe, a steering vector, a feature.
 
     Attributes:
-        direction: [d_model], or one for each position, [pos, d_model].
+        direction: The direction, [d_model]; or one for each position, [pos, d_model].
         at: Hook name of the place, such as `blocks.3.hook_resid_mid`. Default: the stream that the
             final norm reads.
         pos: A position, from each prompt's own end if negative, or a slice.
-        bias: Of the probe.
+        bias: The probe's bias.
 
     Examples:
         >>> probe = lf.Probe(free.W_U[:, 7], at="blocks.2.hook_resid_pre")
@@ -676,12 +692,16 @@ class Probe:
         direction = torch.as_tensor(self.direction)
         width = stream.shape[-1]
         if direction.ndim == 0 or direction.shape[-1] != width:
-            raise DataError(f"a direction has {width} entries, not {list(direction.shape)}")
+            raise DataError(
+                f"a direction has {width} entries, not {list(direction.shape)}: give [d_model], or "
+                "[pos, d_model]"
+            )
         try:
             direction = direction.to(stream).expand(stream.shape).contiguous()
         except RuntimeError as error:
             raise DataError(
-                f"directions {list(direction.shape)} do not fit a stream of {list(stream.shape)}"
+                f"directions of shape {list(direction.shape)} do not fit a stream of shape "
+                f"{list(stream.shape)}: give one direction, or one for each position"
             ) from error
         constants: Constants = ()
         if self.bias:
@@ -706,5 +726,7 @@ def read_key_position(pos: Any, n_pos: int, keys: tuple[int, ...]) -> int:
     """
     place = read_position(pos, n_pos)
     if place not in keys:
-        raise DataError(f"position {place} is not among the keys {list(keys)}")
+        raise DataError(
+            f"position {place} is not among the keys of this result: give one of {list(keys)}"
+        )
     return keys.index(place)

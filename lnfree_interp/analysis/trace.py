@@ -1,13 +1,13 @@
-"""A forward pass as a value: tokens, the activations that were kept, and what is held.
+"""A forward pass as a value: its tokens, the activations that were kept, and what is held.
 
-Everything that is asked of a prompt is asked of a `Trace`. It also carries a direction of the
-stream back to the tokens: given attention patterns and neuron gates, a model is affine in its
-embeddings. What a ReLU lets through is itself, what a GELU neuron lets through is the secant
-post / pre, and a gated MLP is linear in what passes the gate.
+Every question about a prompt goes to a `Trace`. A trace also carries a direction of the stream back
+to the tokens: given attention patterns and neuron gates, a model is affine in its embeddings. The
+gate of a ReLU neuron is 0 or 1, the gate of a GELU neuron is the secant post / pre, and a gated MLP
+is linear in the input that its gate multiplies.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import (
     Any,
@@ -50,14 +50,14 @@ from lnfree_interp.errors import DataError, InexactError
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """Which positions of each prompt."""
+    """The positions of each prompt that are read."""
 
     index: slice | Int[Tensor, "batch kept"]
     repeat: int = 1
-    """Show a single position so many times over, for as many directions."""
+    """How many times a single position is repeated, once for each direction."""
 
     def of(self, x: Float[Tensor, "*shape"], dim: int = 1) -> Float[Tensor, "*kept"]:
-        """An activation there; `dim` is where its positions are."""
+        """An activation at these positions; `dim` is its dimension of positions."""
         if isinstance(self.index, slice):
             x = x[(slice(None),) * dim + (self.index,)]
         else:
@@ -76,44 +76,44 @@ class Positions:
 
 @dataclass(frozen=True, eq=False)
 class GivenMLP:
-    """An MLP, its gates given."""
+    """An MLP with its gates given."""
 
     weights: MLP
     post: Float[Tensor, "batch pos neuron"]
     gate: Float[Tensor, "batch pos neuron"]
     """What a neuron's linear input is multiplied by."""
     linear: str
-    """The hook of that input."""
+    """The hook name of that input."""
     b_in: Float[Tensor, "*batch neuron"]
-    """What a neuron's activation has from biases: before its gate, the gate applied."""
+    """What biases add to a neuron's activation; for biases before the gate, times the gate."""
     b_post: Float[Tensor, " neuron"]
-    """The share of that which comes behind the gate."""
+    """The share of it that comes from a bias behind the gate."""
     before: Read
 
     def onto_post(self, u: Stream) -> Float[Tensor, "batch pos neuron"]:
-        """A direction of the stream, as neurons' activations see it."""
+        """A direction of the stream, as a direction of the neurons' activations."""
         return u @ self.weights.W_out.T
 
     def back(self, u: Stream) -> Stream:
-        """A direction behind the MLP, in front of it."""
+        """A direction of the stream behind the MLP, carried back to the stream before it."""
         return self.before.back((self.onto_post(u) * self.gate) @ self.weights.W_in.T)
 
 
 @dataclass(frozen=True, eq=False)
 class GivenBlock:
-    """A block, its attention patterns and gates given."""
+    """A block with its attention patterns and gates given."""
 
     layer: int
     attention: Attention
     pattern: Float[Tensor, "batch head query key"]
     z: Float[Tensor, "batch pos head d_head"]
     b_V: Float[Tensor, "head d_head"]  # noqa: N815
-    """With what the norm's bias adds."""
+    """The value biases, including what the norm's bias adds."""
     before: Read
     mlp: GivenMLP | None
 
     def back(self, u: Stream) -> Stream:
-        """A direction behind the attention, in front of it."""
+        """A direction of the stream behind the attention, carried back to the stream before it."""
         ahead = self.attention.onto_z(u)
         moved = einsum(self.pattern, ahead, "b head query key, b query head k -> b key head k")
         return self.before.back(einsum(moved, self.attention.W_V, "b s head k, head d k -> b s d"))
@@ -124,11 +124,11 @@ class Trace:
 
     Attributes:
         view: The model.
-        tokens: [prompt, pos], shorter prompts filled up on the right, where nothing looks.
-        lengths: Tokens of each prompt.
-        single: Whether it is one prompt, not a batch of one.
+        tokens: [prompt, pos]. Shorter prompts are filled up on the right, where no token looks.
+        lengths: The number of tokens of each prompt.
+        single: Whether there is one prompt, as opposed to a batch of one.
         hold: Whether what is not affine is held at the value it had.
-        runs: How often the model ran for it.
+        runs: How often the model ran for this trace.
     """
 
     def __init__(
@@ -146,7 +146,9 @@ class Trace:
         self.keep: Literal["all", "asked"] = keep
         self.lengths = tuple(len(row) for row in rows)
         if len(set(self.lengths)) > 1 and view.cfg.attention_dir != "causal":
-            raise DataError("prompts of a model that looks ahead must be equally long")
+            raise DataError(
+                "this model looks ahead, so its prompts must be equally long: trace them one by one"
+            )
         self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         self.runs = 0
         self.doubt: str | None = None
@@ -159,12 +161,12 @@ class Trace:
 
     @property
     def batch(self) -> int:
-        """How many prompts."""
+        """The number of prompts."""
         return len(self.lengths)
 
     @property
     def n_pos(self) -> int:
-        """Tokens of the longest prompt."""
+        """The number of tokens of the longest prompt."""
         return self.tokens.shape[1]
 
     @functools.cached_property
@@ -175,10 +177,10 @@ class Trace:
 
     @torch.no_grad()
     def need(self, *names: str) -> "Trace":
-        """Have these activations, by hook name, after one run at most.
+        """Make sure that these activations are kept, by hook name, with one run at most.
 
         Raises:
-            DataError: if the trace is of a run that was given, which lacks one.
+            DataError: if the trace was made from a given run, whose cache lacks one of them.
         """
         missing = {name for name in names if name not in self._kept}
         if not missing:
@@ -186,7 +188,7 @@ class Trace:
         if self._complete:
             raise DataError(
                 f"the given run's cache lacks {min(missing)} (and {len(missing) - 1} more): "
-                "run_with_cache without a names_filter keeps everything"
+                "call run_with_cache without a names_filter, which keeps everything"
             )
         if self.keep == "all" and not self._kept:
             missing |= set(self._everything())
@@ -202,11 +204,11 @@ class Trace:
         return self.need(hook)._kept[hook].to(self.view.device)
 
     def __getitem__(self, hook: str) -> Tensor:
-        """An activation by hook name, kept from now on."""
+        """An activation by hook name; the trace keeps it from now on."""
         return self.need(hook)._kept[hook].to(self.view.device)
 
     def _everything(self) -> list[str]:
-        """What any question may need."""
+        """Hook names of all activations that a question may need."""
         view = self.view
         names = [get_act_name("embed"), *self.block_names(view.last), *self.scale_names()]
         for layer in range(view.n_layers):
@@ -216,7 +218,7 @@ class Trace:
         return names
 
     def block_names(self, place: Place) -> list[str]:
-        """What `block` and `stream` need of all blocks before a place."""
+        """Hook names that `block` and `stream` need, for all blocks before a place."""
         view, names = self.view, [get_act_name("embed")]
         names += [get_act_name("pos_embed")] if view.has_positions else []
         for layer in range(place.layer + place.mid):
@@ -230,7 +232,7 @@ class Trace:
         return [*names, place.hook]
 
     def scale_names(self, sites: list[str] | None = None) -> list[str]:
-        """The scales of live norms; by default of all before the last one."""
+        """Hook names of the scales of live norms; by default of all norms but the final one."""
         if sites is None:
             kinds = ("ln1.qk", "ln1.v", *(("ln2",) if self.view.has_mlps else ()))
             sites = [f"blocks.{i}.{kind}" for i in range(self.view.n_layers) for kind in kinds]
@@ -241,7 +243,7 @@ class Trace:
         return self[place.hook]
 
     def embeds(self) -> dict[str, Stream]:
-        """What the embeddings wrote, by kind of component."""
+        """What the embeddings write to the stream, by kind of component."""
         names = ["embed", *(["pos_embed"] if self.view.has_positions else [])]
         return {name: self.act(name) for name in names}
 
@@ -259,19 +261,19 @@ class Trace:
         """What has to be held so that a number is a sum over parts of the stream.
 
         Args:
-            sites: Norms that the number reads through.
+            sites: The norms that the number is read through.
             logits: Whether it is a logit.
             scores: Whether it is an attention score.
 
         Raises:
-            InexactError: if there is something, and this trace does not hold.
+            InexactError: if something has to be held and this trace does not hold it.
         """
         found = self.view.not_affine(sites, logits, scores)
         if found and not self.hold:
             named = ", ".join(found[:3]) + (f" and {len(found) - 3} more" * (len(found) > 3))
             raise InexactError(
                 f"{named} {'is' if len(found) == 1 else 'are'} not affine, so no part of the "
-                "stream has a share of its own: remove or freeze what is read, or hold it at the "
+                "stream has a share of its own: remove or freeze the norms, or hold it at the "
                 "value it had with lf.trace(model, prompt, hold=True); the result then says by how "
                 "much its parts miss what the model does"
             )
@@ -281,7 +283,7 @@ class Trace:
         """Refuse a prompt that seems to end in padding.
 
         Raises:
-            DataError: saying how to tell padding from text.
+            DataError: if a prompt seems to end in padding; it says how to tell padding from text.
         """
         if self.doubt:
             raise DataError(self.doubt)
@@ -299,7 +301,10 @@ class Trace:
             if (pos.step or 1) < 0:
                 raise DataError(f"{pos} runs backwards: give it a positive step")
             if len(set(self.lengths)) > 1:
-                raise DataError("prompts differ in length: a slice is for prompts of one length")
+                raise DataError(
+                    "the prompts differ in length, and a slice of positions is for prompts of one "
+                    "length: trace them one by one"
+                )
             if not range(self.n_pos)[pos]:
                 raise DataError(f"{pos} selects none of {self.n_pos} positions")
             return Positions(pos)
@@ -309,13 +314,13 @@ class Trace:
         return Positions(torch.tensor(places)[:, None])
 
     def spread(self, u: Float[Tensor, "batch kept d_model"], at: Positions) -> Stream:
-        """Directions at some positions in the shape of a stream, zero elsewhere."""
+        """Directions at some positions, in the shape of a stream that is zero elsewhere."""
         where = at.numbers(self.n_pos, self.batch).to(u.device)
         return u.new_zeros(self.batch, self.n_pos, u.shape[-1]).scatter_add_(
             1, where[..., None].expand(u.shape), u
         )
 
-    # Backwards
+    # Directions carried back
 
     def block(self, layer: int) -> GivenBlock:
         """A block with its patterns and gates given."""
@@ -347,38 +352,44 @@ class Trace:
         return GivenMLP(weights, post, gate, hook, b_in, b_post, before)
 
     def back(
-        self, u: Stream, place: Place, through_mlps: bool = True
+        self, u: Stream, place: Place, given: Collection[str] = ()
     ) -> Iterator[tuple[GivenBlock, Stream | None, Stream, Stream]]:
         """A direction of the stream at a place, carried back block by block to the embeddings.
 
         Args:
             u: [batch, pos, d_model], at the place.
             place: Where it starts.
-            through_mlps: False: what MLPs write is given, too.
+            given: Sublayers whose output is given, such as `2_mlp_out`: the direction does not
+                pass through them.
 
         Yields:
-            The block, and the direction behind the block (None if the way starts inside), where
-            its attention writes, and before the block.
+            The block, then three directions: behind the block (None if the way starts inside it),
+            where its attention writes, and before the block.
         """
         for layer in reversed(range(place.layer + place.mid)):
             block, behind = self.block(layer), u if layer < place.layer else None
-            if behind is not None and block.mlp is not None and through_mlps:
+            if behind is not None and block.mlp is not None and f"{layer}_mlp_out" not in given:
                 u = u + block.mlp.back(u)
             at_attn = behind if behind is not None and self.view.parallel else u
-            u = u + block.back(at_attn)
+            if f"{layer}_attn_out" not in given:
+                u = u + block.back(at_attn)
             yield block, behind, at_attn, u
 
-    def sites_back(self, place: Place, through_mlps: bool = True) -> list[str]:
+    def sites_back(self, place: Place, given: Collection[str] = ()) -> list[str]:
         """The norms that `back` reads through."""
-        sites = [f"blocks.{layer}.ln1.v" for layer in range(place.layer + place.mid)]
-        if through_mlps and self.view.has_mlps:
-            sites += [f"blocks.{layer}.ln2" for layer in range(place.layer)]
-        return sites
+        kinds = [("attn_out", "ln1.v", place.layer + place.mid)]
+        kinds += [("mlp_out", "ln2", place.layer)] * self.view.has_mlps
+        return [
+            f"blocks.{layer}.{norm}"
+            for kind, norm, n_layers in kinds
+            for layer in range(n_layers)
+            if f"{layer}_{kind}" not in given
+        ]
 
-    # As a value
+    # The trace as a value
 
     def attribute(self, target: Any, by: Any = "head", *, biases: bool = False) -> Any:
-        """As `lf.attribute(trace, target, by)`."""
+        """The same as `lf.attribute(trace, target, by)`."""
         from lnfree_interp.analysis.attribute import attribute
 
         return attribute(self, target, by, biases=biases)
@@ -411,7 +422,7 @@ class Trace:
         return self
 
     def free(self) -> "Trace":
-        """Let go of the activations; the next question runs the model again."""
+        """Drop the activations; the next question runs the model again."""
         self._kept.clear()
         self._blocks.clear()
         return self
@@ -430,14 +441,14 @@ class Trace:
 
 
 def read_number(index: Any, n: int, what: str) -> int:
-    """A number along a dimension, from the end if negative.
+    """An index along a dimension, counted from the end if negative.
 
     Raises:
-        DataError: if there is none.
+        DataError: if the dimension has no such index.
     """
     number = whole_number(index, f"the number of a {what}")
     if not -n <= number < n:
-        raise DataError(f"there is no {what} {number} among {n}")
+        raise DataError(f"there is no {what} {number} among {n}: they are counted from 0")
     return number % n
 
 
@@ -459,23 +470,23 @@ def trace(
     Args:
         model: A `HookedTransformer` in any form, or a `TransformerBridge`.
         prompt: One prompt or several, as text or token ids; several need not be equally long.
-        prepend_bos: Start each text with the beginning-of-sequence token; not added to ids.
-            Default: as the model does, `cfg.default_prepend_bos`.
+        prepend_bos: Whether each text starts with the beginning-of-sequence token; nothing is added
+            to token ids. Default: what the model does, `cfg.default_prepend_bos`.
         attention_mask: [prompt, pos], 0 where a row of token ids is padding, on either side.
-            Without a mask, what looks like padding is refused.
-        hold: Hold live norms' scales and soft caps' slopes at the value they had. Results then
-            say what was held, and measure what that misses.
-        keep: `"all"`: the first run keeps whatever any question may need. `"asked"`: only what the
-            questions ask for; each that needs more runs the model again.
-        run: What `model.run_with_cache(tokens)` returned for these tokens, if it is there already.
+            Without a mask, what looks like padding is an error.
+        hold: Whether live norms' scales and soft caps' slopes are held at the value they had.
+            Results then say what was held, and measure what that misses.
+        keep: `"all"`: the first run keeps everything that a question may need. `"asked"`: it keeps
+            only what the questions need, and a question that needs more runs the model again.
+        run: What `model.run_with_cache(tokens)` returned for these tokens, if it ran already.
 
     Returns:
         A `Trace`. `trace.attribute(target, by)` and every call that takes a trace ask it;
-        `.select(i)` is one prompt of it, `.to(device)` moves what it keeps, `.free()` lets go.
+        `.select(i)` is one prompt of it, `.to(device)` moves what it keeps, `.free()` drops that.
 
     Raises:
         DataError: if a prompt is empty, longer than the context, outside the vocabulary, or seems
-            padded without a mask; if the run is of other tokens.
+            padded without a mask; or if the run is a run on other tokens.
         UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
@@ -490,7 +501,7 @@ def trace(
     """
     view = view_of(model)
     if keep != "all" and keep != "asked":
-        raise DataError(f"keep={keep!r} is not one of all, asked")
+        raise DataError(f"keep={keep!r} is not allowed: give 'all' or 'asked'")
     rows, single, unmasked = read_prompts(view, prompt, prepend_bos, attention_mask)
     ids = [rows[i] for i in unmasked]
     if padded := find_padding(view, ids, least=LONG_RUN):
@@ -509,7 +520,10 @@ def trace(
 def _require_same_tokens(made: Trace) -> None:
     embed, expected = made.act("embed"), made.view.W_E[made.tokens]
     if embed.shape != expected.shape or not torch.equal(embed, expected.to(embed)):
-        raise DataError("the run is of other tokens, or something changed its embeddings")
+        raise DataError(
+            "the run is of other tokens, or something changed its embeddings: run the model on the "
+            "tokens of the prompt, without hooks"
+        )
 
 
 P = ParamSpec("P")
@@ -519,7 +533,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 @runtime_checkable
 class Question(Protocol[P, R_co]):
-    """A call about a trace; or about a model and a prompt, of which it makes one."""
+    """A call about a trace; or about a model and a prompt, from which it makes a trace."""
 
     @overload
     def __call__(self, trace: Trace, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
@@ -530,8 +544,8 @@ class Question(Protocol[P, R_co]):
 
 
 def question(ask: Callable[Concatenate[Trace, P], R]) -> Question[P, R]:
-    """Let a call about a trace take a model and a prompt as well, and compute without gradients
-    in the model's own precision."""
+    """Let a call about a trace also take a model and a prompt, and compute without gradients in the
+    model's own precision."""
 
     @functools.wraps(ask)
     def asked(first: Any, *args: Any, **kwargs: Any) -> R:

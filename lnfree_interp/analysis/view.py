@@ -1,6 +1,6 @@
-"""What the analyses know of a model: weights, how its sublayers read the stream, how it runs.
+"""What the analyses know about a model: weights, how its sublayers read the stream, how it runs.
 
-A `View` describes one model in the words of the transformer, whatever library holds it. Its two
+A `View` describes one model in terms of the transformer, whatever library implements it. Its two
 adapters, `hooked` and `bridge`, are the only files that know a generation of TransformerLens.
 """
 
@@ -28,12 +28,12 @@ LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """The affine map between the stream and what a sublayer gets.
+    """The affine map between the stream and what a sublayer reads.
 
         x  ->  (C x / scale) * gain + bias        (C subtracts the mean, or is left out)
 
-    A folded model reads the stream as it is. A frozen norm's scale is a constant. A live norm's
-    scale is each token's own: the map then describes one forward pass, and nothing changed in it.
+    In a folded model the map is the identity. A frozen norm's scale is a constant. A live norm has
+    a scale for each token, so the map describes one forward pass in which nothing is changed.
     """
 
     scale: Float[Tensor, "*batch one"] | float = 1.0
@@ -42,7 +42,7 @@ class Read:
     centred: bool = False
 
     def back(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """A direction behind the map, carried to the stream."""
+        """A direction behind the map, carried back to the stream."""
         direction = self.back_unscaled(direction)
         if isinstance(self.scale, Tensor) or self.scale != 1.0:
             return direction / self.scale
@@ -51,7 +51,7 @@ class Read:
     def back_unscaled(
         self, direction: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """As `back`, before the division by the scale, which may vary by token."""
+        """As `back`, without the division by the scale, which may vary by token."""
         if self.gain is not None:
             direction = direction * self.gain
         return direction - direction.mean(-1, keepdim=True) if self.centred else direction
@@ -59,7 +59,7 @@ class Read:
     def back_weighted(
         self, weights: Float[Tensor, "*batch pos"], direction: Float[Tensor, "*batch d_model"]
     ) -> tuple[Float[Tensor, "*batch pos"], Float[Tensor, "*batch d_model"]]:
-        """As `back` for one direction that is read at every position with a weight."""
+        """As `back`, for one direction that is read with a weight at every position."""
         direction = self.back_unscaled(direction)
         if isinstance(self.scale, Tensor):
             return weights / self.scale[..., 0], direction
@@ -68,13 +68,13 @@ class Read:
     def weights_back(
         self, W: Float[Tensor, "*head d_model out"]
     ) -> Float[Tensor, "*head d_model out"]:
-        """As `back` for the columns of a matrix, but for the scale, which may vary by token."""
+        """As `back_unscaled`, for the columns of a matrix."""
         if self.gain is not None:
             W = W * self.gain[:, None]
         return W - W.mean(-2, keepdim=True) if self.centred else W
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """A part of the stream through the map, the bias apart."""
+        """A part of the stream after the map, without its bias."""
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         x = x / self.scale
@@ -91,9 +91,9 @@ class Place:
     """
 
     layer: int
-    """Behind so many blocks."""
+    """The number of blocks before it."""
     mid: bool = False
-    """Behind the next block's attention, too."""
+    """Whether it comes after the next block's attention as well."""
 
     @property
     def hook(self) -> str:
@@ -107,7 +107,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """The weights of one attention sublayer; grouped keys and values repeated for every head."""
+    """The weights of one attention sublayer, with grouped keys and values repeated per head."""
 
     W_Q: Float[Tensor, "head d_model d_head"]
     W_K: Float[Tensor, "head d_model d_head"]
@@ -126,20 +126,20 @@ class Attention:
 
     @classmethod
     def of(cls, module: Any, scale: float, cap: float) -> "Attention":
-        """From a module whose weights have TransformerLens' names and shapes."""
+        """The weights of a module that has TransformerLens' names and shapes."""
         weights = {name: getattr(module, name).detach() for name in cls.NAMES}
         return cls(**weights, scale=scale, cap=cap)
 
     def onto_z(self, u: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
-        """A direction of the stream, as heads' outputs see it."""
+        """A direction of the stream, as a direction of each head's output z."""
         return (u @ self.W_O.flatten(0, 1).T).unflatten(-1, self.W_O.shape[:2])
 
     def onto_matrix(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "head d_head m"]:
-        """A matrix that reads the stream, as heads' outputs see it."""
+        """A matrix that reads the stream, as a matrix that reads each head's output z."""
         return self.W_O @ W
 
     def double(self) -> "Attention":
-        """The same in float64."""
+        """The same weights in float64."""
         return replace(self, **{name: getattr(self, name).double() for name in self.NAMES})
 
     def write(
@@ -159,18 +159,18 @@ class MLP:
     b_in: Float[Tensor, " neuron"]
     b_out: Float[Tensor, " d_model"]
     activation: Any
-    """The activation function; of the gate in a gated MLP."""
+    """The activation function; in a gated MLP, that of the gate."""
 
     @property
     def before_activation(self) -> tuple[Float[Tensor, "d_model neuron"], Tensor]:
-        """The weights and bias of what the activation function gets."""
+        """The weights and bias of the activation function's input."""
         if self.W_gate is None:
             return self.W_in, self.b_in
         return self.W_gate, torch.zeros_like(self.b_in)
 
 
 class View(ABC):
-    """One model in the words of the transformer.
+    """One model in terms of the transformer.
 
     Attributes:
         model: The model itself.
@@ -184,11 +184,11 @@ class View(ABC):
         self._weights: dict[tuple[str, int], Any] = {}
         self.require_plain_sum()
 
-    # What it is
+    # Architecture
 
     @property
     def n_layers(self) -> int:
-        """How many blocks."""
+        """The number of blocks."""
         return self.cfg.n_layers
 
     @property
@@ -228,11 +228,11 @@ class View(ABC):
 
     @property
     def last(self) -> Place:
-        """What the final norm reads."""
+        """The place that the final norm reads."""
         return Place(self.n_layers)
 
     def place(self, name: Any) -> Place:
-        """A place by hook name: `blocks.3.hook_resid_pre`, `_mid` or `_post`; or a place as it is.
+        """A place by hook name: `blocks.3.hook_resid_pre`, `_mid` or `_post`; or a given place.
 
         Raises:
             DataError: if the model has no such place.
@@ -252,19 +252,19 @@ class View(ABC):
         return found
 
     def mlp_place(self, layer: int) -> Place:
-        """What a layer's MLP reads: the stream behind its attention, or before it if parallel."""
+        """The place that a layer's MLP reads: behind the attention, or before it if parallel."""
         return Place(layer, mid=not self.parallel)
 
     def attn_written(self, layer: int) -> Place:
-        """Where the stream first holds what a layer's attention wrote."""
+        """The first place where the stream includes what a layer's attention writes."""
         return Place(layer + 1) if self.parallel or not self.has_mlps else Place(layer, mid=True)
 
     @abstractmethod
     def require_plain_sum(self) -> None:
-        """Refuse models whose stream is not the plain sum of what this package takes apart.
+        """Raise an error if the model's stream is not the plain sum of the parts known here.
 
         Raises:
-            UnsupportedModelError: naming what would be missing from the sum.
+            UnsupportedModelError: if it is not; the message names what the sum would miss.
         """
 
     # Weights
@@ -310,16 +310,16 @@ class View(ABC):
 
     @abstractmethod
     def rotations(self, layer: int, n_pos: int) -> Float[Tensor, "pos d_head d_head"]:
-        """For each position, the matrix that queries and keys are multiplied with there."""
+        """For each position, the matrix that rotates its queries and keys."""
 
-    # How it reads the stream
+    # How the model reads the stream
 
     @abstractmethod
     def scale_hook(self, site: str) -> str | None:
-        """The hook that shows a live norm's scale; None where the site is affine.
+        """The hook name of a live norm's scale; None where the site is affine.
 
         Raises:
-            UnsupportedModelError: if something stands there that is no norm.
+            UnsupportedModelError: if there is something else than a norm at the site.
         """
 
     @abstractmethod
@@ -327,12 +327,12 @@ class View(ABC):
         """How the norm at a site reads the stream.
 
         Args:
-            site: `ln_final`, `blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`.
-            scale: The activation of `scale_hook`, where there is one.
+            site: The norm site: `ln_final`, `blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`.
+            scale: The activation at `scale_hook`; None where the site is affine.
         """
 
     def value_bias(self, layer: int) -> Float[Tensor, "head d_head"]:
-        """What values have from biases: b_V, and what the bias of the norm adds to it."""
+        """What biases add to a layer's values: b_V, and what the norm's bias adds through W_V."""
         attention = self.attention(layer)
         norm = self.read(f"blocks.{layer}.ln1.v", torch.ones(1))
         if norm.bias is None:
@@ -343,7 +343,7 @@ class View(ABC):
         """What stands between the stream and a number that is not affine.
 
         Args:
-            sites: Norms that are read through.
+            sites: The norms that the number is read through.
             logits: Whether the number is a logit.
             scores: Whether it is an attention score.
         """
@@ -355,7 +355,7 @@ class View(ABC):
         """How a norm reads the stream on every input.
 
         Raises:
-            InexactError: if it is live, or the logits behind it are capped.
+            InexactError: if the norm is live, or the logits behind it are capped.
         """
         if found := self.not_affine([site], logits):
             raise InexactError(
@@ -365,7 +365,7 @@ class View(ABC):
             )
         return self.read(site, None)
 
-    # How it runs
+    # How the model runs
 
     @abstractmethod
     def run(
@@ -377,34 +377,35 @@ class View(ABC):
         stop: int | None = None,
         edits: Mapping[str, Edit] | None = None,
     ) -> tuple[Stream, dict[str, Tensor]]:
-        """The stream before a block, and activations on the way.
+        """The stream before a block, and activations that a run computes on the way.
 
         Args:
             x: Token ids; or the stream before block `start`.
-            names: Hook names to keep.
-            start: Where a stream enters.
-            stop: The block to stop before. Default: behind the last.
-            edits: What takes an activation's place, by hook name.
+            names: Hook names of the activations to keep.
+            start: The block that a stream enters.
+            stop: The block to stop before. Default: stop behind the last block.
+            edits: Functions that replace an activation, by hook name.
         """
 
     @abstractmethod
     def logits(
         self, resid: Stream, names: Collection[str] = ()
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
-        """What the model's own final norm, unembedding and soft cap make of a stream.
+        """The logits that the model's own final norm, unembedding and soft cap give for a stream.
 
         Args:
-            resid: [batch, pos, d_model].
-            names: Hook names to keep; `unembed.hook_out` shows logits before a soft cap.
+            resid: The stream, [batch, pos, d_model].
+            names: Hook names of the activations to keep; `unembed.hook_out` has the logits before
+                a soft cap.
         """
 
     @abstractmethod
     def through_norm(self, site: str, x: Float[Tensor, "*batch d_model"]) -> Tensor:
-        """What the model's own norm makes of a stream."""
+        """A stream after the model's own norm at a site."""
 
     @abstractmethod
     def through_norm_in_float64(self, site: str) -> Callable[[Tensor], Tensor]:
-        """What the model's own norm would make of a stream in float64."""
+        """A function that applies the model's own norm to a stream in float64."""
 
     # Tokens
 
@@ -415,13 +416,13 @@ class View(ABC):
 
     @cached_property
     def device(self) -> torch.device:
-        """Where tokens go."""
+        """The device that tokens must be on."""
         return self.W_E.device
 
     def tokenize(self, text: str, prepend_bos: bool | None) -> list[int]:
-        """Token ids of a text, whole, as TransformerLens' `to_tokens` gives them.
+        """The token ids of a text, not truncated, as TransformerLens' `to_tokens` gives them.
 
-        Its own call writes `cfg.default_prepend_bos` for as long as it runs.
+        `to_tokens` is not called, since it changes `cfg.default_prepend_bos` while it runs.
 
         Raises:
             DataError: if the model has no tokenizer.
@@ -436,7 +437,7 @@ class View(ABC):
         return ids[1:] if adds_bos and not bos else ids
 
     def strings(self, ids: Collection[int]) -> list[str]:
-        """Token ids as text; as numbers for a model without a tokenizer."""
+        """Each token id as text; as a number for a model without a tokenizer."""
         if self.tokenizer is None:
             return [f"<{token}>" for token in ids]
         return [str(self.tokenizer.decode([token])) for token in ids]
@@ -447,7 +448,7 @@ def view_of(model: Any) -> View:
 
     Raises:
         UnsupportedModelError: if it is neither a `HookedTransformer` nor a `TransformerBridge`, or
-            its stream has parts that no view takes apart.
+            its stream is not the plain sum of its parts.
     """
     if isinstance(model, View):
         return model

@@ -1,9 +1,9 @@
-"""What the weights alone say: without norms, products of weights are what the model computes.
+"""Analyses of weights alone: without norms, products of weights are what the model computes.
 
 A writer (a head's W_O, a neuron's row of W_out, an embedding) and a reader (a head's W_Q, W_K or
-W_V, a neuron's column of W_in, the unembedding) meet in the stream; their product does not depend
-on the input. With a live norm it would, by a factor for every token, so live norms are refused.
-Everything is kept factored: nothing of size d_vocab x d_vocab is formed.
+W_V, a neuron's column of W_in, the unembedding) meet in the stream, and their product does not
+depend on the input. With a live norm it would, by a factor for every token, so live norms raise an
+error. Everything is kept factored: nothing of size d_vocab x d_vocab is formed.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,19 @@ Input = Literal["Q", "K", "V"]
 
 
 def writer_weights(view: View, component: str | Component) -> Float[Tensor, "width d_model"]:
-    """What a component writes with: W_O of a head, a row of W_out, all of W_E or W_pos, a bias.
+    """The weights that a component writes with: a head's W_O, a row of W_out, W_E, W_pos or a bias.
 
     Raises:
-        DataError: if the model has no such component, or it is none of these.
+        DataError: if the model has no such component, or it has no such weights.
     """
     one = as_component(component)
     if one.pos is not None or one.through:
-        raise DataError(f"{one.label}: weights are the same at every position and on every path")
+        raise DataError(
+            f"{one.label}: weights are the same at every position and on every path: give the "
+            "label without them"
+        )
     if one.layer is not None and not 0 <= one.layer < view.n_layers:
-        raise DataError(f"{one.label}: the model has layers 0 to {view.n_layers - 1}")
+        raise DataError(f"there is no {one.label}: the model has layers 0 to {view.n_layers - 1}")
     if one.kind == "embed":
         return view.W_E
     if one.kind == "pos_embed" and view.has_positions:
@@ -52,42 +55,49 @@ def writer_weights(view: View, component: str | Component) -> Float[Tensor, "wid
         if one.kind == "neuron" and one.index is not None:
             n_neurons = mlp.W_out.shape[0]
             if not 0 <= one.index < n_neurons:
-                raise DataError(f"{one.label}: layer {one.layer} has neurons 0 to {n_neurons - 1}")
+                raise DataError(
+                    f"there is no {one.label}: layer {one.layer} has neurons 0 to {n_neurons - 1}"
+                )
             return mlp.W_out[one.index][None]
         if one.kind == "mlp_out":
             return mlp.W_out
         if one.kind == "b_out":
             return mlp.b_out[None]
-    raise DataError(f"{one.label} writes with no weights of its own in this model")
+    raise DataError(
+        f"{one.label} writes with no weights of its own in this model: give a head (L2H5), a "
+        "neuron (L2N310), an MLP (2_mlp_out), embed, pos_embed, 2_b_O or 2_b_out"
+    )
 
 
 def _through(norm: Read, W: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
-    """A reader's weights with its norm, which is constant, merged in."""
+    """A reader's weights with its constant norm merged in."""
     return norm.weights_back(W) / norm.scale
 
 
 def reader_weights(
     view: View, component: str | Component, which: Input | None = None
 ) -> Float[Tensor, "d_model width"]:
-    """What a component reads the stream with, its norm merged in.
+    """The weights that a component reads the stream with, its norm merged in.
 
     Args:
-        view: Of an LN-free model.
+        view: The view of an LN-free model.
         component: A head (`"L2H5"`, with `which`), a neuron (`"L2N310"`; the input of its
             activation function), a layer's MLP (`"2_mlp_out"`), or `"b_U"` for the unembedding.
-        which: Of a head: `"Q"`, `"K"` or `"V"`.
+        which: What a head reads for: `"Q"`, `"K"` or `"V"`.
 
     Raises:
-        DataError: if the model has no such component, or it does not read.
+        DataError: if the model has no such component, or it does not read the stream.
         InexactError: if the norm is live.
     """
     one = as_component(component)
     if one.kind == "b_U":
         return _through(view.constant_read("ln_final", logits=True), view.W_U)
-    writer_weights(view, one)  # exists
+    writer_weights(view, one)  # raises an error if there is no such component
     if one.kind == "head" and one.layer is not None and one.index is not None:
         if which not in ("Q", "K", "V"):
-            raise DataError(f"say with which of Q, K and V {one.label} reads")
+            raise DataError(
+                f"say with which of Q, K and V {one.label} reads: give which='Q', 'K' or 'V'"
+            )
         site = f"blocks.{one.layer}.ln1.{'v' if which == 'V' else 'qk'}"
         W = getattr(view.attention(one.layer), f"W_{which}")[one.index]
         return _through(view.constant_read(site), W)
@@ -95,7 +105,10 @@ def reader_weights(
         W, _ = view.mlp(one.layer).before_activation
         W = W if one.index is None else W[:, one.index][:, None]
         return _through(view.constant_read(f"blocks.{one.layer}.ln2"), W)
-    raise DataError(f"{one.label} does not read the stream")
+    raise DataError(
+        f"{one.label} does not read the stream: give a head (L2H5), a neuron (L2N310), an MLP "
+        "(2_mlp_out), or b_U for the unembedding"
+    )
 
 
 @torch.no_grad()
@@ -105,30 +118,30 @@ def virtual_weights(
     reader: str | Component,
     which: Input | None = None,
 ) -> FactoredMatrix:
-    """From what a component holds to what a later one reads of it: W_write W_read.
+    """The weights between two components: what one writes with times what a later one reads with.
 
-    Head to head, by `which`: [d_head, d_head]. It is the whole direct effect of the one on the
-    other, for every input: with z of the writer at a position, its share of the reader's query, key
-    or value there, before any rotation, is z times this. Biases are not in it.
+    From head to head it is [d_head, d_head], the whole direct effect of one on the other, for every
+    input: where the writer has z at a position, its share of the reader's query, key or value
+    there, before any rotation, is z times this matrix. Biases are not included.
 
     Args:
-        model: LN-free, a `HookedTransformer` or a `TransformerBridge`.
+        model: An LN-free `HookedTransformer` or `TransformerBridge`.
         writer: `"L0H3"`, `"L0N12"`, `"0_mlp_out"`, `"embed"`, `"pos_embed"`, `"0_b_O"`.
         reader: A head (`"L2H5"`, with `which`), a neuron (`"L2N310"`; the input of its activation
             function), a layer's MLP (`"2_mlp_out"`), or `"b_U"` for the unembedding.
-        which: Of a head that reads, `"Q"`, `"K"` or `"V"`.
+        which: What a reading head reads for: `"Q"`, `"K"` or `"V"`.
 
     Returns:
-        Factored, [width of the writer, width of the reader]; a width is d_head, 1 for a neuron or a
-        bias, the number of neurons of an MLP, of tokens or of positions. What the reader gets per
-        unit of what the writer holds.
+        The factored matrix [width of the writer, width of the reader]: what the reader gets per
+        unit of the writer's activation. A width is d_head, 1 for a neuron or a bias, or the number
+        of an MLP's neurons, of tokens or of positions.
 
     Raises:
         DataError: if the reader does not come after the writer, either does not exist, or a head
             reads without `which`.
         InexactError: if the reader's norm is live, or the logits that it reads are capped.
-        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
-            and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
+            norms on queries and keys.
 
     Source:
         Virtual weights, between heads: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
@@ -144,7 +157,10 @@ def virtual_weights(
         same_block = one.layer == two.layer and two.kind in ("neuron", "mlp_out")
         same_block = same_block and one.kind in ("head", "b_O") and not view.parallel
         if not (one.layer < two.layer or same_block):
-            raise DataError(f"{two.label} does not come after {one.label}: it cannot read it")
+            raise DataError(
+                f"{two.label} does not come after {one.label}, so it cannot read it: give the "
+                "writer first"
+            )
     return FactoredMatrix(writer_weights(view, one), reader_weights(view, two, which))
 
 
@@ -153,12 +169,12 @@ class TokenTable:
     """A table over tokens that is kept as two factors.
 
     Attributes:
-        left: [row, rank], whose product with `right` is the table, in the unit of `what`.
-        right: [rank, column].
+        left: [row, rank]; its product with `right` is the table, in the unit of `what`.
+        right: [rank, column], the other factor.
         what: What an entry is, in words.
-        view: Of the model whose tokens they are.
-        tokens_in_rows: Whether rows are tokens; else they are numbers.
-        tokens_in_columns: The same of columns.
+        view: The view of the model whose tokens the table is about.
+        tokens_in_rows: Whether rows are tokens; if not, they are numbers.
+        tokens_in_columns: Whether columns are tokens; if not, they are numbers.
     """
 
     left: Float[Tensor, "row rank"]
@@ -170,7 +186,7 @@ class TokenTable:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """The numbers of rows and columns."""
         return (len(self.left), self.right.shape[1])
 
     def __repr__(self) -> str:
@@ -179,7 +195,7 @@ class TokenTable:
 
     @property
     def matrix(self) -> FactoredMatrix:
-        """For TransformerLens' own tools: singular values, eigenvalues, norms."""
+        """The table for TransformerLens' own tools: singular values, eigenvalues, norms."""
         return FactoredMatrix(self.left, self.right)
 
     def row(self, name: Answer) -> Float[Tensor, " column"]:
@@ -213,7 +229,9 @@ class TokenTable:
             return int(read_answers(self.view, name, 1, True, "token")[0])
         number = whole_number(name, "a row or column of this table")
         if not -size <= number < size:
-            raise DataError(f"rows here are numbers from 0 to {size - 1}, not {number}")
+            raise DataError(
+                f"rows or columns here are numbers from 0 to {size - 1}, and {number} was given"
+            )
         return number
 
     def top(
@@ -227,11 +245,11 @@ class TokenTable:
         """The largest entries, of one row or of the whole table: `row`, `column`, `value`.
 
         Args:
-            k: How many.
-            row: Only this one.
-            smallest: The most negative instead.
-            chunk: Rows formed at once.
-            progress: Whether to show a progress bar where it takes more than a second.
+            k: How many entries to list.
+            row: A token or number, to list entries of that row only.
+            smallest: Whether to list the most negative entries instead.
+            chunk: How many rows are formed at once.
+            progress: Whether to show a progress bar if it takes more than a second.
 
         Raises:
             DataError: if there is no such row, or `k` or `chunk` is less than one.
@@ -249,7 +267,7 @@ class TokenTable:
         for start in tqdm(starts, desc="table", unit="chunk", delay=1, disable=not progress):
             left = sign * self.left[start : min(start + chunk, first + n_rows)]
             values = left @ self.right
-            # Most rows hold nothing that could still be among the k: one pass finds that out.
+            # Most rows have no entry that could still be among the k; one pass finds these rows.
             floor = best[-1] if len(best) == k else values.new_tensor(-torch.inf)
             rows = (values.amax(1) > floor).nonzero()[:, 0]
             if len(best) and not len(rows):
@@ -278,17 +296,17 @@ class TokenTable:
 def bigram_table(model: Model) -> TokenTable:
     """What a token's embedding alone adds to each next token's logit: W_E W_U, in logits.
 
-    The direct path only: positions, biases, heads and MLPs are not in it.
+    This is the direct path only: positions, biases, heads and MLPs are not included.
 
     Args:
-        model: LN-free; of the norms only the final one matters.
+        model: A model whose final norm is removed or frozen; its other norms do not matter.
 
     Returns:
         Table [token, next token], in logits.
 
     Raises:
         InexactError: if the final norm is live or the logits are capped.
-        UnsupportedModelError: for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
@@ -307,13 +325,13 @@ def bigram_table(model: Model) -> TokenTable:
 def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTable:
     """What looking at a token's embedding adds to each logit: W_E W_V W_O W_U, in logits.
 
-    For an attention weight of one. Positions and biases are not in it, nor what else is in the
-    stream.
+    It is for an attention weight of one. Positions, biases and whatever else is in the stream are
+    not included.
 
     Args:
-        model: LN-free, a `HookedTransformer` or a `TransformerBridge`.
-        layer: Of the head.
-        head: Its index.
+        model: An LN-free `HookedTransformer` or `TransformerBridge`.
+        layer: The head's layer, counted from 0.
+        head: The head's index in its layer, counted from 0.
 
     Returns:
         Table [token that is looked at, next token], in logits.
@@ -322,8 +340,8 @@ def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTa
         DataError: if there is no such head.
         InexactError: if the norm before the head or the final norm is live, or the logits are
             capped.
-        UnsupportedModelError: for a model whose stream has other parts, or with norms on queries
-            and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
+            norms on queries and keys.
 
     Source:
         The OV circuit: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
@@ -347,16 +365,17 @@ def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTa
 def qk_table(
     model: Model, layer: SupportsIndex, head: SupportsIndex, offset: int | None = None
 ) -> TokenTable:
-    """How much a token's embedding at the query looks for each at the key: scores, pre-softmax.
+    """The attention score of each token's embedding at the query with each at the key.
 
-    Positions that are added to the stream and biases are not in it, nor what else is in the stream.
+    Scores are those before the softmax. Positions that are added to the stream, biases and whatever
+    else is in the stream are not included.
 
     Args:
-        model: LN-free, a `HookedTransformer` or a `TransformerBridge`.
-        layer: Of the head.
-        head: Its index.
-        offset: How many positions the key is behind; needed where positions are rotary, and
-            without effect elsewhere.
+        model: An LN-free `HookedTransformer` or `TransformerBridge`.
+        layer: The head's layer, counted from 0.
+        head: The head's index in its layer, counted from 0.
+        offset: By how many positions the key comes before the query; needed where positions are
+            rotary, and without effect otherwise.
 
     Returns:
         Table [token at the query, token at the key], in units of the score.
@@ -365,7 +384,7 @@ def qk_table(
         DataError: if there is no such head, or an offset is needed.
         InexactError: if the norm before the head is live.
         UnsupportedModelError: if scores are capped, so that no table gives them; for a model whose
-            stream has other parts, or with norms on queries and keys.
+            stream is not the plain sum of its parts, or with norms on queries and keys.
 
     Source:
         The QK circuit: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
@@ -379,14 +398,20 @@ def qk_table(
     view = view_of(model)
     layer, head = require_head(view, layer, head)
     if view.score_cap > 0:
-        raise UnsupportedModelError("scores are capped: they are no sum of token by token entries")
+        raise UnsupportedModelError(
+            "attention scores of this model are capped, so they are no sum of entries for pairs of "
+            "tokens: use lf.attribute_scores on a trace that holds"
+        )
     name = f"L{layer}H{head}"
     q = view.W_E @ reader_weights(view, name, "Q")
     k = view.W_E @ reader_weights(view, name, "K")
     if view.rotary:
         behind = -1 if offset is None else whole_number(offset, "an offset")
         if not 0 <= behind < view.cfg.n_ctx:
-            raise DataError("positions are rotary: say how far behind the key is, offset=0 or more")
+            raise DataError(
+                "positions are rotary, so the table depends on the distance: say how far behind "
+                "the key is, with offset=0 or more, less than the context"
+            )
         turn = view.rotations(layer, behind + 1)
         q, k = q @ turn[behind], k @ turn[0]
     what = f"score of {name}, embedding to embedding"
@@ -397,11 +422,11 @@ def qk_table(
 def neuron_input_table(model: Model, layer: SupportsIndex) -> TokenTable:
     """What each token's embedding adds to the input of each neuron of a layer: W_E W_in.
 
-    In a gated MLP, to the input of its gate: W_E W_gate. Positions and biases are not in it.
+    In a gated MLP it is the input of the gate: W_E W_gate. Positions and biases are not included.
 
     Args:
-        model: LN-free; of the norms only the one before the MLP matters.
-        layer: Of the MLP.
+        model: A model whose norm before the MLP is removed or frozen; the others do not matter.
+        layer: The MLP's layer, counted from 0.
 
     Returns:
         Table [token, neuron], in units of the neuron's input.
@@ -409,11 +434,11 @@ def neuron_input_table(model: Model, layer: SupportsIndex) -> TokenTable:
     Raises:
         InexactError: if the norm before the MLP is live.
         DataError: if the layer has no MLP.
-        UnsupportedModelError: for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
-        Neurons as keys: arXiv 2012.14913. Read off the embeddings, as the framework of Elhage et
-        al. 2021 reads off heads, https://transformer-circuits.pub/2021/framework.
+        Neurons as keys: arXiv 2012.14913. Reading them off the embeddings, as is done for heads:
+        Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
 
     Examples:
         >>> lf.neuron_input_table(free, layer=1)
@@ -431,11 +456,11 @@ def neuron_input_table(model: Model, layer: SupportsIndex) -> TokenTable:
 def neuron_output_table(model: Model, layer: SupportsIndex) -> TokenTable:
     """What each neuron of a layer adds to each logit per unit of activation: W_out W_U.
 
-    Directly: what later blocks make of it is not in it.
+    This is the direct effect only: what later blocks add is not included.
 
     Args:
-        model: LN-free; of the norms only the final one matters.
-        layer: Of the MLP.
+        model: A model whose final norm is removed or frozen; its other norms do not matter.
+        layer: The MLP's layer, counted from 0.
 
     Returns:
         Table [neuron, next token], in logits per unit of activation.
@@ -443,7 +468,7 @@ def neuron_output_table(model: Model, layer: SupportsIndex) -> TokenTable:
     Raises:
         InexactError: if the final norm is live or the logits are capped.
         DataError: if the layer has no MLP.
-        UnsupportedModelError: for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         What neurons write in vocabulary space: arXiv 2203.14680.

@@ -1,4 +1,4 @@
-"""Every identity of the analyses, checked on one model."""
+"""A check of every identity of the analyses, on one model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,10 +36,10 @@ def certify(
     """Check every identity that the analyses rest on, on one prompt.
 
     Args:
-        model: LN-free; or not, with `hold`: sums then still hold, and each certificate says what
-            was held and what that misses. Or a trace of one prompt.
-        prompt: One, of at least two tokens. Default: 16 random ones.
-        hold: Hold live norms' scales and soft caps' slopes.
+        model: An LN-free model; any model with `hold`, whose certificates then say what was held
+            and what that misses; or a trace of one prompt.
+        prompt: One prompt of at least two tokens. Default: 16 random tokens.
+        hold: Whether live norms' scales and soft caps' slopes are held.
 
     Returns:
         One certificate per identity; `certificate_table(...)` shows them.
@@ -47,10 +47,10 @@ def certify(
     Raises:
         InexactError: if a norm is live and `hold` is False.
         DataError: for a prompt of one token, or several prompts.
-        UnsupportedModelError: as `trace`, for a model whose stream has other parts.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
-        Ours: every exact claim of the package in one list, each against the model's own run.
+        Ours: every exact claim of the package in one list, each checked against the model's run.
 
     Examples:
         >>> certificates = lf.certify(free, "for i in range(")
@@ -120,13 +120,13 @@ def _score_certificates(one: Trace, layer: int) -> Iterator[Certificate]:
 
 
 def _table_certificate(one: Trace, answer: int) -> Certificate:
-    """Pattern times table, and the same for positions, is what a head of layer 0 adds."""
+    """The pattern times the OV table, with positions added, is what a head of layer 0 adds."""
     view, tokens = one.view, one.tokens[0]
     found = attribute_logits(one, answer, by="source")
     found = found if one.single else found.select(prompt=0)
     rows = [c for c in found.components if c.kind == "head" and (c.layer, c.index) == (0, 0)]
     expected = torch.stack([found[component] for component in rows])
-    # With weights and no activation but the pattern.
+    # This uses the weights, and of the activations only the pattern.
     pattern = one[get_act_name("pattern", 0)][0, 0, -1]
     table = ov_table(view.model, 0, 0)
     moved = table.left[tokens] @ table.right[:, answer]

@@ -1,8 +1,8 @@
-"""Neurons that set how sure a model is, and say nothing about which token comes.
+"""Confidence neurons, which set how sure a model is but not which token it predicts.
 
-A neuron of the last MLP whose output lies where the unembedding hardly reads can only act through
-the final norm, by making the stream longer (Stolfo et al., 2406.16254). Without that norm it has
-nothing to act through: 2507.02559 finds the effect of mean-ablating such neurons gone.
+A neuron of the last MLP that writes where the unembedding hardly reads can act only through the
+final norm, by making the stream longer (Stolfo et al., 2406.16254). Without that norm it can hardly
+act: 2507.02559 finds that mean-ablating such neurons no longer has an effect.
 """
 
 from collections.abc import Sequence
@@ -21,47 +21,47 @@ from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
 
 _NEURONS = 1024
-"""Neurons whose cosines with the whole vocabulary are held at once."""
+"""How many neurons have their cosines with the whole vocabulary in memory at once."""
 
 
 @torch.no_grad()
 def confidence_scores(model: HookedTransformer) -> Float[Tensor, " neuron"]:
-    """For each neuron of the last MLP: norm of its output, over the variance of its cosines.
+    """The score of each neuron of the last MLP: the norm of its output weights over the variance of
+    their cosines with the unembedding.
 
-    |w_out| / var_v cos(w_out, W_U[:, v]), 2507.02559. The unembedding is taken with the final
-    norm's gain and centring in it, so that a model and its LN-free version are scored alike.
+    It is |w_out| / var_v cos(w_out, W_U[:, v]), from 2507.02559. The unembedding includes the final
+    norm's gain and centring, so that a model and its LN-free version have comparable scores.
 
     Raises:
         DataError: for a model without MLPs.
-        UnsupportedModelError: for one with a norm behind them.
+        UnsupportedModelError: for a model with norms behind its MLPs.
     """
     view = view_of(model)
-    final = view.read("ln_final", torch.ones(1))  # a scale is of no consequence for cosines
+    final = view.read("ln_final", torch.ones(1))  # a scale does not change cosines
     W_U = torch.nn.functional.normalize(final.weights_back(view.W_U).float(), dim=0)
     W_out = view.mlp(require_mlp(view, view.n_layers - 1)).W_out.float()
     outputs = torch.nn.functional.normalize(W_out, dim=1)
     spread = torch.cat([(some @ W_U).var(dim=1) for some in outputs.split(_NEURONS)])
-    return (W_out.norm(dim=1) / spread).nan_to_num(0.0)  # a dead neuron is none
+    return (W_out.norm(dim=1) / spread).nan_to_num(0.0)  # the score of a dead neuron is 0
 
 
 def find_confidence_neurons(model: HookedTransformer, k: int = 3) -> list[int]:
     """The k neurons of the last MLP with the highest score |w_out| / var_v cos(w_out, W_U[:, v]).
 
-    Such a neuron writes much, and to nothing in particular of the unembedding. The final norm's
-    gain and centring count as part of the unembedding, so that a model and its LN-free version are
-    scored alike.
+    Such a neuron writes much, but favours no token in particular. The unembedding includes the
+    final norm's gain and centring, so that a model and its LN-free version have comparable scores.
 
     Args:
-        model: With MLPs; LN-free or not.
-        k: How many, at most the neurons of an MLP.
+        model: A model with MLPs, LN-free or not.
+        k: How many neurons to find, at most as many as the MLP has.
 
     Returns:
         Indices of neurons of the last MLP, the highest score first.
 
     Raises:
-        DataError: for a model without MLPs, or fewer neurons.
-        UnsupportedModelError: for a model with a norm behind its MLPs, or other parts in the
-            stream.
+        DataError: for a model without MLPs, or with fewer than `k` neurons.
+        UnsupportedModelError: for a model with norms behind its MLPs, or whose stream is not the
+            plain sum of its parts.
 
     Source:
         arXiv 2406.16254 describes such neurons; the score is that of arXiv 2507.02559.
@@ -73,36 +73,40 @@ def find_confidence_neurons(model: HookedTransformer, k: int = 3) -> list[int]:
     """
     scores = confidence_scores(model)
     if not 0 < k <= len(scores):
-        raise DataError(f"the last MLP has {len(scores)} neurons, not {k}")
+        raise DataError(
+            f"the last MLP has {len(scores)} neurons, not {k}: give k from 1 to that number"
+        )
     return scores.topk(k).indices.tolist()
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronAblation:
-    """What setting neurons of the last MLP to their mean does to the next token's prediction."""
+    """What setting neurons of the last MLP to their mean does to the predicted next token."""
 
     neurons: tuple[int, ...]
-    """Of the last MLP, in the order of `loss_change`."""
+    """Indices of neurons of the last MLP, in the order of `loss_change`."""
     loss_change: Float[Tensor, "which sequence target"]
-    """[which, sequence, target], in nats: neuron by neuron, then all together."""
+    """[which, sequence, target], the change of the loss in nats: for each neuron, then for all
+    together."""
     entropy_change: Float[Tensor, "which sequence target"]
-    """[which, sequence, target], of the predicted distribution, in nats: as `loss_change`."""
+    """[which, sequence, target], the change of the predicted distribution's entropy in nats, in the
+    same order."""
     entropy: float
-    """Mean over targets with no neuron ablated, in nats."""
+    """The mean entropy over targets without ablation, in nats."""
 
     @property
     def median_loss_change(self) -> Float[Tensor, " which"]:
-        """Median of the absolute change, the published figure."""
+        """The median of the absolute change of the loss, which 2507.02559 reports."""
         return self.loss_change.flatten(1).abs().median(1).values
 
     @property
     def median_entropy_change(self) -> Float[Tensor, " which"]:
-        """Median of the absolute change, the published figure."""
+        """The median of the absolute change of the entropy, which 2507.02559 reports."""
         return self.entropy_change.flatten(1).abs().median(1).values
 
     @property
     def total_entropy_change(self) -> float:
-        """Change of the mean entropy with all of them ablated, as a fraction of it."""
+        """The change of the mean entropy with all neurons ablated, as a fraction of that mean."""
         return self.entropy_change[-1].mean().item() / self.entropy
 
 
@@ -116,18 +120,18 @@ def ablate_neurons(
     """Set neurons of the last MLP to their mean over the text, one by one and all together.
 
     Args:
-        model: Any with MLPs.
-        tokens: [sequence, pos].
-        neurons: Of the last MLP, such as `find_confidence_neurons(model)`.
-        batch: Sequences per forward pass.
+        model: A model with MLPs, LN-free or not.
+        tokens: Token ids, [sequence, pos].
+        neurons: Indices of neurons of the last MLP, such as `find_confidence_neurons(model)`.
+        batch: How many sequences run at once.
 
     Returns:
-        A `NeuronAblation` with changes of loss and entropy, [neuron and all, sequence, target], in
-            nats.
+        A `NeuronAblation` with changes of loss and entropy in nats,
+            [each neuron and all, sequence, target].
 
     Raises:
         DataError: if there is no such neuron, the model has no MLPs, or it cannot read the tokens.
-        UnsupportedModelError: as `find_confidence_neurons`.
+        UnsupportedModelError: as for `find_confidence_neurons`.
 
     Source:
         arXiv 2406.16254 (mean ablation); the medians of absolute changes are those of arXiv
@@ -144,7 +148,9 @@ def ablate_neurons(
     W_out = view.mlp(last).W_out
     wrong = [neuron for neuron in neurons if not 0 <= neuron < len(W_out)]
     if wrong or not neurons:
-        raise DataError(f"the last MLP has neurons 0 to {len(W_out) - 1}, not {wrong}")
+        raise DataError(
+            f"the last MLP has neurons 0 to {len(W_out) - 1}, not {wrong}: give one or more of them"
+        )
     post_hook = get_act_name("post", last)
     chosen = torch.tensor(list(neurons), device=W_out.device)
     streams, posts = [], []
@@ -167,7 +173,7 @@ def ablate_neurons(
 def _predict(
     view: View, stream: Float[Tensor, "sequence pos d_model"], tokens: Tensor
 ) -> tuple[Float[Tensor, "sequence target"], Float[Tensor, "sequence target"]]:
-    """Loss and entropy of every next token."""
+    """The loss and the entropy of the prediction of every next token."""
     losses, entropies = [], []
     kept, wanted = stream[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     for some, targets in zip(kept.split(POSITIONS), wanted.split(POSITIONS), strict=True):

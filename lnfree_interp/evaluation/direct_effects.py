@@ -1,12 +1,13 @@
-"""Is direct logit attribution what it claims to be? Attribution against measured direct effects.
+"""Direct logit attribution against measured direct effects.
 
 The direct effect of a head is measured by taking its output out of the final residual stream and
-running the rest of the model (final norm and unembedding) again, in float64: it is a difference of
-two logits, and a weak head's would drown in their rounding. On an LN-free model the two are equal;
-with a live norm, taking a part away changes the scale of all others.
+running the rest of the model (final norm and unembedding) again. This is done in float64, since the
+effect is a difference of two logits, and that of a weak head would be lost in their rounding. On an
+LN-free model attribution and effect are equal; with a live norm, taking a part away changes the
+scale of all others.
 
-Protocol of 2507.02559, section on direct logit attribution, with one difference: the target is the
-true next token at every position; the published code took the logit of the current token.
+The protocol is that of 2507.02559, section on direct logit attribution, with one difference: the
+target is the true next token at every position, while the published code used the current token.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +22,13 @@ from tqdm.auto import tqdm
 from lnfree_interp.analysis.attribute import attribute_next_tokens
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component, as_labels, find_components
+from lnfree_interp.analysis.interventions import ablate
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Heads, expand
 from lnfree_interp.analysis.prompts import batches, read_sequences
 from lnfree_interp.analysis.results import CertifiedResult, Contributions
 from lnfree_interp.analysis.trace import Positions, Trace, trace
-from lnfree_interp.analysis.view import Model, View, view_of
+from lnfree_interp.analysis.view import Model, Stream, View, view_of
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 
@@ -36,10 +38,10 @@ class DirectEffects:
     """Attribution and measured direct effect of every head, in logits of the true next token."""
 
     attribution: Float[Tensor, "layer head target"]
-    """[layer, head, target], in logits: what direct logit attribution says that the head adds."""
+    """[layer, head, target], in logits: what the head adds, by direct logit attribution."""
     measured: Float[Tensor, "layer head target"]
-    """[layer, head, target], in logits: what the logit loses with the head's output taken out of
-    the final stream. Targets are every position but the first, sequence after sequence."""
+    """[layer, head, target], in logits: what the logit loses when the head's output is taken out of
+    the final stream. Targets are all positions but the first, sequence after sequence."""
 
     @property
     def nmae_per_head(self) -> Float[Tensor, "layer head"]:
@@ -49,21 +51,22 @@ class DirectEffects:
 
     @property
     def nmae(self) -> float:
-        """The mean of `nmae_per_head`: the published headline, as a fraction."""
+        """The mean of `nmae_per_head`, which 2507.02559 reports, as a fraction."""
         return self.nmae_per_head.mean().item()
 
     @property
     def pooled_nmae(self) -> float:
-        """One ratio over all heads and targets, which heads of large effect dominate."""
+        """One ratio over all heads and targets, dominated by heads of large effect."""
         error = (self.attribution - self.measured).abs().mean()
         return (error / self.measured.abs().mean()).item()
 
 
 @dataclass(frozen=True)
 class Additivity(CertifiedResult):
-    """Effects of two groups of components, apart and together, in logits of the true next token.
+    """Effects of two groups of components, A and B, apart and together, in logits of the true next
+    token.
 
-    Each is a mean over targets of absolute values; `interaction` of absolute differences.
+    Each is a mean over targets of absolute values or absolute differences.
     """
 
     first: float
@@ -77,13 +80,13 @@ class Additivity(CertifiedResult):
     attribution_error: float
     """mean |attribution(A and B) - effect(A and B)|"""
     targets: int
-    """How many next tokens the means are over."""
+    """The number of next tokens that the means are over."""
     certificate: Certificate
     """effect(A) + effect(B) = effect(A and B) = attribution, at every target."""
 
     @property
     def nmae(self) -> float:
-        """The interaction in units of the effect of both."""
+        """The interaction as a fraction of the effect of both groups."""
         return self.interaction / self.both if self.both else 0.0
 
     def to_frame(self) -> pd.DataFrame:
@@ -102,19 +105,19 @@ def direct_effect_additivity(
     by: str | Level = "head",
     batch: int = 4,
 ) -> Additivity:
-    """Whether the effects of two groups of components add up, and to their attribution.
+    """Whether the effects of two groups of components add up, and equal their attribution.
 
-    Measured: each group is taken out of the final stream, and final norm and unembedding are run
-    again. On an LN-free model effects are additive (so Shapley values equal attribution); with a
-    live norm the sum and the whole differ.
+    To measure an effect, a group is taken out of the final stream, and final norm and unembedding
+    run again. On an LN-free model effects are additive (so Shapley values equal attribution); with
+    a live norm the sum and the whole differ.
 
     Args:
-        model: LN-free or not.
-        tokens: [sequence, pos]; the target is the true next token at every position.
-        first: Labels of components, e.g. `["L0H1", "2_mlp_out"]`.
-        second: Other ones.
-        by: The level at which they are components.
-        batch: Sequences per forward pass.
+        model: A model, LN-free or not.
+        tokens: Token ids, [sequence, pos]; the target is the true next token at every position.
+        first: Labels of the components of group A, such as `["L0H1", "2_mlp_out"]`.
+        second: Labels of the components of group B, which must be others.
+        by: The level whose components they are.
+        batch: How many sequences run at once.
 
     Returns:
         An `Additivity` of mean absolute effects and differences, in logits of the true next token.
@@ -122,11 +125,11 @@ def direct_effect_additivity(
     Raises:
         DataError: for a component that does not exist, is named twice or is in both groups, an
             empty group, or tokens that the model cannot read.
-        UnsupportedModelError: as `attribute_next_tokens`.
+        UnsupportedModelError: as for `attribute_next_tokens`.
 
     Source:
         Direct effect: arXiv 2307.15771. The test of additivity is ours: where it holds, the order
-        in which components are taken out is of no consequence.
+        in which components are taken out does not matter.
 
     Examples:
         >>> effects = lf.direct_effect_additivity(free, tokens, ["L0H1"], ["2_mlp_out"]).verify()
@@ -139,9 +142,9 @@ def direct_effect_additivity(
     tokens = read_sequences(model, tokens)
     groups = [as_labels(group) for group in (first, second)]
     if common := set(groups[0]) & set(groups[1]):
-        raise DataError(f"{sorted(common)[0]} is in both groups")
+        raise DataError(f"{sorted(common)[0]} is in both groups: name it in one of them only")
     if not all(groups):
-        raise DataError("each group needs a component")
+        raise DataError("a group is empty: name at least one component in each")
     sums, count, worst = torch.zeros(5, dtype=torch.float64), 0, None
     held: tuple[str, ...] = ()
     for chunk in batches(tokens, batch):
@@ -166,7 +169,7 @@ def direct_effect_additivity(
 
 
 def _attributed(view: View, tokens: Tensor, by: str | Level) -> tuple[Trace, Contributions]:
-    """A run over a batch, and the attribution of its next tokens, what is live held."""
+    """A trace of a batch, and the attribution of its next tokens, with live norms held."""
     one = trace(view.model, tokens, attention_mask=torch.ones_like(tokens), hold=True, keep="asked")
     return one, attribute_next_tokens(one, by=by)
 
@@ -174,21 +177,29 @@ def _attributed(view: View, tokens: Tensor, by: str | Level) -> tuple[Trace, Con
 def _group_effects(
     one: Trace, by: str | Level, groups: Sequence[Sequence[str]]
 ) -> Float[Tensor, "which batch target"]:
-    """What the logit loses without the first group, the second, and both."""
+    """What the logits lose without the first group, without the second, and without both."""
     view, at = one.view, Positions(slice(0, -1))
     stream = at.of(one.stream(view.last)).double()
     logits = _target_logits(view, one.tokens[:, 1:])
-    parts = list(level(by).parts(one, view.last, at))
-    gone = [expand(parts, group)[0].double().sum(0) for group in groups]
+    gone = [at.of(_written(one, by, group)).double() for group in groups]
     removed, before = (*gone, gone[0] + gone[1]), logits(stream)
     return torch.stack([before - logits(stream - x) for x in removed])
+
+
+def _written(one: Trace, by: str | Level, group: Sequence[str]) -> Stream:
+    """What a group of components writes, measured in the model's own blocks; biases by their
+    weights."""
+    try:
+        return ablate(one, group, by=None if isinstance(by, str) else by).gone
+    except DataError:
+        return expand(level(by).parts(one, one.view.last), group)[0].sum(0)
 
 
 def _target_logits(
     view: View, targets: Int[Tensor, "batch target"]
 ) -> Callable[[Float[Tensor, "batch target d_model"]], Float[Tensor, "batch target"]]:
-    """What the model's final norm and unembedding make of a stream, for one token per position, in
-    float64."""
+    """A function from a stream to the logit of one token per position, by the model's final norm
+    and unembedding in float64."""
     precise = view.through_norm_in_float64("ln_final")
     W, b, cap = view.W_U.T[targets].double(), view.b_U[targets].double(), view.logit_cap
 
@@ -209,21 +220,21 @@ def direct_effects(
     """Attribution and measured direct effect of every head on the true next token.
 
     Args:
-        model: LN-free or not; with a live final norm the attribution holds its scale, as
-            direct logit attribution always does there.
-        tokens: [sequence, pos]. Every position with a next token counts.
-        batch: Sequences per forward pass.
+        model: A model, LN-free or not. With a live final norm the attribution holds its scale, as
+            direct logit attribution always does.
+        tokens: Token ids, [sequence, pos]; every position with a next token counts.
+        batch: How many sequences run at once.
         progress: Whether to show a progress bar.
 
     Returns:
         A `DirectEffects` of two tensors [layer, head, target], in logits; `.nmae` compares them.
 
     Raises:
-        DataError, UnsupportedModelError: as `attribute_next_tokens`.
+        DataError, UnsupportedModelError: as for `attribute_next_tokens`.
 
     Source:
         arXiv 2507.02559, section on direct logit attribution, but with the true next token as the
-        target (the published code took the current one); direct effect: arXiv 2307.15771.
+        target (the published code used the current token); direct effect: arXiv 2307.15771.
 
     Examples:
         >>> effects = lf.direct_effects(free, tokens)

@@ -1,4 +1,4 @@
-"""Is an LN-free model still its original? Everything that was ever asked about it, in one table."""
+"""Comparison of an LN-free model with its original: all measures in one table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ from lnfree_interp.evaluation.text_pass import (
 from lnfree_interp.models.construct import original_tokenizer
 
 SAMPLE = 16
-"""Sequences on which effects of single heads and neurons are measured."""
+"""How many sequences the effects of single heads and neurons are measured on."""
 
 
 def evaluate(
@@ -62,45 +62,46 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate several models on one text.
 
-    Cross-entropy with its tail, entropy, calibration, distance to the original, residual norms,
-    attention sinks, and what attribution misses; tasks on top. A figure that cannot be had on a
-    model is left out of its column.
+    It measures cross-entropy with its tail, entropy, calibration, distance to the original,
+    residual norms, attention sinks and what attribution misses, and runs tasks if asked to. A
+    measure that a model does not allow is left out of its column.
 
     Args:
-        models: By name; or one.
-        tokens: [sequence, pos], such as `pack(...)` or `open_sequences(...).take(n)`.
-        original: The name of the one that the others are compared with. Default: no comparison.
-        threshold: In nats: how much worse a token must get to be counted.
-        effects: Measure every head's direct effect against its attribution, on 16 sequences. This
-            and the next are left out for a model with norms after its sublayers.
-        neurons: How many confidence neurons to find and ablate, on the same sequences; those of the
-            original, where it is as deep and wide. 0: none.
-        pairs: Prompts for attribution patching against activation patching. 0: none.
-        pairs_of: `"text"`: see `corrupted_pairs`; `"ioi"`: see `ioi_pairs`, as published, for
-            models of English.
-        tasks: Of the lm-evaluation-harness, such as `"hellaswag"`.
-        include: Folder with task files of one's own.
-        limit: Examples per task.
-        text: What the text is, for table and JSON.
-        batch: Sequences per forward pass. Default: what fits.
-        precision: Of matrix products in the pass over the text.
-        seed: Of the corrupted prompts.
+        models: The models by name, or one model.
+        tokens: Token ids [sequence, pos], such as `pack(...)` or `open_sequences(...).take(n)`.
+        original: The name of the model that the others are compared with. Default: no comparison.
+        threshold: The increase of a token's loss, in nats, above which it is counted as worse.
+        effects: Whether to measure every head's direct effect against its attribution, on 16
+            sequences. This and the neurons are left out for a model with norms after its sublayers.
+        neurons: How many confidence neurons to find and ablate, on the same sequences; models as
+            deep and wide as the original use the original's. 0: none.
+        pairs: How many prompts to compare attribution patching with activation patching on. 0:
+            none.
+        pairs_of: `"text"`: prompts of `corrupted_pairs`; `"ioi"`: prompts of `ioi_pairs`, as
+            published, for models of English.
+        tasks: Tasks of the lm-evaluation-harness, such as `"hellaswag"`.
+        include: A folder with your own task files.
+        limit: How many examples of each task to use. Default: all.
+        text: The name of the text, for table and JSON.
+        batch: How many sequences run at once. Default: as many as fit into memory.
+        precision: The precision of matrix products in the pass over the text.
+        seed: The seed of the corrupted prompts.
         progress: Whether to show progress bars.
 
     Returns:
         An `Evaluation`; `.to_frame()` and `.table()` have one column per model, losses in nats per
-            token, `.models[name]` has what is a curve, and `.to_json()` both.
+            token, `.models[name]` has the curves, and `.to_json()` has both.
 
     Raises:
         DataError: if a model cannot read the text, models cannot be compared, or there is no such
             original, neuron or task.
-        UnsupportedModelError: if tasks are asked for and the harness is not installed or a task
+        UnsupportedModelError: if tasks are asked for, but the harness is not installed or a task
             generates text.
 
     Source:
-        arXiv 2507.02559 for the comparison and its figures; calibration: arXiv 1706.04599; sink
-        rate by head: arXiv 2410.10781. Trimmed mean, quantiles and divergence beside the mean are
-        ours: a few tokens can wreck it.
+        arXiv 2507.02559 for the comparison and its measures; calibration: arXiv 1706.04599; sink
+        rate by head: arXiv 2410.10781. Ours: trimmed mean, quantiles and divergence beside the
+        mean, which a few tokens can dominate.
 
     Examples:
         >>> models = {"live": model, "LN-free": free}
@@ -116,16 +117,18 @@ def evaluate(
     if pairs_of not in get_args(Pairs):
         raise DataError(f"pairs_of is {' or '.join(get_args(Pairs))}, not {pairs_of!r}")
     if min(neurons, pairs) < 0 or not threshold >= 0:
-        raise DataError("neurons, pairs and the threshold in nats cannot be negative")
+        raise DataError(
+            "neurons, pairs and the threshold in nats cannot be negative: give 0 or more"
+        )
     sample = spread(tokens, SAMPLE)
-    # Whatever can be refused is, before the long part.
+    # Errors are raised here, before the long part.
     chosen = {name: _chosen(model, neurons) for name, model in models.items()}
     if original is not None:
         theirs = models[original]
         same = [name for name, model in models.items() if _width(model) == _width(theirs)]
         chosen |= dict.fromkeys(same, chosen[original])
     if effects:
-        read_sequences(next(iter(models.values())), sample)  # a row of padding would be no text
+        read_sequences(next(iter(models.values())), sample)  # raises an error for padding
     corrupted = {
         name: _corrupted(sample, pairs, seed) if pairs_of == "text"
         else _indirect_objects(name, model, pairs, seed)
@@ -171,12 +174,12 @@ def _effects(
 ) -> DirectEffects | None:
     try:
         return direct_effects(model, sample, batch, progress)
-    except UnsupportedModelError:  # its stream cannot be taken apart: no such figure
+    except UnsupportedModelError:  # its stream cannot be taken apart, so there is no such measure
         return None
 
 
 def _chosen(model: HookedTransformer, n: int) -> list[int] | None:
-    """The model's own confidence neurons."""
+    """The model's own confidence neurons; None if none are asked for or the model allows none."""
     if n == 0 or model.cfg.attn_only:
         return None
     try:
@@ -191,8 +194,11 @@ def _indirect_objects(
     if n == 0:
         return None
     if model.tokenizer is None:
-        raise DataError(f"{name} has no tokenizer to read prompts about an indirect object with")
-    # As published: beginning-of-sequence where the checkpoint's own tokenizer adds one.
+        raise DataError(
+            f"{name} has no tokenizer to read prompts about an indirect object with: give "
+            "pairs_of='text', or pairs=0"
+        )
+    # As published, there is a beginning-of-sequence token if the checkpoint's tokenizer adds one.
     adds = len(original_tokenizer(model.tokenizer).encode("a")) > len(
         original_tokenizer(model.tokenizer).encode("a", add_special_tokens=False)
     )

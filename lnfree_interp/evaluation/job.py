@@ -1,4 +1,4 @@
-"""What `lnfree evaluate` is asked to do. Imports nothing heavy, so that `--help` is quick."""
+"""The options of `lnfree evaluate`. The module imports nothing heavy, so that `--help` is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How well a model predicts text."""
+"""Cross-entropy of a model on a text."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,92 +15,95 @@ from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import run
 
 TRIMMED = 0.01
-"""Share of the tokens that the trimmed mean leaves out at either end."""
+"""The share of tokens that the trimmed mean leaves out at either end."""
 
 
 @dataclass(frozen=True, eq=False)
 class CrossEntropy:
     """Next-token cross-entropy over a text, in nats per token.
 
-    The mean of an LN-free model can be wrecked by a few tokens whose residual stream explodes
-    (2507.02559: three sequences of 10,000 take GPT-2 XL from 2.4 to 130), so the mean is never
-    alone.
+    A few tokens whose residual stream explodes can dominate the mean of an LN-free model
+    (2507.02559: three sequences of 10,000 take GPT-2 XL from 2.4 to 130), so quantiles and a
+    trimmed mean come with it.
     """
 
     per_token: Float[Tensor, "sequence target"]
-    """Targets are the positions from 1 to the last."""
+    """[sequence, target], the loss of each token; targets are the positions from 1 to the last."""
 
     def __post_init__(self) -> None:
         if self.per_token.numel() == 0:
-            raise DataError("no token was predicted")
+            raise DataError("no token was predicted: give sequences of at least two tokens")
 
     @property
     def mean(self) -> float:
-        """Over all tokens."""
+        """The mean over all tokens."""
         return self.per_token.mean().item()
 
     @property
     def median(self) -> float:
-        """Half of the tokens are below."""
+        """The median over all tokens."""
         return self._quantiles[0]
 
     @property
     def p99(self) -> float:
-        """99th percentile: what the mean hides when a few tokens go wrong."""
+        """The 99th percentile, which shows tokens of high loss that the mean hides."""
         return self._quantiles[1]
 
     @property
     def p99_9(self) -> float:
-        """99.9th percentile."""
+        """The 99.9th percentile."""
         return self._quantiles[2]
 
     @property
     def maximum(self) -> float:
-        """The worst token's."""
+        """The largest loss of a token."""
         return self.per_token.max().item()
 
     @cached_property
     def trimmed_mean(self) -> float:
-        """Without the best and the worst hundredth of the tokens."""
+        """The mean without the best and the worst hundredth of the tokens."""
         losses, cut = self._sorted, int(TRIMMED * self._sorted.size)
         return losses[cut : losses.size - cut].mean().item()
 
     @property
     def by_position(self) -> Float[Tensor, " target"]:
-        """Mean over sequences, for each position."""
+        """The mean over sequences, for each position."""
         return self.per_token.mean(0)
 
     def share_above(self, other: "CrossEntropy", threshold: float = 3.5) -> float:
-        """Share of the tokens whose loss is more than a threshold above another model's.
+        """The share of tokens whose loss is more than a threshold above another model's.
 
         Args:
-            other: Of the same text, e.g. the original's.
-            threshold: In nats; 3.5 is that of 2507.02559.
+            other: The losses of another model on the same text, such as the original's.
+            threshold: The threshold in nats; 3.5 is that of 2507.02559.
 
         Raises:
-            DataError: if it was another text.
+            DataError: if the other losses are of another text.
         """
         if other.per_token.shape != self.per_token.shape:
             shapes = [list(x.per_token.shape) for x in (self, other)]
-            raise DataError(f"losses of two texts, {shapes[0]} and {shapes[1]}")
+            raise DataError(
+                f"these are losses of two texts, of shapes {shapes[0]} and {shapes[1]}: give two "
+                "models' losses on the same text"
+            )
         worse = self.per_token - other.per_token > threshold
         return (worse | ~self.per_token.isfinite()).double().mean().item()
 
     @property
     def share_not_finite(self) -> float:
-        """Share of the tokens whose loss is no finite number."""
+        """The share of tokens whose loss is not a finite number."""
         return (~self.per_token.isfinite()).double().mean().item()
 
     @cached_property
     def _quantiles(self) -> tuple[float, float, float]:
-        # NumPy's, because torch.quantile refuses more than 16 million values.
+        # This is NumPy's, because torch.quantile takes at most 16 million values.
         between = "linear" if np.isfinite(self._sorted[-1]) else "higher"  # inf - inf is nan
         found = np.quantile(self._sorted, [0.5, 0.99, 0.999], method=between).tolist()
         return found[0], found[1], found[2]
 
     @cached_property
     def _sorted(self) -> np.ndarray:
-        """What is no number counts as worst."""
+        """The losses in order; those that are not a number count as infinite."""
         return np.sort(np.nan_to_num(self.per_token.numpy(), nan=np.inf, posinf=np.inf), axis=None)
 
     def __repr__(self) -> str:
@@ -114,12 +117,12 @@ class CrossEntropy:
 def evaluate_loss(
     model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], batch: int = 16
 ) -> CrossEntropy:
-    """Cross-entropy of every next token, end-of-text targets included.
+    """Cross-entropy of every next token, including end-of-text tokens.
 
     Args:
-        model: Any `HookedTransformer`.
-        tokens: [sequence, pos], such as `pack(...)`.
-        batch: Sequences per forward pass; the result does not depend on it.
+        model: A `HookedTransformer` in any form.
+        tokens: Token ids [sequence, pos], such as `pack(...)`.
+        batch: How many sequences run at once; the result does not depend on it.
 
     Returns:
         A `CrossEntropy` of losses [sequence, target], in nats per token, on the CPU in float64.
@@ -128,8 +131,8 @@ def evaluate_loss(
         DataError: if the model cannot read the tokens.
 
     Source:
-        arXiv 2507.02559 for the mean and the share of tokens that got worse; trimmed mean and
-        quantiles are ours: a few exploding tokens can wreck the mean.
+        arXiv 2507.02559 for the mean and the share of tokens that got worse. Ours: trimmed mean and
+        quantiles, since a few exploding tokens can dominate the mean.
 
     Examples:
         >>> loss = lf.evaluate_loss(model, tokens)

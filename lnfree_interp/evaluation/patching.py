@@ -1,9 +1,9 @@
 """Attribution patching against activation patching.
 
 Activation patching puts the clean stream back at one place of a corrupted run and measures what
-that restores; attribution patching estimates it from one gradient (Nanda 2023). The estimate's
-error was expected to shrink without norms; 2507.02559 finds that it does not. Both are measured
-here on the logit of the true next token.
+that restores; attribution patching estimates the same from one gradient (Nanda 2023). The error of
+the estimate was expected to shrink without norms, but 2507.02559 finds that it does not. Both are
+measured here on the logit of the true next token.
 """
 
 import math
@@ -31,29 +31,31 @@ _NAMES = (
 
 @dataclass(frozen=True, eq=False)
 class Patching:
-    """The share of the logit that patching `resid_pre` restores, measured and estimated."""
+    """How much of the logit patching `resid_pre` restores, measured and estimated."""
 
     measured: Float[Tensor, "layer pos prompt"]
-    """Activation patching, in logits."""
+    """What activation patching restores, in logits."""
     estimated: Float[Tensor, "layer pos prompt"]
-    """Attribution patching: gradient at the corrupted run times (clean - corrupted)."""
+    """The estimate of attribution patching: the corrupted run's gradient times (clean -
+    corrupted)."""
     total: Float[Tensor, " prompt"]
-    """Logit of the clean minus that of the corrupted run."""
+    """The logit of the clean run minus that of the corrupted run."""
 
     @property
     def error_by_layer(self) -> Float[Tensor, " layer"]:
-        """Absolute errors summed over positions, over the mean absolute total."""
+        """The absolute errors, summed over positions, divided by the mean absolute total."""
         error = (self.estimated - self.measured).abs().sum(1).mean(1)
         return error / self.total.abs().mean()
 
     @property
     def error(self) -> float:
-        """The mean over layers."""
+        """The mean of `error_by_layer`."""
         return self.error_by_layer.mean().item()
 
     @property
     def standard_error(self) -> float:
-        """Of `error`, by leaving out one prompt at a time (jackknife); nan for a single one."""
+        """The standard error of `error`, by leaving out one prompt at a time (jackknife); nan for a
+        single prompt."""
         errors = (self.estimated - self.measured).abs().sum(1).mean(0).double()
         totals, n = self.total.abs().double(), len(self.total)
         without = (errors.sum() - errors) / (totals.sum() - totals)
@@ -61,7 +63,7 @@ class Patching:
 
     @property
     def correlation(self) -> float:
-        """Pearson's, over all places."""
+        """Pearson's correlation between measured and estimated, over all places and prompts."""
         both = torch.stack([self.measured.flatten(), self.estimated.flatten()])
         return torch.corrcoef(both.double())[0, 1].item()
 
@@ -69,20 +71,22 @@ class Patching:
 def corrupted_pairs(
     tokens: Int[Tensor, "sequence pos"], n: int = 16, length: int = 32, seed: int = 0
 ) -> tuple[Int[Tensor, "prompt cut"], Int[Tensor, "prompt cut"], Int[Tensor, " prompt"]]:
-    """Prompts from a text, the same with one token replaced, and the true next tokens.
+    """Prompts from a text, the same prompts with one token replaced, and the true next tokens.
+
+    The replacements are tokens from elsewhere in the text. A token among the last eight is
+    replaced, on which the next token depends.
 
     Args:
-        tokens: [sequence, pos], longer than `length`.
-        n: Prompts.
-        length: Of each, in tokens.
-        seed: Of places and replacements, which are tokens from elsewhere in the text. The place is
-            among the last eight, where the next token depends on it.
+        tokens: Token ids [sequence, pos], with sequences longer than `length`.
+        n: How many prompts to make.
+        length: The length of each prompt, in tokens.
+        seed: The seed of the prompts, places and replacements.
 
     Returns:
         Clean prompts and corrupted ones, each [prompt, length], and the true next tokens [prompt].
 
     Raises:
-        DataError: if the text is too short, or has only one token.
+        DataError: if the text is too short, or all its tokens are the same.
 
     Source:
         Ours: activation patching (arXiv 2202.05262) needs pairs of equal length, here from any
@@ -95,11 +99,15 @@ def corrupted_pairs(
     """
     if tokens.shape[1] <= length or len(tokens) < 1 or length < 2 or n < 1:
         raise DataError(
-            f"{n} prompts of {length} tokens and a next one do not fit into sequences of "
-            f"{list(tokens.shape)}"
+            f"{n} prompts of {length} tokens and a next one do not fit into sequences of shape "
+            f"{list(tokens.shape)}: give n of at least 1, a length of at least 2, or longer "
+            "sequences"
         )
     if len(tokens.unique()) == 1:
-        raise DataError("the text has one token only: there is nothing to replace it with")
+        raise DataError(
+            "all tokens of the text are the same, so there is nothing to replace one with: give "
+            "another text"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int) -> int:
@@ -130,33 +138,37 @@ def ioi_pairs(
 ]:
     """Prompts about an indirect object, the same with the two names swapped, and both answers.
 
-    TransformerLens' `IOIDataset`, with names that are one token each and prompts of equal length.
+    They come from TransformerLens' `IOIDataset`; names are one token each, and all prompts have the
+    same length.
 
     Args:
-        model: Whose tokenizer reads them.
-        n: Prompts.
-        seed: Of names and nouns.
-        prepend_bos: Start each with the beginning-of-sequence token. Default: as the model does
-            with text, `cfg.default_prepend_bos`, so that ids and text give the same answers.
+        model: The model whose tokenizer reads the prompts.
+        n: How many prompts to make.
+        seed: The seed of names and nouns.
+        prepend_bos: Whether each prompt starts with the beginning-of-sequence token. Default: what
+            the model does with text, `cfg.default_prepend_bos`.
 
     Returns:
-        Clean and corrupted token ids, [prompt, pos]; the right name and the other one after the
-        clean prompt, each [prompt]. In the order of `patch_residual`'s arguments.
+        Clean and corrupted token ids, [prompt, pos]; then the right name after the clean prompt and
+        the other name, each [prompt]: the arguments of `patch_residual`, in order.
 
     Raises:
         DataError: if the model has no tokenizer, n is less than one, or fewer than two names are
             one token.
 
     Source:
-        The task: arXiv 2211.00593. Name swaps for attribution against activation patching, 480 of
-        them, on GPT-2 without a beginning-of-sequence token: arXiv 2507.02559.
+        The task: arXiv 2211.00593. 480 swaps of names to compare attribution with activation
+        patching, on GPT-2 without a beginning-of-sequence token: arXiv 2507.02559.
 
     Examples:
         >>> prompts = lf.ioi_pairs(gpt2, prepend_bos=False)  # doctest: +SKIP
         >>> lf.patch_residual(gpt2, *prompts).error  # doctest: +SKIP
     """
     if model.tokenizer is None:
-        raise DataError("the model has no tokenizer to read prompts about an indirect object with")
+        raise DataError(
+            "the model has no tokenizer to read prompts about an indirect object with: load it "
+            "with one"
+        )
     tokenizer = original_tokenizer(model.tokenizer)
 
     def ids(text: str) -> list[int]:
@@ -165,12 +177,12 @@ def ioi_pairs(
     names = [name for name in _NAMES.split() if len(ids(name)) == len(ids(f" {name}")) == 1]
     if n < 1 or len(names) < 2:
         raise DataError(
-            f"{n} prompts with {len(names)} names that are one token of this tokenizer: the task "
-            "is for models of English, and needs one prompt and two names at least"
+            f"{n} prompts were asked for, and {len(names)} names are one token of this tokenizer: "
+            "the task is for models of English, and needs at least one prompt and two names"
         )
     begins = model.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
     bos = [model.tokenizer.bos_token_id] if begins else []
-    state = random.getstate()  # IOIDataset seeds the whole process
+    state = random.getstate()  # IOIDataset sets the seed of the whole process
     try:
         drawn = IOIDataset(
             tokenizer, names=names, num_samples=16 * n, symmetric=True, prepend_bos=False, seed=seed
@@ -189,7 +201,9 @@ def ioi_pairs(
     length = Counter(len(row[0]) for row in rows).most_common(1)[0][0]
     kept = [row for row in rows if len(row[0]) == len(row[1]) == length][:n]
     if len(kept) < n:
-        raise DataError(f"only {len(kept)} prompts of {length} tokens each, not {n}")
+        raise DataError(
+            f"there are only {len(kept)} prompts of {length} tokens each, not {n}: ask for fewer"
+        )
     clean, corrupted, targets, foils = (torch.tensor(column) for column in zip(*kept, strict=True))
     return clean, corrupted, targets, foils
 
@@ -202,14 +216,14 @@ def patch_residual(
     foils: Int[Tensor, " prompt"] | None = None,
     progress: bool = False,
 ) -> Patching:
-    """Patch `resid_pre` at every layer and position, in truth and by its gradient.
+    """Patch `resid_pre` at every layer and position: by runs of the model, and by its gradient.
 
     Args:
-        model: Any.
-        clean: [prompt, pos].
-        corrupted: [prompt, pos], such as those of `corrupted_pairs`.
-        targets: [prompt], the token after each prompt whose logit counts.
-        foils: [prompt]; subtract these tokens' logits.
+        model: A `HookedTransformer` in any form.
+        clean: Token ids of the clean prompts, [prompt, pos].
+        corrupted: Token ids of the corrupted prompts, [prompt, pos]; see `corrupted_pairs`.
+        targets: The token whose logit is read after each prompt, [prompt].
+        foils: The tokens whose logits are subtracted, [prompt].
         progress: Whether to show a progress bar.
 
     Returns:
@@ -231,7 +245,10 @@ def patch_residual(
         torch.Size([4, 8, 4])
     """
     if clean.shape != corrupted.shape or len(targets) != len(clean):
-        raise DataError(f"{list(clean.shape)} clean, {list(corrupted.shape)} corrupted tokens")
+        raise DataError(
+            f"the clean tokens have shape {list(clean.shape)}, the corrupted ones "
+            f"{list(corrupted.shape)}: give the same shape, and a target for each prompt"
+        )
     clean, corrupted = read_sequences(model, clean), read_sequences(model, corrupted)
     wanted = targets.to(clean.device)
     against = None if foils is None else foils.to(clean.device)
@@ -267,7 +284,7 @@ def patch_residual(
 def _gradients(
     model: HookedTransformer, start: Tensor, hooks: list[str], metric
 ) -> dict[str, Float[Tensor, "prompt pos d_model"]]:
-    """Of the metric, with respect to the stream before every block."""
+    """The gradient of the metric with respect to the stream before every block."""
     with torch.enable_grad():
         stream = start.detach().requires_grad_()
         with watched(model, hooks) as streams:

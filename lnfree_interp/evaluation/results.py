@@ -1,4 +1,4 @@
-"""What an evaluation found: several models side by side, as a table, a frame or JSON."""
+"""Results of an evaluation: several models side by side, as a table, a frame or JSON."""
 
 import json
 import math
@@ -20,22 +20,24 @@ Pairs = Literal["text", "ioi"]
 
 @dataclass(frozen=True, eq=False)
 class ModelEvaluation:
-    """What was found about one model."""
+    """The results for one model."""
 
     cross_entropy: CrossEntropy
-    """[sequence, target], in nats per token."""
+    """Losses [sequence, target], in nats per token."""
     distribution: Distribution
-    """Entropy, calibration error and divergence from the original, means over tokens."""
+    """Entropy, calibration error and divergence from the original, as means over tokens."""
     residual_norms: ResidualNorms
-    """[place]: before each block and after the last."""
+    """Norms [place], before each block and after the last."""
     sinks: Sinks
     """Attention to the first token, [layer, head] and as two rates."""
     direct_effects: DirectEffects | None = None
-    """[layer, head, target], in logits; None if not asked for, or the stream has other parts."""
+    """Direct effects [layer, head, target], in logits; None if not asked for, or if the stream is
+    not the plain sum of its parts."""
     confidence_neurons: NeuronAblation | None = None
-    """Of the last MLP, in nats; None as above, or without MLPs."""
+    """The ablation of neurons of the last MLP, in nats; None as for `direct_effects`, or without
+    MLPs."""
     patching: Patching | None = None
-    """[layer, pos, prompt], in logits; None if not asked for, or the text is too short."""
+    """Patching [layer, pos, prompt], in logits; None if not asked for, or the text is too short."""
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores by task and metric."""
 
@@ -45,13 +47,14 @@ class Evaluation:
     """Several models side by side, on one text.
 
     Attributes:
-        models: By name, in the order given.
-        original: The name of the one that the others are compared with.
-        threshold: In nats, for the share of tokens that got worse by more.
-        text: What it was, in words.
-        tokens: How many were predicted.
-        bos_policy: Of the tasks, by model, in words; None without tasks.
-        pairs_of: What attribution patching was measured on, see `evaluate`.
+        models: The results by the models' names, in the order given.
+        original: The name of the model that the others are compared with.
+        threshold: The increase of loss, in nats, above which a token counts as worse.
+        text: The name of the text.
+        tokens: How many tokens were predicted.
+        bos_policy: How each model's tasks use the beginning-of-sequence token, in words; None
+            without tasks.
+        pairs_of: What attribution patching was measured on (see `evaluate`).
     """
 
     models: Mapping[str, ModelEvaluation]
@@ -63,7 +66,7 @@ class Evaluation:
     pairs_of: Pairs = "text"
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per figure, one column per model; figures that were not asked for are left out.
+        """One row per measure, one column per model; measures that were not asked for are left out.
 
         Cross-entropies, entropies and divergences are in nats per token.
         """
@@ -78,7 +81,7 @@ class Evaluation:
         )  # fmt: skip
 
     def table(self) -> Table:
-        """The same as text, for terminal and report."""
+        """The same as a table of text, for terminal and report."""
         columns = [self._figures(name) for name in self.models]
         rows = [
             [label, *(_shown(label, column.get(label)) for column in columns)]
@@ -87,7 +90,8 @@ class Evaluation:
         return Table([f"{self.text}, {self.tokens:,} tokens", *self.models], rows)
 
     def _figures(self, name: str) -> dict[str, float | None]:
-        """None: was not asked for, or cannot be had on this model."""
+        """The measures of one model; None if one was not asked for, or the model does not allow
+        it."""
         model, first = self.models[name], None
         loss, norms = model.cross_entropy, model.residual_norms
         if self.original is not None and name != self.original:
@@ -129,7 +133,7 @@ class Evaluation:
         return figures
 
     def to_json(self) -> str:
-        """Every figure, and what is a curve: by position, by layer, by head."""
+        """Every measure, and the curves by position, by layer and by head."""
         plain: dict[str, Any] = {
             "text": self.text,
             "tokens": self.tokens,
@@ -183,7 +187,7 @@ def _shown(label: str, value: float | None) -> str:
 
 
 def _finite(plain: Any) -> Any:
-    """For JSON, which has no nan and no infinity."""
+    """The same with None for nan and infinity, which JSON does not have."""
     if isinstance(plain, dict):
         return {key: _finite(value) for key, value in plain.items()}
     if isinstance(plain, list):

@@ -21,15 +21,15 @@ def run_job(
     """Load models and a text, and evaluate.
 
     Args:
-        job: What to do.
+        job: The options of the evaluation.
         progress: Whether to show progress bars.
-        say: Is given a line before each stage.
+        say: A function that is called with a line before each stage.
 
     Returns:
         The evaluation.
 
     Raises:
-        LnfreeError: for what `load`, `evaluation_text` and `evaluate` refuse.
+        LnfreeError: as for `load`, `evaluation_text` and `evaluate`.
     """
     own = None if job.tokenizer is None else read_tokenizer(job.tokenizer)
     found = {source: find_model(source) for source in job.models}
@@ -38,7 +38,7 @@ def run_job(
         original = recorded = next(iter(found.values())).original
     wanted = [*([original] if original is not None else []), *job.models]
     if not wanted:
-        raise DataError("name at least one model")
+        raise DataError("no model was named: give at least one")
     models = {}
     for source in dict.fromkeys(wanted):
         say(f"loading {source}")
@@ -85,10 +85,10 @@ def run_job(
 
 
 def require_same_tokenizer(models: Mapping[str, HookedTransformer]) -> None:
-    """Refuse models whose tokenizers differ.
+    """Check that models have the same tokenizer.
 
     Raises:
-        DataError: if they do; it names two of them.
+        DataError: if tokenizers differ; the message names two of the models.
     """
     seen: tuple[str, dict[str, int]] | None = None
     for name, model in models.items():
@@ -104,7 +104,7 @@ def require_same_tokenizer(models: Mapping[str, HookedTransformer]) -> None:
 
 
 def _short(sources: list[str]) -> list[str]:
-    """The last parts of paths and ids, as many as it takes to tell them apart."""
+    """The last parts of paths and ids, as few as make them different from each other."""
     parts = [source.rstrip(os.sep + "/").split("/") for source in sources]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

@@ -1,4 +1,4 @@
-"""What a pass over a text says about a model: calibration, residual norms, attention sinks."""
+"""Summaries of a pass over a text: calibration, residual norms, attention sinks."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,24 @@ from torch import Tensor
 from lnfree_interp.evaluation.text_pass import SINK, TokenMeasures
 
 BINS = 15
-"""Bins of the calibration error."""
+"""The number of bins of the calibration error."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """The predicted distribution, over all tokens of a text."""
+    """Means of the predicted distribution over all tokens of a text."""
 
     entropy: float
-    """Mean, in nats per token."""
+    """The mean entropy, in nats per token."""
     calibration_error: float
-    """Expected calibration error of the most likely token."""
+    """The expected calibration error of the most likely token."""
     divergence: float | None
-    """Mean Jensen-Shannon divergence to the original, in nats per token."""
+    """The mean Jensen-Shannon divergence from the original, in nats per token; None without an
+    original."""
 
 
 def distribution(measures: TokenMeasures) -> Distribution:
-    """Entropy, calibration and distance to the original."""
+    """Entropy, calibration error and divergence from the original, as means over tokens."""
     divergence = measures.divergence
     return Distribution(
         measures.entropy.double().mean().item(),
@@ -41,12 +42,12 @@ def calibration_error(
     """Expected calibration error (Guo et al., 1706.04599), with bins of equal width.
 
     Args:
-        confidence: Probability of the most likely token.
-        correct: Whether it was the true one.
-        bins: How many.
+        confidence: The probability of the most likely token.
+        correct: Whether the most likely token was the true one.
+        bins: How many bins there are.
 
     Returns:
-        sum over bins of (share of tokens) |accuracy - mean confidence|.
+        The sum over bins of (share of tokens) |accuracy - mean confidence|.
     """
     flat = confidence.flatten().double()
     index = (flat * bins).ceil().long().clamp(1, bins) - 1
@@ -57,10 +58,10 @@ def calibration_error(
 
 @dataclass(frozen=True, eq=False)
 class ResidualNorms:
-    """Norms of the residual stream, the first position apart: it is where outliers live.
+    """Norms of the residual stream, with the first position, where outliers are, apart.
 
-    One number per place: before each block, and after the last. A norm is a fact about the basis of
-    the stream (see `gauge_check`): compare a model with its fine-tuned self, not with another.
+    There is one number per place, before each block and after the last. A norm depends on the basis
+    of the stream (see `gauge_check`), so compare a model only with its own fine-tuning.
     """
 
     first_median: Float[Tensor, " place"]
@@ -70,7 +71,7 @@ class ResidualNorms:
 
 
 def residual_norms(measures: TokenMeasures) -> ResidualNorms:
-    """Largest and median norm per place."""
+    """The largest and the median norm per place."""
     norms = measures.norms.double().numpy()
     first, others = norms[:, :, :1], norms[:, :, 1:]
     found = []
@@ -85,17 +86,17 @@ class Sinks:
     """How much heads look at the first token."""
 
     query_rate: float
-    """Share of (layer, head, query) whose attention to it is above 0.3, the first query, which has
-    no choice, among them (2507.02559's code)."""
+    """The share of (layer, head, query) whose attention to the first token is above 0.3, including
+    the first query, which sees no other token (as in 2507.02559's code)."""
     head_rate: float
-    """Share of (sequence, layer, head) whose attention to it, averaged over queries, is above 0.3
-    (2410.10781)."""
+    """The share of (sequence, layer, head) whose attention to the first token, averaged over
+    queries, is above 0.3 (2410.10781)."""
     by_head: Float[Tensor, "layer head"]
-    """Mean attention to the first token."""
+    """The mean attention to the first token."""
 
 
 def sinks(measures: TokenMeasures) -> Sinks:
-    """Both published rates."""
+    """The two published sink rates, and the attention to the first token by head."""
     weights = measures.sink_weights.double()
     return Sinks(
         measures.sink_queries.double().mean().item(),

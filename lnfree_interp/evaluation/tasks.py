@@ -1,7 +1,7 @@
 """HellaSwag and every other multiple-choice task of EleutherAI's lm-evaluation-harness.
 
 The harness' own wrapper for Hugging Face models does the work; here it gets a `HookedTransformer`
-in place of one, so that requests, batches and scores are the harness' own.
+instead, so that requests, batches and scores are the harness' own.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _GENERATES = "this task generates text: export the model and run the harness on 
 
 
 class _Causal(nn.Module):
-    """As much of a causal language model of transformers as the harness looks at."""
+    """A `HookedTransformer` with the members of a causal language model that the harness uses."""
 
     def __init__(self, model: HookedTransformer):
         super().__init__()
@@ -42,24 +42,24 @@ class _Causal(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The model's device."""
         return self.hooked.W_E.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model."""
+        """The model's dtype."""
         return self.hooked.cfg.dtype
 
     def tie_weights(self) -> None:
-        """TransformerLens keeps W_E and W_U apart."""
+        """Do nothing, since TransformerLens keeps W_E and W_U apart."""
 
     def forward(self, input_ids: Int[Tensor, "batch pos"]) -> SimpleNamespace:
-        """Rows are padded on the right, which a causal model does not see."""
+        """Compute logits. Rows are padded on the right, which a causal model does not see."""
         logits: Float[Tensor, "batch pos d_vocab"] = run(self.hooked, input_ids)
         return SimpleNamespace(logits=logits)
 
     def generate(self, *arguments: Any, **settings: Any) -> Tensor:
-        """Not here.
+        """Raise an error, since text is not generated here.
 
         Raises:
             UnsupportedModelError: always.
@@ -72,17 +72,18 @@ def as_harness_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch: int = 8,
 ) -> "HFLM":
-    """A model of the harness, for `lm_eval.simple_evaluate(model=...)`.
+    """The model as a model of the harness, for `lm_eval.simple_evaluate(model=...)`.
 
     Args:
-        model: Any.
-        tokenizer: Default: the model's, as it was before TransformerLens rebuilt it, which would
-            add a beginning-of-sequence token to every request and shift the scores; for a model
-            that `load` did not make none is added. See `bos_policy`.
-        batch: Requests per forward pass.
+        model: A `HookedTransformer` in any form.
+        tokenizer: The tokenizer of the requests. Default: the model's, as it was before
+            TransformerLens rebuilt it, which would add a beginning-of-sequence token to every
+            request and shift the scores; for a model that `load` did not make, none is added. See
+            `bos_policy`.
+        batch: How many requests run at once.
 
     Returns:
-        An `HFLM` of the harness around the model; for tasks that score text, not for generation.
+        An `HFLM` of the harness around the model, for tasks that score text, not for generation.
 
     Raises:
         UnsupportedModelError: if the harness is not installed.
@@ -99,10 +100,10 @@ def as_harness_model(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UnsupportedModelError(_MISSING) from error
-    adds_bos = None  # as the tokenizer does
+    adds_bos = None  # leaves it to the tokenizer
     if tokenizer is None:
         if model.tokenizer is None:
-            raise DataError("a task is text, and the model has no tokenizer")
+            raise DataError("a task is text, and the model has no tokenizer: give one")
         tokenizer = original_tokenizer(model.tokenizer)
         adds_bos = False if tokenizer is model.tokenizer else None
     wrapper: Any = HFLM  # its signature is hidden from type checkers
@@ -127,16 +128,16 @@ def bos_policy(model: HookedTransformer) -> str:
 def open_tasks(
     tasks: str | Sequence[str], include: Path | None = None, limit: int | None = None
 ) -> tuple[list[str], "TaskManager"]:
-    """Open tasks and their data; refuse, before the work, what cannot be run.
+    """Open tasks and their data, and check before any work is done that they can be run.
 
     Raises:
         UnsupportedModelError: if the harness is not installed, or a task generates text.
-        DataError: if there is no such task, or its data cannot be had.
+        DataError: if there is no such task, or its data cannot be opened.
     """
     if include is not None and not Path(include).is_dir():
-        raise DataError(f"{include} is no folder with task files")
+        raise DataError(f"{include} is no folder with task files: give an existing folder")
     if limit is not None and limit < 1:
-        raise DataError(f"{limit} examples are no task")
+        raise DataError(f"{limit} examples are too few for a task: give a limit of at least 1")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -150,7 +151,7 @@ def open_tasks(
         found = manager.load(names)["tasks"]
     except (LnfreeError, MemoryError):
         raise
-    except Exception as error:  # whatever a task's own code and the hub raise
+    except Exception as error:  # anything that a task's own code or the hub raises
         raise DataError(f"{', '.join(names)} cannot be opened: {first_line(error)}") from error
     if texts := [name for name, task in found.items() if task.OUTPUT_TYPE == "generate_until"]:
         raise UnsupportedModelError(f"{texts[0]}: {_GENERATES}")
@@ -169,19 +170,19 @@ def run_tasks(
     """Scores by task and metric, such as `{"hellaswag": {"acc_norm": 0.31, ...}}`.
 
     Args:
-        model: Any.
-        tasks: Names that the harness knows, or those of its files in `include`.
-        include: A folder with task files of one's own, for instance on local data.
-        limit: Only the first so many examples of each task.
-        batch: Requests per forward pass.
-        tokenizer: As for `as_harness_model`.
+        model: A `HookedTransformer` in any form.
+        tasks: Names of tasks that the harness knows, or of tasks in `include`.
+        include: A folder with your own task files, for instance for local data.
+        limit: How many examples of each task to use, from its first on. Default: all.
+        batch: How many requests run at once.
+        tokenizer: The tokenizer of the requests, as for `as_harness_model`.
 
     Returns:
-        Scores as the harness names them, shares from 0 to 1 for accuracies; no standard errors.
+        Scores under the harness' names, without standard errors; accuracies are shares from 0 to 1.
 
     Raises:
         UnsupportedModelError: if the harness is not installed, or a task generates text.
-        DataError: if there is no such task, its data cannot be had, or there is no tokenizer.
+        DataError: if there is no such task, its data cannot be opened, or there is no tokenizer.
 
     Source:
         https://github.com/EleutherAI/lm-evaluation-harness
@@ -203,11 +204,11 @@ def score_tasks(
     batch: int = 8,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, dict[str, float]]:
-    """As `run_tasks`, of tasks that `open_tasks` has opened."""
+    """The scores of `run_tasks`, for tasks that `open_tasks` opened."""
     adapter = as_harness_model(model, tokenizer, batch)
     from lm_eval.evaluator import simple_evaluate
 
-    run: Any = simple_evaluate  # as above
+    run: Any = simple_evaluate  # its signature is hidden from type checkers
     try:
         found = run(
             model=adapter, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0,
@@ -215,7 +216,7 @@ def score_tasks(
         )  # fmt: skip
     except (LnfreeError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of a task's own code and templates
+    except Exception as error:  # anything that a task's own code or templates raise
         raise DataError(f"{', '.join(names)} cannot be run: {first_line(error)}") from error
     assert found is not None
     return {

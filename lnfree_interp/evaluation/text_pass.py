@@ -1,7 +1,7 @@
-"""Several models over one text, in one pass: everything that is a number per token.
+"""One pass of several models over a text, for all measures that are a number per token.
 
-The models take the batches in turns, so that each can be compared with the original token by token
-without keeping anybody's logits.
+The models run on each batch in turn, so that each can be compared with the original token by token
+without keeping any logits.
 """
 
 import os
@@ -25,31 +25,32 @@ from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import Edit, run, run_and_keep
 
 SINK = 0.3
-"""Attention to the first token from which on it counts as a sink."""
+"""Attention to the first token above this value counts as a sink."""
 
 Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenMeasures:
-    """What one model did on a text, on the CPU."""
+    """The measures of one model on a text, on the CPU."""
 
     loss: Float[Tensor, "sequence target"]
-    """Nats, in float64."""
+    """The loss in nats, in float64."""
     entropy: Float[Tensor, "sequence target"]
-    """Of the predicted distribution, in nats."""
+    """The entropy of the predicted distribution, in nats."""
     confidence: Float[Tensor, "sequence target"]
-    """Probability of the most likely token."""
+    """The probability of the most likely token."""
     correct: Bool[Tensor, "sequence target"]
-    """Whether that was the true one."""
+    """Whether the most likely token was the true one."""
     divergence: Float[Tensor, "sequence target"] | None
-    """Jensen-Shannon divergence to the original's prediction, in nats; None without an original."""
+    """The Jensen-Shannon divergence from the original's prediction, in nats; None without an
+    original."""
     norms: Float[Tensor, "place sequence pos"]
-    """Of the residual stream before each block and after the last."""
+    """The norms of the residual stream before each block and after the last."""
     sink_weights: Float[Tensor, "sequence layer head"]
-    """Attention to the first token, mean over queries."""
+    """The attention to the first token, averaged over queries."""
     sink_queries: Float[Tensor, "sequence layer head"]
-    """Share of queries whose attention to the first token is above `SINK`."""
+    """The share of queries whose attention to the first token is above `SINK`."""
 
 
 @torch.no_grad()
@@ -65,14 +66,14 @@ def measure_text(
     """One pass of several models over a text.
 
     Args:
-        models: By name.
-        tokens: [sequence, pos], such as `pack(...)`.
-        original: The name of the one that the others are compared with.
-        batch: Sequences per forward pass. Default: what fits into the memory that is free; results
-            do not depend on it beyond rounding.
-        precision: Of matrix products inside the blocks; `"bfloat16"` is faster on most hardware and
-            moves single tokens by tenths of a nat, their mean hardly. Logits are float32 either
-            way.
+        models: The models by name.
+        tokens: Token ids [sequence, pos], such as `pack(...)`.
+        original: The name of the model that the others are compared with.
+        batch: How many sequences run at once. Default: as many as fit into free memory; results
+            depend on it by rounding only.
+        precision: The precision of matrix products inside the blocks. `"bfloat16"` is faster on
+            most hardware; it changes single losses by tenths of a nat, but hardly their mean.
+            Logits are float32 either way.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -102,27 +103,30 @@ def read_for_all(
     original: str | None,
     precision: Precision,
 ) -> Int[Tensor, "sequence pos"]:
-    """The tokens as ids, on the CPU, when every model can read them.
+    """The token ids on the CPU, checked: every model can read them.
 
     Raises:
-        DataError: as `measure_text`.
+        DataError: as for `measure_text`.
     """
     if not isinstance(models, Mapping) or not models:
-        raise DataError("models are given by name: {'gpt2': model, ...}")
+        raise DataError("models must be given by name, at least one: {'gpt2': model, ...}")
     if precision not in get_args(Precision):
         raise DataError(f"precision is {' or '.join(get_args(Precision))}, not {precision!r}")
     if original is not None and original not in models:
         raise DataError(f"no model is called {original!r}: there are {', '.join(models)}")
     sizes = {model.cfg.d_vocab_out for model in models.values()}
     if original is not None and len(sizes) > 1:
-        raise DataError(f"models with vocabularies of {sorted(sizes)} tokens cannot be compared")
+        raise DataError(
+            f"models with vocabularies of {sorted(sizes)} tokens cannot be compared: evaluate them "
+            "without an original"
+        )
     for model in models.values():
         tokens = read_sequences(model, tokens, packed=True).cpu()
     return tokens
 
 
 def fitting_batch(model: HookedTransformer, pos: int) -> int:
-    """Sequences whose activations fit into a quarter of the memory that is free, 1 to 32."""
+    """How many sequences have activations that fit into a quarter of the free memory, 1 to 32."""
     cfg, device = model.cfg, model.W_E.device
     scores = 4 * cfg.n_heads * pos * pos
     hidden = 4 * pos * ((cfg.d_mlp or 0) + 4 * cfg.d_model)
@@ -148,7 +152,7 @@ def _products(model: HookedTransformer, precision: Precision) -> Any:
 
 
 def _stream(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The last stream, and what is measured on the way to it."""
+    """The stream after the last block, and the measures that are taken on the way to it."""
     n_layers = model.cfg.n_layers
     places = [Place(layer).hook for layer in range(n_layers + 1)]
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(n_layers)]
@@ -183,7 +187,7 @@ def _predictions(
     original: str | None,
     order: list[str],
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Loss, entropy and so on of every next token; logits of a few positions at a time."""
+    """Loss, entropy and so on of every next token, from the logits of a few positions at a time."""
     pieces: dict[str, list[dict[str, Tensor]]] = {name: [] for name in order}
     n_targets = tokens.shape[1] - 1
     for start in range(0, n_targets, POSITIONS):
@@ -191,7 +195,7 @@ def _predictions(
         targets, theirs = tokens[:, 1:][:, at], None
         for name in order:
             model = models[name]
-            # Not in bfloat16: logits of 100 would be rounded to halves.
+            # This is not in bfloat16, which would round logits of 100 to halves.
             stream = streams[name][:, at].to(model.W_U.dtype)
             logits = run(model, stream, start_at_layer=model.cfg.n_layers)
             log_p = logits.float().log_softmax(-1)

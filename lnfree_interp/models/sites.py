@@ -229,6 +229,7 @@ def with_norm_sites(model: HookedTransformer, copy_weights: bool = True) -> Hook
         >>> len(lf.live_sites(sited))
         13
     """
+    require_hooked(model)
     if has_norm_sites(model):
         return _copied(model, copy_weights)
     split = split_norms(model, copy_weights)

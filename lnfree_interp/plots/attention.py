@@ -20,17 +20,17 @@ from lnfree_interp.plots.style import (
 
 
 def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> go.Figure:
-    """An attention score by what is at the query and at the key.
+    """An attention score by pairs of components at the query and at the key.
 
     Args:
-        result: Of `attribute_scores`.
-        key: Position. Default: the key with the highest score.
-        top: Components shown on either side, those that matter most for this key; the others are
-            one row and one column.
+        result: What `attribute_scores` returned.
+        key: Position of the key. Default: the key with the highest score.
+        top: How many components to show on either side, those of largest values for this key; the
+            others are one row and one column.
 
     Returns:
-        A plotly figure, a heatmap of pairs, query component x key component, score before the
-            softmax.
+        A plotly figure: a heatmap of pairs, query component x key component, in units of the score
+            before the softmax.
 
     Raises:
         DataError: if the position is not among the keys, or top is not positive.
@@ -41,7 +41,7 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
         'at the key, 1 for'
     """
     if result.dims != ("key",):
-        raise DataError("a figure shows one prompt: take it with result.select(i)")
+        raise DataError("a figure shows one prompt: take one with result.select(i)")
     read_top(top, 1)
     column = int(result.total.argmax()) if key is None else result.column(key)
     position = result.keys[column]
@@ -78,15 +78,16 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
 
 
 def pattern(result: CounterfactualPattern, start: int = 0, stop: int | None = None) -> go.Figure:
-    """A head's attention pattern as it is, without some components, and the difference.
+    """A head's original attention pattern, the pattern without some components, and the difference.
 
     Args:
-        result: Of `counterfactual_pattern`.
-        start: First position shown.
-        stop: One behind the last. Default: at most 64 positions, the last ones.
+        result: What `counterfactual_pattern` returned.
+        start: The first position to show.
+        stop: The position after the last one shown. Default: 64 positions from `start`, or the
+            last 64.
 
     Returns:
-        A plotly figure of three heatmaps, query x key, of attention weights, and their change.
+        A plotly figure of three heatmaps, query x key, of attention weights and their change.
 
     Raises:
         DataError: if there are no such positions.
@@ -101,7 +102,10 @@ def pattern(result: CounterfactualPattern, start: int = 0, stop: int | None = No
         start, stop = (max(start, n_pos - 64), n_pos) if start == 0 else (start, start + 64)
         stop = min(stop, n_pos)
     if not 0 <= start < stop <= n_pos:
-        raise DataError(f"{n_pos} positions: not {start}:{stop}")
+        raise DataError(
+            f"the prompt has {n_pos} positions, not {start}:{stop}: give a start and a later stop "
+            "among them"
+        )
     at = slice(start, stop)
     labels = show_tokens(result.tokens[at], start)
     without = ", ".join(result.without)

@@ -1,4 +1,4 @@
-"""Attribution: what each part adds to a logit."""
+"""Figures of attribution: what each part adds to a logit."""
 
 import html
 
@@ -22,27 +22,27 @@ from lnfree_interp.plots.style import (
 )
 
 _HEADS = 20
-"""Rows of heads by source token."""
+"""How many heads a figure by source token shows."""
 
 
 def attribution(result: Contributions | MeanContributions | AffineMap, top: int = 15) -> go.Figure:
     """The figure that suits the result's level.
 
-    By layer or sublayer: a waterfall in the order of computation, from nothing to the logit. By
-    head: a heatmap layer x head. By source: a heatmap of the largest heads x the tokens that they
-    read. By neuron, or paths: a waterfall of the largest, with all others as one bar. By token
-    (`affine_map`): a bar per token, biases apart.
+    By layer or sublayer: a waterfall in the order of computation, from zero to the logit. By head:
+    a heatmap layer x head. By source: a heatmap of the largest heads x the tokens that they read.
+    By neuron or path: a waterfall of the largest, with all others as one bar. By token
+    (`affine_map`): a bar per token, and one for biases.
 
     Args:
-        result: For one prompt; take one of a batch with `result.select(i)`. A mean over many
-            tokens, or an `AffineMap`, as it is.
-        top: Bars shown by neuron or path.
+        result: A result for one prompt (take one of a batch with `result.select(i)`), a mean over
+            many tokens, or an `AffineMap`.
+        top: How many neurons or paths to show.
 
     Returns:
         A plotly figure of values in logits, or in the unit of what was taken apart.
 
     Raises:
-        DataError: if the result is a batch, or vectors; or nothing is to be shown.
+        DataError: if the result is of a batch or of vectors, or `top` is less than one.
 
     Examples:
         >>> dla = lf.attribute_logits(free, "for i in", " range", by="head")
@@ -159,7 +159,7 @@ def _sources(result: Contributions) -> go.Figure:
 def _tokens(result: AffineMap) -> go.Figure:
     whole = result.contributions
     if whole.dims:
-        raise DataError("a figure shows one prompt: take it with result.select(i)")
+        raise DataError("a figure shows one prompt: take one with result.select(i)")
     values = [*result.by_token.tolist(), result.biases.item()]
     tokens = whole.prompts[0] if whole.prompts else [""] * len(result.by_token)
     figure = go.Figure(

@@ -1,8 +1,8 @@
 """Interactive views of circuitsvis: tokens and attention heads.
 
-Each carries its own copy of circuitsvis' script, 1.3 MB, and needs JavaScript: use few in a
-notebook, and `plots.attribution` or `plots.pattern` where a picture has to last. Nothing is
-fetched: circuitsvis by itself asks the network first, and loads from there if it answers.
+Each carries its own copy of circuitsvis' script, 1.3 MB, and needs JavaScript. Use few in a
+notebook, and use `plots.attribution` or `plots.pattern` for pictures to keep. Nothing is loaded
+from the network, which circuitsvis itself tries first.
 """
 
 import json
@@ -21,7 +21,7 @@ from lnfree_interp.analysis.counterfactual import CounterfactualPattern
 from lnfree_interp.plots.style import LOWERS, RAISES
 
 _LESS = "\ue000"
-"""Stands for "<" until the page is made: no token may close the script that it is written in."""
+"""Stands for "<" until the page is made, so that no token closes the script that contains it."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def tokens(result: AffineMap) -> View:
     """The prompt's tokens, coloured by their share of the logit.
 
     Args:
-        result: Of `affine_map`.
+        result: What `affine_map` returned.
 
     Returns:
-        A `View`, which a notebook shows; blue raises the logit, red lowers it.
+        A `View`, which a notebook shows, of shares in logits; blue raises the logit, red lowers it.
 
     Examples:
         >>> view = lf.plots.circuits.tokens(lf.affine_map(free, "for i in", " range"))
@@ -63,13 +63,13 @@ def tokens(result: AffineMap) -> View:
 
 
 def heads(result: CounterfactualPattern) -> View:
-    """A head's pattern as it is and without the components, to hover over.
+    """A head's original pattern and the pattern without the components, to hover over.
 
     Args:
-        result: Of `counterfactual_pattern`.
+        result: What `counterfactual_pattern` returned.
 
     Returns:
-        A `View`, which a notebook shows, of two patterns [query, key].
+        A `View` of two patterns [query, key], which a notebook shows.
 
     Examples:
         >>> without = lf.counterfactual_pattern(free, "for i in range", 1, 0, ["L0H0"])

@@ -1,4 +1,4 @@
-"""Direct logit attribution against measured direct effects."""
+"""A figure of direct logit attribution against measured direct effects."""
 
 import html
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from lnfree_interp.plots.style import MODEL_COLOURS, MODEL_NAMES, styled
 def direct_effects(
     results: DirectEffects | Evaluation | Mapping[str, DirectEffects], points: int = 1500
 ) -> go.Figure:
-    """One scatter per model: attribution against measured direct effect, on the diagonal if equal.
+    """One scatter plot per model of attribution against measured direct effect.
 
     Args:
-        results: Of `direct_effects`; several by model name, in the order of the panels; or an
-            evaluation of several models.
-        points: How many (head, token) pairs each panel samples.
+        results: What `direct_effects` returned; several results by model name, in the order of the
+            panels; or an evaluation of several models.
+        points: How many pairs of head and token each panel shows, drawn at random.
 
     Returns:
-        A plotly figure, one panel per model, with measured effect across and attribution up, in
-            logits.
+        A plotly figure with one panel per model: the measured effect on the horizontal axis, the
+            attribution on the vertical one, in logits.
 
     Raises:
-        DataError: if nothing was measured.
+        DataError: if no direct effects were measured.
 
     Examples:
         >>> effects = lf.direct_effects(free, tokens)
@@ -42,7 +42,10 @@ def direct_effects(
     elif isinstance(results, DirectEffects):
         results = {"model": results}
     if not results:
-        raise DataError("there are no direct effects to draw: none were measured")
+        raise DataError(
+            "there are no direct effects to draw, since none were measured: give a result of "
+            "direct_effects, or call evaluate with effects=True"
+        )
     figure = make_subplots(
         cols=len(results),
         shared_yaxes=True,

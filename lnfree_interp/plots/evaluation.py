@@ -1,4 +1,4 @@
-"""What an evaluation found, as curves over layers and positions."""
+"""Figures of an evaluation: curves over layers and positions."""
 
 import html
 
@@ -9,14 +9,14 @@ from lnfree_interp.plots.style import MODEL_NAMES, model_colours, styled
 
 
 def residual_norms(result: Evaluation) -> go.Figure:
-    """Norms of the residual stream by layer: median and largest, the first position apart.
+    """Norms of the residual stream by layer: median and largest, with the first position apart.
 
     Args:
-        result: Of `evaluate`.
+        result: What `evaluate` returned.
 
     Returns:
-        A plotly figure of three lines per model over places, before each block and at the end;
-            norms on a logarithmic axis.
+        A plotly figure of three lines per model over places, before each block and at the end; the
+            axis of norms is logarithmic.
 
     Examples:
         >>> found = lf.evaluate({"live": model}, tokens, effects=False, neurons=0, pairs=0)
@@ -52,10 +52,10 @@ def residual_norms(result: Evaluation) -> go.Figure:
 
 
 def loss_by_position(result: Evaluation) -> go.Figure:
-    """Cross-entropy over positions, as a running mean of 16.
+    """Cross-entropy by position, as a running mean of 16 positions.
 
     Args:
-        result: Of `evaluate`.
+        result: What `evaluate` returned.
 
     Returns:
         A plotly figure of one line per model over positions, cross-entropy in nats per token.

@@ -1,4 +1,4 @@
-"""The flow of a logit: nodes over positions and layers, and paths as a Sankey diagram."""
+"""Figures of flow: nodes over positions and layers, and paths as a Sankey diagram."""
 
 import math
 from collections import Counter, defaultdict
@@ -22,26 +22,27 @@ from lnfree_interp.plots.style import (
 )
 
 _NAMES = 16
-"""Nodes with their name beside them; the others show it when pointed at."""
+"""How many nodes have their name beside them; the others show it on hover."""
 _LABELS = 40
-"""Positions that are written out, those of the largest nodes."""
+"""How many positions have a label, those of the largest nodes."""
 _EDGES = 150
-"""Lines drawn; the thinnest are left out."""
+"""How many lines are drawn; the thinnest are left out."""
 
 
 def flow(result: FlowGraph) -> go.Figure:
     """A flow graph over positions (left to right) and layers (upwards).
 
-    Lines are as wide as what flows along them; blue raises the logit, red lowers it.
+    The width of a line is what flows along it; blue raises the logit, red lowers it.
 
     Args:
-        result: Of `flow_graph`.
+        result: What `flow_graph` returned.
 
     Returns:
-        A plotly figure; at most 150 lines are drawn, its subtitle says how many are not.
+        A plotly figure of flows in logits; its subtitle says how many lines beyond 150 are not
+            drawn.
 
     Raises:
-        DataError: if a flow is no finite number.
+        DataError: if a flow is not a finite number.
 
     Examples:
         >>> graph = lf.flow_graph(free, "for i in", " range")
@@ -54,9 +55,12 @@ def flow(result: FlowGraph) -> go.Figure:
     edges = sorted(result.edges, key=lambda edge: -abs(edge.flow))[:_EDGES]
     largest = max((abs(edge.flow) for edge in edges), default=1.0)
     if not all(math.isfinite(part.flow) for part in (*edges, *nodes)):
-        raise DataError("a flow that is no finite number cannot be drawn")
+        raise DataError(
+            "a flow that is no finite number cannot be drawn: check the model's activations for "
+            "nan and infinity"
+        )
     figure = go.Figure()
-    for edge in reversed(edges):  # the widest on top
+    for edge in reversed(edges):  # draws the widest on top
         (x0, y0), (x1, y1) = places[edge.source], places[edge.target]
         figure.add_scatter(
             x=[x0, (x0 + x1) / 2, x1],
@@ -125,7 +129,8 @@ def flow(result: FlowGraph) -> go.Figure:
 def _places(
     nodes: tuple[FlowNode, ...], n_layers: int, n_pos: int
 ) -> dict[str, tuple[float, float]]:
-    """Across: positions, nodes of a layer side by side. Up: heads below the MLP of their layer."""
+    """Where nodes are drawn: positions across, with the nodes of a layer side by side; layers up,
+    with heads below the MLP of their layer."""
     rows: dict[tuple[int, int, str], list[FlowNode]] = defaultdict(list)
     places = {}
     for node in nodes:
@@ -157,7 +162,7 @@ def _name(node: FlowNode) -> str:
 
 
 def _through(names: Mapping[str, int], links: Mapping[tuple[str, str, bool], float]) -> list[float]:
-    """What enters or leaves each node, whichever is more."""
+    """What enters or what leaves each node, whichever is more."""
     flows = torch.zeros(2, len(names))
     for (one, other, _), value in links.items():
         flows[0, names[one]] += value
@@ -166,7 +171,7 @@ def _through(names: Mapping[str, int], links: Mapping[tuple[str, str, bool], flo
 
 
 def _stacked(columns: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Heights at which nodes of a column stand one above the other, centred; in 0..1."""
+    """The heights of nodes, stacked and centred in each column, between 0 and 1."""
     totals: dict[float, float] = defaultdict(float)
     for column, size in zip(columns, sizes, strict=True):
         totals[column] += size
@@ -182,17 +187,17 @@ def _stacked(columns: Sequence[float], sizes: Sequence[float]) -> list[float]:
 
 
 def paths(result: Contributions) -> go.Figure:
-    """Paths as a Sankey diagram: sources on the left, the heads that they pass, the logit.
+    """Paths as a Sankey diagram: sources on the left, the heads that they pass, then the logit.
 
     Args:
-        result: Of `expand_paths`.
+        result: What `expand_paths` returned.
 
     Returns:
-        A plotly figure, a Sankey diagram; links are as wide as the absolute value of their paths,
+        A plotly figure, a Sankey diagram; the width of a link is the absolute value of its paths,
             in logits.
 
     Raises:
-        DataError: if the result has no paths.
+        DataError: if the result is not of paths, or is of several prompts.
 
     Examples:
         >>> paths = lf.expand_paths(free, "for i in", " range")
@@ -201,8 +206,8 @@ def paths(result: Contributions) -> go.Figure:
     """
     if result.level != "path" or result.dims:
         raise DataError(
-            f"paths of one prompt can be drawn, not a result by {result.level} with dimensions "
-            f"{result.dims}: call expand_paths, and select(prompt=i)"
+            f"only paths of one prompt can be drawn, not a result by {result.level} with "
+            f"dimensions {result.dims}: call expand_paths, and select(prompt=i) on a batch"
         )
     names: dict[str, int] = {}
     links: dict[tuple[str, str, bool], float] = defaultdict(float)
@@ -211,7 +216,7 @@ def paths(result: Contributions) -> go.Figure:
         stops = [part.label for part in component.through]
         start = component.label.partition(" > ")[0]
         for i, one in enumerate([start, *stops]):
-            name = one if i == 0 else f"{one} "  # a head that carries is not a head that starts
+            name = one if i == 0 else f"{one} "  # a head on a path differs from one as a source
             layer = component.layer if i == 0 else component.through[i - 1].layer
             depth[name] = 0.0 if layer is None else layer + (1.0 if i else 0.5)
         route = [start, *(f"{one} " for one in stops), result.unit]

@@ -1,4 +1,4 @@
-"""The logit lens."""
+"""A figure of the logit lens."""
 
 import plotly.graph_objects as go
 
@@ -14,20 +14,21 @@ from lnfree_interp.plots.style import (
 )
 
 _SHOWN = 24
-"""Positions, if not told otherwise."""
+"""How many positions are shown by default."""
 
 
 def lens(
     result: Lens, prompt: int = 0, start: int | None = None, stop: int | None = None
 ) -> go.Figure:
-    """The true next token's logit as it builds up, and what would be predicted on the way; at the
-    end, that of the token which the model predicts.
+    """The true next token's logit layer by layer, and the token that the lens predicts there; at
+    the last position, the logit of the token that the model predicts.
 
     Args:
-        result: Of `logit_lens`.
-        prompt: Which row of the batch.
-        start: First position shown. Default: the last 24, or the 24 up to `stop`.
-        stop: One behind the last. Default: the 24 from `start`, or the end.
+        result: What `logit_lens` returned.
+        prompt: The number of the prompt in the batch, counted from 0.
+        start: The first position to show. Default: 24 positions before `stop`.
+        stop: The position after the last one shown. Default: 24 positions after `start`, or the
+            end.
 
     Returns:
         A plotly figure, a heatmap of place x position, in logits.
@@ -45,7 +46,10 @@ def lens(
         stop = n_targets if start is None else min(n_targets, start + _SHOWN)
     start = max(0, stop - _SHOWN) if start is None else start
     if not 0 <= prompt < n_prompts or not 0 <= start < stop <= n_targets:
-        raise DataError(f"{n_prompts} prompts of {n_targets} targets: not {prompt}, {start}:{stop}")
+        raise DataError(
+            f"there are {n_prompts} prompts of {n_targets} targets, and prompt {prompt}, positions "
+            f"{start}:{stop} were given: give a prompt and positions among them"
+        )
     values = result.values[:, prompt, start:stop].double()
     top = result.predicted[:, prompt, start:stop].tolist()
     words = [[show_token(result.names[token], 6) for token in row] for row in top]

@@ -29,7 +29,7 @@ footer { color: #666; font-size: .85rem; margin: 3rem 0 1rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a paragraph of plain text, and what to look at."""
+    """A heading, a paragraph of plain text, and tables or figures."""
 
     heading: str
     text: str = ""
@@ -37,7 +37,7 @@ class Section:
 
 
 def _figure(figure: go.Figure) -> str:
-    """A figure under its title, which wraps on a narrow screen as plotly's own does not."""
+    """A figure under its title as HTML, which wraps on a narrow screen; plotly's own does not."""
     layout: Any = figure.layout
     title, shown = layout.title, go.Figure(figure)
     lines = max((1 + note.text.count("<br>") for note in layout.annotations), default=0)
@@ -50,7 +50,7 @@ def _figure(figure: go.Figure) -> str:
 
 
 def page(title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:
-    """The page as HTML; it opens without a network, plotly's script included once."""
+    """The page as HTML. It includes plotly's script once and opens without a network."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',

@@ -1,4 +1,4 @@
-"""Pictures for places without JavaScript, such as a notebook on GitHub."""
+"""Pictures of figures for viewers without JavaScript, such as GitHub's of notebooks."""
 
 import importlib.util
 import os
@@ -17,11 +17,11 @@ _FORMATS = (".png", ".svg", ".pdf", ".html")
 def show_in_notebooks(width: int = 950) -> None:
     """Let a notebook keep a picture beside each interactive figure, where one can be drawn.
 
-    GitHub and other viewers strip scripts: they show the picture. Without Chrome figures stay
+    GitHub and other viewers remove scripts and show the picture. Without Chrome, figures are
     interactive only.
 
     Args:
-        width: Of the pictures, in pixels.
+        width: The width of the pictures, in pixels.
 
     Examples:
         >>> lf.plots.show_in_notebooks(width=800)  # doctest: +SKIP
@@ -38,17 +38,17 @@ def save(
     """Write a figure to a file, by its suffix: .png, .svg, .pdf, or .html that needs no network.
 
     Args:
-        figure: Any of `lnfree_interp.plots`.
-        path: Where to. What stands there is replaced.
-        width: In pixels, before `scale`; the height is the figure's own.
-        scale: Pixels of the file per pixel, for .png.
+        figure: A figure that a function of `lnfree_interp.plots` returned.
+        path: The file to write. An existing file is replaced.
+        width: The width in pixels, before `scale`; the height is the figure's own.
+        scale: How many pixels of a .png file there are per pixel of the figure, in each direction.
 
     Returns:
         The path.
 
     Raises:
         OutputError: for another suffix, or a folder that does not exist.
-        UnsupportedModelError: if pictures cannot be drawn here: that takes kaleido and a Chrome or
+        UnsupportedModelError: if pictures cannot be drawn here, which needs kaleido and Chrome or
             Chromium (`apt install chromium`, or `plotly_get_chrome`).
 
     Examples:
@@ -58,9 +58,12 @@ def save(
     """
     target = Path(path)
     if target.suffix.lower() not in _FORMATS:
-        raise OutputError(f"{path}: write one of {', '.join(_FORMATS)}")
+        raise OutputError(f"{path}: give a name that ends in one of {', '.join(_FORMATS)}")
     if target.is_dir() or not target.parent.is_dir():
-        raise OutputError(f"{path}: a folder, or in a folder that does not exist")
+        raise OutputError(
+            f"{path} is a folder, or in a folder that does not exist: give a file in an existing "
+            "folder"
+        )
     try:
         if target.suffix.lower() == ".html":
             figure.write_html(target, include_plotlyjs=True)
@@ -70,7 +73,7 @@ def save(
         if "kaleido" in str(error).lower() or "chrome" in str(error).lower():
             raise UnsupportedModelError(
                 "pictures need kaleido and Chrome: pip install 'lnfree_interp[pictures]', and "
-                "apt install chromium or plotly_get_chrome; .html needs neither"
+                "apt install chromium or run plotly_get_chrome; .html needs neither"
             ) from error
         if isinstance(error, OSError):
             raise OutputError(f"{path} cannot be written: {error}") from error

@@ -1,4 +1,4 @@
-"""The training curve of a removal run, with its events."""
+"""Figures of a removal run: its training curve with its events, and the drift of frozen sites."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _KIND_COLOURS = {
 
 
 History = Run | Sequence[StepRecord]
-"""A run, or what its folder says happened (`read_history`)."""
+"""A run, or the records of its steps from its folder (`read_history`)."""
 
 
 def _steps(run: History) -> Sequence[StepRecord]:
@@ -30,19 +30,19 @@ def _steps(run: History) -> Sequence[StepRecord]:
 
 
 def training_curve(runs: History | Mapping[str, History], window: int = 10) -> go.Figure:
-    """Cross-entropy in training of several runs, and when each norm site was frozen.
+    """Cross-entropy in training, for one run or several, and when each norm site was frozen.
 
     Args:
-        runs: A `Run`, or the records of its steps; several by name, e.g.
+        runs: A `Run`, or the records of its steps; or several by name, such as
             `{"lnfree": run, "vanilla": control}`.
-        window: Steps in the running mean drawn over the single steps.
+        window: How many steps the running mean covers, which is drawn over the single steps.
 
     Returns:
-        A plotly figure of loss in nats per token over steps, with a line wherever a site was
-            frozen.
+        A plotly figure of loss in nats per token over steps, with a line at each step where a site
+            was frozen.
 
     Raises:
-        DataError: if no step was taken.
+        DataError: if no run has a step.
 
     Examples:
         >>> from lnfree_interp.removal.run import StepRecord
@@ -55,7 +55,7 @@ def training_curve(runs: History | Mapping[str, History], window: int = 10) -> g
     if not isinstance(runs, Mapping):
         runs = {"lnfree": runs}
     if not any(_steps(run) for run in runs.values()):
-        raise DataError("no step was taken: there is no curve")
+        raise DataError("no step was taken, so there is no curve: give a run with steps")
     figure = go.Figure()
     events: dict[str, list[tuple[int, str, float]]] = {}
     for name, run in runs.items():
@@ -118,16 +118,16 @@ def training_curve(runs: History | Mapping[str, History], window: int = 10) -> g
 
 
 def sigma_drift(run: History) -> go.Figure:
-    """How far each frozen site's input has moved from the constant that it is divided by.
+    """How far the standard deviation of each frozen site's input has moved from its constant.
 
     Args:
-        run: A removal, with `log_every` above 0; a `Run`, or the records of its steps.
+        run: A removal with `log_every` above 0: a `Run`, or the records of its steps.
 
     Returns:
-        A plotly figure of one line per site over steps, a ratio that is 1 without drift.
+        A plotly figure of one line per site over steps; the ratio is 1 without drift.
 
     Raises:
-        DataError: if nothing was logged.
+        DataError: if no drift was logged.
 
     Examples:
         >>> from lnfree_interp.removal.run import StepRecord
@@ -141,7 +141,10 @@ def sigma_drift(run: History) -> go.Figure:
         for site, ratio in record.probes.get("drift", {}).items():
             curves.setdefault(site, []).append((record.step, ratio))
     if not curves:
-        raise DataError("the run looked at no drift: nothing was frozen, or log_every was 0")
+        raise DataError(
+            "the run logged no drift, since no site was frozen or log_every was 0: give a removal "
+            "with log_every above 0"
+        )
     figure, seen = go.Figure(), set()
     for site, points in curves.items():
         kind = site.rpartition(".")[2]

@@ -199,19 +199,19 @@ SEES = {  # mutation: pieces of the names of certificates that must fail on it
         "predicted",
     ],
     "drop b_O": ["heads: ", "sources", "neurons", "pairs", "tokens +", "paths +", "node"],
-    "drop b_out": ["neurons", "tokens +"],
+    "drop b_out": ["neurons", "tokens +", "node"],
     "drop b_in": ["tokens +", "node"],
     "wrong positions": ["sum over", "node", "share"],
     "wrong scale": [
-        "sum over", "patched", "node", "lens", "predicted", "OV table", "share",
+        "sum over", "patched", "node", "lens", "predicted", "effect(A)", "OV table", "share",
     ],
     "transposed W_O": [
         "heads: ", "sources", "neurons", "pairs", "patched", "tokens +", "paths +", "node",
-        "predicted", "OV table", "share",
+        "predicted", "effect(A)", "OV table", "share",
     ],
     "swapped heads": [
         "heads: ", "sources", "neurons", "pairs", "patched", "tokens +", "paths +", "node",
-        "predicted", "OV table", "share",
+        "predicted", "effect(A)", "OV table", "share",
     ],
     "wrong norm": [
         "logits", "score", "log-odds", "patched", "pre of", "post of", "flip", "node", "lens",

@@ -317,3 +317,84 @@ def test_a_level_is_found_by_name_or_is_itself(gpt2):
     assert lf.level(by) is by
     with pytest.raises(DataError, match="is no level"):
         lf.attribute_logits(gpt2, TOKENS, 3, by="block")
+
+
+# Sources and value biases: one answer in every form
+
+
+def forms(kind):
+    """One model in every form that it can have."""
+    sites = freeze_all(lf.load(make_model(kind), dtype=torch.float64, check=False))
+    folded = lf.fold(sites)
+    return {"folded": folded, "sites": sites, "frozen": lf.frozen_form(folded)}
+
+
+ASKS = {
+    "logits": lambda t, **how: lf.attribute_logits(t, 3, 5, **how),
+    "neuron": lambda t, **how: lf.attribute_neuron(t, 2, 7, **how),
+    "log-odds": lambda t, **how: lf.attribute(t, lf.LogOdds(2, 1, key=1, other=0), **how),
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "qwen2"])
+@pytest.mark.parametrize("name", ASKS)
+@pytest.mark.parametrize("how", [{"by": "source"}, {"biases": True}], ids=["source", "biases"])
+def test_sources_and_value_biases_are_one_answer_in_every_form(kind, name, how):
+    made = forms(kind)
+    first = ASKS[name](lf.trace(made["folded"], TOKENS), **how).verify(1e-10)
+    for model in made.values():
+        found = ASKS[name](lf.trace(model, TOKENS), **how).verify(1e-10)
+        heads = [c.label for c in found.components if c.kind in ("head", "b_V")]
+        assert heads == [c.label for c in first.components if c.kind in ("head", "b_V")]
+        for label in heads:
+            close(found[label], first[label])
+    assert first.of_kind("b_V").abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_source_is_what_its_stream_adds_and_no_bias(kind):
+    """By hand in the form with norm sites, whose norms have gains, biases and scales."""
+    model = forms(kind)["sites"]
+    found = lf.attribute_logits(model, TOKENS, 3, by="source").verify(1e-10)
+    _, cache = model.run_with_cache(TOKENS[None])
+    layer, head = 1, 2
+    v = cache["v", layer][0][:, head * cache["v", layer].shape[2] // model.cfg.n_heads]
+    nothing = torch.zeros(1, 1, model.cfg.d_model, dtype=torch.float64)
+    name = f"blocks.{layer}.attn.hook_v"
+    v_bias = model.run_with_cache(nothing, start_at_layer=layer, stop_at_layer=layer + 1,
+                                  names_filter=name)[1][name]  # fmt: skip
+    v_bias = v_bias[0, 0, head * v_bias.shape[2] // model.cfg.n_heads]
+    assert v_bias.abs().max() > 1e-3
+    pattern, W_O = cache["pattern", layer][0, head, -1], model.W_O[layer, head]
+
+    def share(z):
+        stream = torch.stack([cache["resid_post", 2][0, -1], cache["resid_post", 2][0, -1]])
+        stream[1] -= z @ W_O
+        return model.unembed(model.ln_final(stream[None]))[0, :, 3].diff().neg()[0]
+
+    for pos in range(len(TOKENS)):
+        close(found[f"L{layer}H{head}@{pos}"], share(pattern[pos] * (v[pos] - v_bias)))
+    close(found[f"L{layer}H{head}.b_V"], share(v_bias))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "qwen2"])
+@pytest.mark.parametrize("form", ["folded", "sites", "frozen"])
+def test_paths_and_attribution_agree_on_sources_and_value_biases(kind, form):
+    model = forms(kind)[form]
+    trace = lf.trace(model, TOKENS)
+    by_head = lf.attribute_logits(trace, 3, 5, biases=True).verify(1e-10)
+    by_source = lf.attribute_logits(trace, 3, 5, by="source").verify(1e-10)
+    closed = lf.expand_paths(trace, 3, 5, by="source", top_k=None, expansions=0).verify(1e-10)
+    for component, value in by_source:
+        if component.kind in ("head", "b_V", "b_O", "b_U"):
+            close(closed[component], value)
+    # Opened, each head is its bias and what came from the tokens through it.
+    opened = lf.expand_paths(trace, 3, 5, top_k=None, expansions=10_000).verify(1e-10)
+    for layer in range(3):
+        for head in range(model.cfg.n_heads):
+            label = f"L{layer}H{head}"
+            close(opened[f"{label}.b_V"], by_head[f"{label}.b_V"])
+            through = sum(v for c, v in opened if c.through and c.through[-1].label == label)
+            close(through, by_head[label])
+            sources = sum(by_source[f"{label}@{pos}"] for pos in range(len(TOKENS)))
+            close(sources, by_head[label])

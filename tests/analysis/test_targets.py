@@ -336,7 +336,7 @@ def test_other_targets_through_paths_flow_and_the_affine_map(model):
         whole = trace.attribute(target, by="head").verify(1e-10)
         paths = lf.expand_paths(trace, target, top_k=None, expansions=0).verify(1e-10)
         for label in [label for label in whole.labels if "H" in label]:
-            close(paths[label], whole[label])
+            close(sum(value for one, value in paths if one.label == label), whole[label])
         affine = lf.affine_map(trace, target).verify(1e-10)
         graph = lf.flow_graph(trace, target, top_k=None).verify(1e-10)
         for result in (paths, affine.contributions, graph):
@@ -345,6 +345,20 @@ def test_other_targets_through_paths_flow_and_the_affine_map(model):
         for row in range(len(ROWS)):
             tokens = sum(n.flow for n in graph.select(row).nodes if "embed" in n.kind)
             assert tokens == pytest.approx(affine.by_token[row].sum().item(), rel=1e-9, abs=1e-10)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="expand_paths opens each position of a reading apart and does not merge what ends up "
+    "with one label, so paths[label] is one of two shares",
+)
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_paths_of_log_odds_are_listed_once(side):
+    model = lf.fold(freeze_all(lf.load(make_model("gpt2"), dtype=torch.float64, check=False)))
+    trace, target = lf.trace(model, ROWS[0]), lf.LogOdds(LAYER, HEAD, key=2, other=0, side=side)
+    paths = lf.expand_paths(trace, target, top_k=None, expansions=0)
+    close(paths["L1H2"], trace.attribute(target)["L1H2"])
+    assert len(set(paths.labels)) == len(paths)
 
 
 def test_targets_that_there_are_not_are_refused():

@@ -98,10 +98,9 @@ TWICE = pytest.mark.xfail(
     reason="carry_back runs for what it needs, then the level's activations run the model again",
 )
 SHORT = [
-    pytest.param(name, marks=[TWICE] if name in
-                 ("paths", "paths by source", "flow", "flow by source", "flow by sublayer") else [])
+    pytest.param(name, marks=[TWICE] if name.startswith(("paths", "flow")) else [])
     for name in QUESTIONS
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -344,10 +343,8 @@ def test_flow_of_unequal_prompts_is_what_each_is_alone(folded, by):
 
 @pytest.mark.parametrize(
     "label",
-    ["L1H2", "L1H2@1", "L1N7", "0_mlp_out", "embed@1",
-     pytest.param("L0H1 > L2H0", marks=pytest.mark.xfail(
-         strict=True, reason="compare of a path alone measures the error of nothing"))],
-)  # fmt: skip
+    ["L1H2", "L1H2@1", "L1N7", "0_mlp_out", "0_mlp_out@1", "embed@1", "L0H1 > L2H0"],
+)
 def test_ablations_of_unequal_prompts_are_what_each_is_alone(folded, label):
     batch = lf.ablate(lf.trace(folded, UNEQUAL), label).compare(lf.Logit(3)).verify()
     for i, prompt in enumerate(UNEQUAL):

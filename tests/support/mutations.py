@@ -168,6 +168,8 @@ def mutated(name: str) -> Iterator[None]:
         if name == "wrong norm":  # whatever reads the stream reads it 1 % too large
             for method in ("forward", "back_unscaled", "weights_back"):
                 patch(Read, method, lambda right: lambda self, x: _enlarged(self, right, x))
+        elif name == "drop b_out":
+            patch(HookedView, "_mlp", lambda right: lambda *a: _without_b_out(right(*a)))
         elif name == "dropped norm bias":
             patch(HookedView, "read", lambda right: lambda *a: _no_bias(a[0], right, *a[1:]))
         elif name == "drop b_Q and b_K":
