@@ -1,13 +1,19 @@
 """How far two tensors are apart, measured in one way for every check in the package."""
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lnfree_interp.errors import InexactError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -122,3 +128,16 @@ def measure_error(
 def _larger(a: float, b: float) -> float:
     """The larger of two numbers, or NaN if one of them is NaN, which `max` may drop."""
     return b if math.isnan(b) or b > a else a
+
+
+def own_precision(call: Callable[P, R]) -> Callable[P, R]:
+    """Let a call compute without gradients, in the precision that its tensors have, whatever
+    autocast the caller is in."""
+
+    @functools.wraps(call)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        cuda = torch.autocast("cuda", enabled=False)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), cuda:
+            return call(*args, **kwargs)
+
+    return exact

@@ -11,6 +11,7 @@ from torch import Tensor
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.gaps import token_gap
+from lnfree_interp.analysis.levels import Level
 from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.results import CertifiedResult, Contributions
 from lnfree_interp.analysis.targets import Logit, LogitDifference, Reading, Target
@@ -80,6 +81,30 @@ class Backward:
         return [(c, value.sum(1, keepdim=True)) for c, value in self.reading.constants]
 
 
+def as_target(answer: Answers | Target, foil: Answers | None) -> Target:
+    """The target that a caller means by an answer and a foil.
+
+    Raises:
+        DataError: for a target with a foil.
+    """
+    if not isinstance(answer, Target):
+        return Logit(answer) if foil is None else LogitDifference(answer, foil)
+    if foil is not None:
+        raise DataError(
+            "a target has its foil in itself, so `foil` cannot be given with one: give "
+            "lf.LogitDifference(answer, foil)"
+        )
+    return answer
+
+
+def needed(trace: Trace, target: Target, by: Level) -> Place:
+    """Where a target reads; what it and a level need on the way back is kept in one run."""
+    place, names = target.needs(trace)
+    scales = trace.scale_names(trace.sites_back(place))
+    trace.need(*names, *trace.block_names(place), *scales, *by.needs(trace.view, place))
+    return place
+
+
 def carry_back(
     trace: Trace, answer: Answers | Target, foil: Answers | None, given: Collection[str] = ()
 ) -> Backward:
@@ -94,15 +119,7 @@ def carry_back(
     Raises:
         DataError: for several answers at once.
     """
-    if isinstance(answer, Target):
-        target = answer
-    else:
-        target = Logit(answer) if foil is None else LogitDifference(answer, foil)
-    if isinstance(answer, Target) and foil is not None:
-        raise DataError(
-            "a target has its foil in itself, so `foil` cannot be given with one: give "
-            "lf.LogitDifference(answer, foil)"
-        )
+    target = as_target(answer, foil)
     place, names = target.needs(trace)
     sites = trace.sites_back(place, given)
     trace.need(*names, *trace.block_names(place), *trace.scale_names(sites))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lnfree_interp.analysis.affine import Backward, carry_back
+from lnfree_interp.analysis.affine import Backward, as_target, carry_back, needed
 from lnfree_interp.analysis.certificates import Certificate, describe_held
 from lnfree_interp.analysis.components import Component, nearest
 from lnfree_interp.analysis.levels import Level, level
@@ -310,16 +310,16 @@ def flow_graph(
         raise DataError(
             f"top_k={top_k} and smallest={smallest}: neither can be negative, so give 0 or more"
         )
-    way = carry_back(trace, answer, foil, _sources_alone(trace, chosen))
+    target = as_target(answer, foil)
+    place = needed(trace, target, chosen)
+    way = carry_back(trace, target, None, _sources_alone(trace, chosen, place))
     nodes, biases, started = _nodes(way, chosen, top_k)
     return _graph(way, nodes, biases, started, smallest)
 
 
-def _sources_alone(trace: Trace, by: Level) -> list[str]:
+def _sources_alone(trace: Trace, by: Level, place: Place) -> list[str]:
     """Sublayers whose output the level has as sources of its own, or not at all: what flows out of
     them starts there."""
-    place = trace.view.last
-    trace.need(*by.needs(trace.view, place))
     kinds = {(part.components[0].kind, part.components[0].layer) for part in by.parts(trace, place)}
     passing = {"attn_out": ("head", "attn_out"), "mlp_out": ("neuron", "mlp_out")}
     return [

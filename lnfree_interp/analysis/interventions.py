@@ -25,7 +25,7 @@ from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.analysis.view import Place, Stream
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.running import Edit
-from lnfree_interp.numerics import measure_error
+from lnfree_interp.numerics import measure_error, own_precision
 
 With = Literal["zero", "mean"]
 _WITHIN = {
@@ -159,6 +159,7 @@ class Intervention:
         """The edits as hooks of TransformerLens: `model.run_with_hooks(tokens, fwd_hooks=...)`."""
         return [(name, lambda x, hook, edit=edit: edit(x)) for name, edit in self.edits().items()]
 
+    @own_precision
     def run(self, place: str | Place | None = None) -> Stream:
         """The stream at a place, by default the last, after the change; all behind it runs anew."""
         return self._run(self._changes, self.trace.view.place(place))
@@ -168,7 +169,7 @@ class Intervention:
         tokens, edits = self.trace.tokens, _merged(changes)
         return self.trace.view.run(tokens, [place.hook], stop=stop, edits=edits)[1][place.hook]
 
-    @torch.no_grad()
+    @own_precision
     def compare(self, target: Target) -> Effects:
         """What a target loses, predicted and measured, side by side.
 
@@ -226,6 +227,11 @@ class Intervention:
         chosen = level(self.by or _level_of(label, component))
         part, row, pos = _find(chosen.parts(self.trace, self.trace.view.last), label)
         component = part.components[row]
+        if pos is not None and pos >= self.trace.n_pos:
+            raise DataError(
+                f"{label}: there is no position {pos} among {self.trace.n_pos} tokens: they count "
+                "from 0"
+            )
 
         def there(x: Tensor) -> Tensor:
             """Only at the position that the label names, if it names one."""
@@ -239,13 +245,12 @@ class Intervention:
             hook = f"hook_{component.kind}" if embeds else part.written.hook
             return _Change({hook: lambda x: x - predicted}, predicted, predicted)
         within, written = (get_act_name(name, layer) for name in _WITHIN[component.kind])
-        if index is None:
-            moved = there(self._moved(self.trace[within], within))
-        elif component.pos is not None:
-            moved = self._moved_from(component)
+        if component.pos is not None:
+            edits = {within: _subtract(index, self._moved_from(component))}
         else:
-            moved = there(self._moved(self.trace[within][:, :, index], within, index))
-        edits = {within: _subtract(index, moved)}
+            x = self.trace[within] if index is None else self.trace[within][:, :, index]
+            at = slice(None) if pos is None else slice(pos, pos + 1)
+            edits = {within: _put(index, at, x - self._moved(x, within, index))}
         return _Change(edits, self._lost(layer, written, edits), predicted)
 
     def _lost(self, layer: int, written: str, edits: Mapping[str, Edit]) -> Stream:
@@ -368,6 +373,15 @@ def _subtract(index: int | None, change: Tensor) -> Edit:
     return edit
 
 
+def _put(index: int | None, at: slice, value: Tensor) -> Edit:
+    def edit(x: Tensor) -> Tensor:
+        x = x.clone()
+        (x if index is None else x[:, :, index])[:, at] = value[:, at]
+        return x
+
+    return edit
+
+
 def _merged(changes: Sequence[_Change]) -> dict[str, Edit]:
     """The edits of all changes by hook name; those of one hook are applied in turn."""
     by_hook: dict[str, list[Edit]] = {}
@@ -391,7 +405,9 @@ def ablate(
 ) -> Intervention:
     """Replace components by label, and compare what that does with what is predicted.
 
-    Nothing is held or given: norms, patterns and gates behind the change are computed anew.
+    Nothing is held or given: norms, patterns and gates behind the change are computed anew. Of
+    several at once each has its replacement, whatever the others change before it; what a head
+    reads from one token, or along a path, is taken away as it was without the others.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments.

@@ -1,7 +1,7 @@
 """Paths through attention: every way from a source to a target, with attention patterns given.
 
 A target is a sum over sources (embeddings, MLP outputs, biases) and heads. What a head adds is
-again a sum over what it read, moved by its pattern and by W_V and W_O. Applied head by head, this
+again a sum over what it read, moved by its pattern and its OV circuit. Applied head by head, this
 is the path expansion of the circuits framework (Elhage et al. 2021), which without norms involves
 no approximation. There are far too many paths to list, so the heads that add most are opened first,
 and a head that was not opened stays in the sum with its exact value.
@@ -10,15 +10,16 @@ and a head that was not opened stays in the sum with its exact value.
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import count
+from operator import add
 from typing import SupportsIndex
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from lnfree_interp.analysis.affine import Backward, carry_back
+from lnfree_interp.analysis.affine import Backward, as_target, carry_back, needed
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Constant
@@ -29,7 +30,9 @@ from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
 
-Weights = Float[Tensor, "batch pos"]
+Weights = Float[Tensor, "batch read pos"]
+Directions = Float[Tensor, "batch read d_model"]
+"""A path reads the stream along one direction, weighted by position; or along several."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,7 @@ class _Closed:
     via: tuple[Component, ...]
     values: Float[Tensor, "batch pos"]
     weights: Weights
-    direction: Float[Tensor, "batch d_model"]
+    directions: Directions
 
     def row(self) -> _Row:
         return _Row((self.head,), self.via, self.values.sum(1)[:, None, None], False)
@@ -113,19 +116,17 @@ def expand_paths(
         raise DataError(f"top_k={top_k}: give how many paths to list, at least 1, or None for all")
     chosen = level(by)
     mlps = [f"{layer}_mlp_out" for layer in range(trace.view.n_layers)]
-    way = carry_back(trace, answer, foil, given=mlps)
-    trace.need(*chosen.needs(trace.view, way.reading.place))
+    target = as_target(answer, foil)
+    needed(trace, target, chosen)
+    way = carry_back(trace, target, None, given=mlps)
     rows: list[_Row] = []
     closed: list[tuple[float, int, _Closed]] = []
     order = count()
 
     def open_up(
-        weights: Weights,
-        direction: Float[Tensor, "batch d_model"],
-        place: Place,
-        via: tuple[Component, ...],
+        weights: Weights, directions: Directions, place: Place, via: tuple[Component, ...]
     ) -> None:
-        for found in _sources(trace, chosen, weights, direction, place, via):
+        for found in _sources(trace, chosen, weights, directions, place, via):
             if isinstance(found, _Row):
                 rows.append(found)
             else:
@@ -134,9 +135,8 @@ def expand_paths(
 
     reading = way.reading
     numbers = reading.at.numbers(trace.n_pos, trace.batch).to(reading.direction.device)
-    for column, at in enumerate(numbers.T):
-        weights = torch.nn.functional.one_hot(at, trace.n_pos).to(reading.direction)
-        open_up(weights, reading.direction[:, column], reading.place, ())
+    weights = torch.nn.functional.one_hot(numbers, trace.n_pos).to(reading.direction)
+    open_up(weights, reading.direction, reading.place, ())
     for component, value in way.constants():
         rows.append(_Row((component,), (), value[..., None], False))
     for _ in range(expansions):
@@ -152,21 +152,23 @@ def _sources(
     trace: Trace,
     by: Level,
     weights: Weights,
-    direction: Float[Tensor, "batch d_model"],
+    directions: Directions,
     place: Place,
     via: tuple[Component, ...],
 ) -> Iterator[_Row | _Closed]:
-    """The parts of the stream at a place, read along a direction with a weight per position."""
+    """The parts of the stream at a place, read along directions with a weight per position."""
+    pairs = list(zip(weights.unbind(1), directions.unbind(1), strict=True))
     for part in by.parts(trace, place):
         if isinstance(part, Constant):
-            once = replace(part, shape=(trace.batch, 1)).along(direction)
-            yield _Row(part.components, via, weights.sum(1)[:, None, None] * once, False)
+            part = replace(part, shape=(trace.batch, 1))
+            once = [part.along(u) * weight.sum(1)[:, None, None] for weight, u in pairs]
+            yield _Row(part.components, via, reduce(add, once), False)
             continue
-        values = part.along(direction) * weights[..., None]
+        values = reduce(add, (part.along(u) * weight[..., None] for weight, u in pairs))
         heads = [c.kind == "head" and c.pos is None for c in part.components]
         if all(heads):
             for column, head in enumerate(part.components):
-                yield _Closed(head, via, values[..., column], weights, direction)
+                yield _Closed(head, via, values[..., column], weights, directions)
         elif any(c.pos is not None for c in part.components):  # these have a position already
             yield _Row(part.components, via, values.sum(1, keepdim=True), False)
         else:
@@ -175,18 +177,19 @@ def _sources(
 
 def _opened(
     trace: Trace, one: _Closed, rows: list[_Row]
-) -> tuple[Weights, Float[Tensor, "batch d_model"], Place, tuple[Component, ...]]:
+) -> tuple[Weights, Directions, Place, tuple[Component, ...]]:
     """What a head reads. Its bias becomes a row; the stream before the head is read next."""
     layer, index = one.head.layer, one.head.index
     assert layer is not None
     assert index is not None
     block = trace.block(layer)
-    ahead = block.attention.onto_z(one.direction)[:, index]
-    bias = one.weights.sum(1) * (ahead @ block.b_V[index])
+    ahead = block.attention.onto_z(one.directions)[:, :, index]
+    bias = (one.weights.sum(2) * (ahead @ block.b_V[index])).sum(1)
     rows.append(_Row((Component("b_V", layer, index),), one.via, bias[:, None, None], False))
-    moved = einsum(one.weights, block.pattern[:, index], "b query, b query key -> b key")
-    weights, direction = block.before.back_weighted(moved, ahead @ block.attention.W_V[index].T)
-    return weights, direction, Place(layer), (one.head, *one.via)
+    moved = one.weights @ block.pattern[:, index]
+    found = ahead @ block.attention.W_V[index].T
+    weights, directions = block.before.back_weighted(moved.movedim(1, 0), found.movedim(1, 0))
+    return weights.movedim(0, 1), directions.movedim(0, 1), Place(layer), (one.head, *one.via)
 
 
 def _listed(trace: Trace, way: Backward, rows: list[_Row], top_k: int | None) -> Contributions:

@@ -55,7 +55,7 @@ def read_prompts(
         DataError: if a prompt is empty, longer than the context or outside the vocabulary, or the
             mask does not fit.
     """
-    given = _as_ids(prompt)
+    given = _as_ids(prompt, whole=attention_mask is not None)
     single = isinstance(given, str) or (isinstance(given, Tensor) and given.ndim == 1)
     unmasked: list[int] = []
     if isinstance(given, Tensor):
@@ -83,14 +83,17 @@ def read_prompts(
     return rows, single, unmasked
 
 
-def _as_ids(given: Any) -> Any:
-    """Whole numbers in any container as a tensor; text and lists of prompts unchanged."""
+def _as_ids(given: Any, whole: bool = False) -> Any:
+    """Whole numbers in any container as a tensor; text and lists of prompts unchanged, unless these
+    are rows of one tensor, as a mask says."""
     if isinstance(given, str):
         return given
     if isinstance(given, Sequence) and any(
         isinstance(one, str | Sequence) or getattr(one, "ndim", 0) for one in given
     ):
-        return given
+        rows = [isinstance(one, Sequence) and not isinstance(one, str) for one in given]
+        if not (whole and all(rows) and len({len(one) for one in given}) == 1):
+            return given
     try:
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -136,7 +139,7 @@ def _unpadded(rows: list[Tensor], attention_mask: Any) -> list[Tensor]:
     return shortened
 
 
-def find_padding(model: Any, rows: Sequence[Tensor], least: int = 1) -> str | None:
+def find_padding(model: Any, rows: Iterable[tuple[int, Tensor]], least: int = 1) -> str | None:
     """A message about a row that seems padded: padding read as text would change every number
     unnoticed.
 
@@ -153,7 +156,7 @@ def find_padding(model: Any, rows: Sequence[Tensor], least: int = 1) -> str | No
         return None
     doubles = pad in (tokenizer.eos_token_id, tokenizer.bos_token_id)
     first = max(2, least)
-    for number, row in enumerate(rows):
+    for number, row in rows:
         if doubles:
             ends = len(row) > least and bool((row[len(row) - least :] == pad).all())
             padded = ends or (len(row) >= first and bool((row[:first] == pad).all()))
@@ -193,7 +196,7 @@ def read_sequences(model: Any, tokens: Any, *, packed: bool = False) -> Int[Tens
             "tokens"
         )
     # A few end-of-text tokens at either end are text (empty documents); a long run is padding.
-    if not packed and (padded := find_padding(model, list(ids), LONG_RUN)):
+    if not packed and (padded := find_padding(model, enumerate(ids), LONG_RUN)):
         raise DataError(padded)
     return ids.to(next(model.parameters()).device)
 
@@ -219,6 +222,20 @@ def read_position(pos: Any, n_pos: int) -> int:
     if not -n_pos <= place < n_pos:
         raise DataError(f"there is no position {place} among {n_pos} tokens: they count from 0")
     return place % n_pos
+
+
+def read_key_position(pos: Any, n_pos: int, keys: tuple[int, ...]) -> int:
+    """The column of a key, by its position.
+
+    Raises:
+        DataError: if it is not among the keys.
+    """
+    place = read_position(pos, n_pos)
+    if place not in keys:
+        raise DataError(
+            f"position {place} is not among the keys of this result: give one of {list(keys)}"
+        )
+    return keys.index(place)
 
 
 def read_answers(

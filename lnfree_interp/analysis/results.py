@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lnfree_interp.analysis.certificates import Certificate, describe_held
 from lnfree_interp.analysis.components import KINDS, Component, find_components, nearest
-from lnfree_interp.analysis.prompts import whole_number
+from lnfree_interp.analysis.prompts import read_key_position, whole_number
 from lnfree_interp.analysis.trace import read_number
 from lnfree_interp.errors import DataError, HeldWarning
 from lnfree_interp.files import write_new_file
@@ -125,6 +125,7 @@ class Contributions(Result):
         dtype: The precision that the model computed in. Default: that of `total`.
         scale: The largest number that the parts or the whole were computed from, where that is
             larger than both: rounding errors grow with it.
+        keys: The positions along the dimension `"key"`, by which `select(key=...)` chooses.
     """
 
     values: Float[Tensor, "component *batch"]
@@ -141,6 +142,7 @@ class Contributions(Result):
     gap: MeasuredError | None = None
     dtype: torch.dtype | None = None
     scale: float = 0.0
+    keys: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.components) != len(self.values):
@@ -210,7 +212,10 @@ class Contributions(Result):
             there = ", ".join(self.dims) or "none: this is one prompt's result already"
             raise DataError(f"there is no dimension {dim!r} to select from: there are {there}")
         axis = self.dims.index(dim)
-        row = read_number(number, self.total.shape[axis], dim)
+        if dim == "key" and self.keys:
+            row = read_key_position(number, max(map(len, self.prompts)), self.keys)
+        else:
+            row = read_number(number, self.total.shape[axis], dim)
         chosen: dict[str, Any] = {
             "values": self.values.select(axis + 1, row),
             "total": self.total.select(axis, row),
@@ -241,7 +246,9 @@ class Contributions(Result):
         n, dims = self.total.shape[axis], self.dims[:axis] + self.dims[axis + 1 :]
         over: dict[str, Any] = {}
         if dim == "prompt":
-            over = {"of": (f"mean over {n} prompts",), "prompts": (), "answers": ()}
+            over = {"of": (f"mean over {n} prompts",), "prompts": ()}
+            columns = [" or ".join(dict.fromkeys(each)) for each in zip(*self.answers, strict=True)]
+            over |= {"answers": (tuple(columns),) if columns else ()}
         elif dim == "answer":
             over = {"of": tuple(f"mean of {', '.join(names)}" for names in self.answers)}
             over |= {"answers": ()}
@@ -255,10 +262,10 @@ class Contributions(Result):
         return max([self.scale, *sizes])
 
     def __sub__(self, other: "Contributions") -> "Contributions":
-        """The difference of two results with the same labels and dimensions, part by part.
+        """The difference of two results with the same labels, dimensions and unit, part by part.
 
         Raises:
-            DataError: if labels or dimensions differ.
+            DataError: if labels, dimensions or units differ.
         """
         if not isinstance(other, Contributions):
             return NotImplemented
@@ -268,6 +275,8 @@ class Contributions(Result):
         if self.values.shape != other.values.shape or self.dims != other.dims:
             shapes = [dict(zip(r.dims, r.total.shape, strict=True)) for r in (self, other)]
             raise DataError(f"results of {shapes[0]} and {shapes[1]} cannot be subtracted")
+        if self.unit != other.unit:
+            raise DataError(f"results in {self.unit} and {other.unit} cannot be subtracted")
         gaps = [gap for gap in (self.gap, other.gap) if gap is not None]
         return replace(
             self,
@@ -440,8 +449,13 @@ def load_result(path: str | os.PathLike[str]) -> Any:
         with safe_open(os.fspath(path), framework="pt") as file:
             plain = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _from_plain(plain, tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        found = _from_plain(plain, tensors)
+        if not isinstance(found, Result):
+            raise TypeError(f"its header holds {type(found).__name__}")
+        return found
+    except (
+        OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         raise DataError(
             f"{path} is no result that `.save` wrote, or the file is damaged: {error}"
         ) from error

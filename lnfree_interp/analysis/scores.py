@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, SupportsIndex
 
+import numpy as np
 import pandas as pd
 import torch
 from einops import einsum
@@ -22,9 +23,9 @@ from lnfree_interp.analysis.components import Component, find_components
 from lnfree_interp.analysis.gaps import measured_gap
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import transform
-from lnfree_interp.analysis.prompts import read_position
+from lnfree_interp.analysis.prompts import read_key_position, read_position
 from lnfree_interp.analysis.results import Contributions, Result, largest_rows
-from lnfree_interp.analysis.targets import ScoreParts, Side, read_key_position, require_head
+from lnfree_interp.analysis.targets import ScoreParts, Side, require_head
 from lnfree_interp.analysis.trace import Positions, Trace, question, read_number
 from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
@@ -100,7 +101,7 @@ class ScoreAttribution(Result):
         of = tuple(f"score of {self.head.label} from {query}" for query in self.query)
         return Contributions(
             self.values.sum(dim), components, self.total, self.level, self.dims, of, self.prompts,
-            unit="score", identity=f"parts = attention scores of {self.head.label}",
+            keys=self.keys, unit="score", identity=f"parts = attention scores of {self.head.label}",
             held=self.held, gap=self.gap, scale=self.values.abs().max().item(),
         )  # fmt: skip
 
@@ -330,7 +331,7 @@ def _read_keys(keys: Any, trace: Trace, sees: Tensor, queries: Tensor) -> list[i
         )
     if keys is None:
         return looks
-    keys = keys.tolist() if isinstance(keys, Tensor) else keys
+    keys = keys.tolist() if isinstance(keys, Tensor | np.ndarray) else keys
     given = list(keys) if isinstance(keys, Sequence | range) else [keys]
     seen = [read_position(key, trace.n_pos) for key in given]
     if not seen or not set(seen) <= set(looks):

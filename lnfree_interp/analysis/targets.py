@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.components import Component
-from lnfree_interp.analysis.prompts import Answers, read_answers, read_position, whole_number
+from lnfree_interp.analysis.prompts import Answers, read_answers, whole_number
 from lnfree_interp.analysis.trace import Positions, Trace
 from lnfree_interp.analysis.view import Place, Stream, View
 from lnfree_interp.errors import DataError, UnsupportedModelError
@@ -716,17 +716,3 @@ class Probe:
             (place.hook,) * trace.batch, "projection", f"parts = {place.hook}",
             dims=("prompt", "pos") if several else ("prompt",),
         )  # fmt: skip
-
-
-def read_key_position(pos: Any, n_pos: int, keys: tuple[int, ...]) -> int:
-    """The column of a key, by its position.
-
-    Raises:
-        DataError: if it is not among the keys.
-    """
-    place = read_position(pos, n_pos)
-    if place not in keys:
-        raise DataError(
-            f"position {place} is not among the keys of this result: give one of {list(keys)}"
-        )
-    return keys.index(place)

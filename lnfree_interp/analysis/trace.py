@@ -46,6 +46,7 @@ from lnfree_interp.analysis.view import (
     view_of,
 )
 from lnfree_interp.errors import DataError, InexactError
+from lnfree_interp.numerics import own_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ class Trace:
             )
         self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         self.runs = 0
-        self.doubt: str | None = None
+        self.unmasked: tuple[int, ...] = ()
         self.given_logits = given_logits
         self._kept: dict[str, Tensor] = dict(kept or {})
         self._complete = given_logits is not None
@@ -175,7 +176,7 @@ class Trace:
         rows = [row[:n].tolist() for row, n in zip(self.tokens, self.lengths, strict=True)]
         return tuple(tuple(self.view.strings(row)) for row in rows)
 
-    @torch.no_grad()
+    @own_precision
     def need(self, *names: str) -> "Trace":
         """Make sure that these activations are kept, by hook name, with one run at most.
 
@@ -192,8 +193,7 @@ class Trace:
             )
         if self.keep == "all" and not self._kept:
             missing |= set(self._everything())
-        with torch.autocast(self.view.device.type, enabled=False):
-            _, found = self.view.run(self.tokens, missing)
+        _, found = self.view.run(self.tokens, missing)
         self.runs += 1
         self._kept |= found
         return self
@@ -285,8 +285,9 @@ class Trace:
         Raises:
             DataError: if a prompt seems to end in padding; it says how to tell padding from text.
         """
-        if self.doubt:
-            raise DataError(self.doubt)
+        rows = ((i, self.tokens[i, : self.lengths[i]]) for i in self.unmasked)
+        if padded := find_padding(self.view, rows):
+            raise DataError(padded)
         return self
 
     # Positions
@@ -412,7 +413,7 @@ class Trace:
             self.view, [self.tokens[number, :n]], single=True, hold=self.hold, keep=self.keep,
             kept={name: cut(name, x) for name, x in self._kept.items()}, given_logits=logits,
         )  # fmt: skip
-        chosen.doubt = self.doubt
+        chosen.unmasked = (0,) if number in self.unmasked else ()
         return chosen
 
     def to(self, device: torch.device | str) -> "Trace":
@@ -503,16 +504,15 @@ def trace(
     if keep != "all" and keep != "asked":
         raise DataError(f"keep={keep!r} is not allowed: give 'all' or 'asked'")
     rows, single, unmasked = read_prompts(view, prompt, prepend_bos, attention_mask)
-    ids = [rows[i] for i in unmasked]
-    if padded := find_padding(view, ids, least=LONG_RUN):
+    if padded := find_padding(view, ((i, rows[i]) for i in unmasked), least=LONG_RUN):
         raise DataError(padded)
-    made = Trace(view, rows, single=single, hold=hold, keep=keep)
-    made.doubt = find_padding(view, ids)
+    logits, cache = (None, {}) if run is None else run
+    made = Trace(
+        view, rows, single=single, hold=hold, keep=keep, kept=dict(cache.items()),
+        given_logits=logits,
+    )  # fmt: skip
+    made.unmasked = tuple(unmasked)
     if run is not None:
-        logits, cache = run
-        made = Trace(
-            view, rows, single=single, hold=hold, kept=dict(cache.items()), given_logits=logits
-        )
         _require_same_tokens(made)
     return made
 
@@ -557,7 +557,6 @@ def question(ask: Callable[Concatenate[Trace, P], R]) -> Question[P, R]:
                 )
             prompt, *rest = args
             first, args = trace(first, prompt, keep="asked"), tuple(rest)
-        with torch.no_grad(), torch.autocast(first.view.device.type, enabled=False):
-            return ask(first, *args, **kwargs)
+        return own_precision(ask)(first, *args, **kwargs)
 
     return asked  # type: ignore[return-value]

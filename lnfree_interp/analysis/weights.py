@@ -23,6 +23,7 @@ from lnfree_interp.analysis.results import read_top
 from lnfree_interp.analysis.targets import require_head
 from lnfree_interp.analysis.view import Model, Read, View, view_of
 from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.numerics import own_precision
 
 Input = Literal["Q", "K", "V"]
 
@@ -111,7 +112,7 @@ def reader_weights(
     )
 
 
-@torch.no_grad()
+@own_precision
 def virtual_weights(
     model: Model,
     writer: str | Component,
@@ -198,6 +199,7 @@ class TokenTable:
         """The table for TransformerLens' own tools: singular values, eigenvalues, norms."""
         return FactoredMatrix(self.left, self.right)
 
+    @own_precision
     def row(self, name: Answer) -> Float[Tensor, " column"]:
         """[column], one row, by token or number.
 
@@ -206,6 +208,7 @@ class TokenTable:
         """
         return self.left[self._index(name, self.tokens_in_rows, len(self.left))] @ self.right
 
+    @own_precision
     def column(self, name: Answer) -> Float[Tensor, " row"]:
         """[row], one column, by token or number.
 
@@ -214,6 +217,7 @@ class TokenTable:
         """
         return self.left @ self.right[:, self._index(name, self.tokens_in_columns, self.shape[1])]
 
+    @own_precision
     def entry(self, row: Answer, column: Answer) -> float:
         """One entry, by token or number.
 
@@ -234,6 +238,7 @@ class TokenTable:
             )
         return number
 
+    @own_precision
     def top(
         self,
         k: SupportsIndex = 20,
@@ -292,7 +297,7 @@ class TokenTable:
         return self.view.strings(ids) if tokens else list(ids)
 
 
-@torch.no_grad()
+@own_precision
 def bigram_table(model: Model) -> TokenTable:
     """What a token's embedding alone adds to each next token's logit: W_E W_U, in logits.
 
@@ -321,7 +326,7 @@ def bigram_table(model: Model) -> TokenTable:
     return TokenTable(view.W_E, reader_weights(view, "b_U"), "logit from the embedding", view)
 
 
-@torch.no_grad()
+@own_precision
 def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTable:
     """What looking at a token's embedding adds to each logit: W_E W_V W_O W_U, in logits.
 
@@ -361,7 +366,7 @@ def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTa
     return TokenTable(left, right, f"logit from a token that {name} looks at", view)
 
 
-@torch.no_grad()
+@own_precision
 def qk_table(
     model: Model, layer: SupportsIndex, head: SupportsIndex, offset: int | None = None
 ) -> TokenTable:
@@ -418,7 +423,7 @@ def qk_table(
     return TokenTable(q / view.attention(layer).scale, k.T, what, view)
 
 
-@torch.no_grad()
+@own_precision
 def neuron_input_table(model: Model, layer: SupportsIndex) -> TokenTable:
     """What each token's embedding adds to the input of each neuron of a layer: W_E W_in.
 
@@ -452,7 +457,7 @@ def neuron_input_table(model: Model, layer: SupportsIndex) -> TokenTable:
     return TokenTable(view.W_E, right, what, view, tokens_in_columns=False)
 
 
-@torch.no_grad()
+@own_precision
 def neuron_output_table(model: Model, layer: SupportsIndex) -> TokenTable:
     """What each neuron of a layer adds to each logit per unit of activation: W_out W_U.
 

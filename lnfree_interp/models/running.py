@@ -157,6 +157,10 @@ def run_and_keep(
         start_at_layer: As for `run`.
         edits: What takes an activation's place, by hook name.
     """
+    if not tokens.is_floating_point():
+        for name, _ in model.named_modules():
+            if name.rpartition(".")[2].startswith("hook_"):
+                _hook_point(model, name)
     with watched(model, set(names), edits) as found:
         out = run(model, tokens, stop_at_layer, start_at_layer)
     return out, found

@@ -79,9 +79,6 @@ def test_padding_in_any_container_is_refused(folded, name, own):
                 QUESTIONS[name](lf.trace(folded, given))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lf.trace makes the trace anew for a given run, and forgets the doubt"
-)
 def test_padding_in_a_given_run_is_refused(folded):
     folded.tokenizer.pad_token = folded.tokenizer.eos_token
     tokens = padded(folded.tokenizer.pad_token_id, "right", 3)
@@ -90,9 +87,6 @@ def test_padding_in_a_given_run_is_refused(folded):
         lf.attribute_logits(trace, 3)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the doubt about one prompt of a batch is passed on to every prompt"
-)
 def test_a_prompt_beside_a_padded_one_can_be_asked_alone(folded):
     folded.tokenizer.pad_token = folded.tokenizer.eos_token
     tokens = padded(folded.tokenizer.pad_token_id, "right", 3)
@@ -130,7 +124,6 @@ def test_a_mask_of_any_kind_takes_padding_off(folded, kind, side):
     lf.attribute_logits(text, 3).verify()
 
 
-@pytest.mark.xfail(strict=True, reason="ids in nested lists are not read as [prompt, pos]")
 def test_ids_and_mask_as_a_tokenizer_returns_them(folded):
     folded.tokenizer.pad_token = folded.tokenizer.eos_token
     both = folded.tokenizer(["for i", "def add(self, other):"], padding=True)
@@ -187,7 +180,6 @@ def test_numbers_of_any_library_are_numbers(folded, number):
     close(cf.pattern, lf.counterfactual_pattern(folded, TOKENS, 2, 1, "embed").pattern)
 
 
-@pytest.mark.xfail(strict=True, reason="an array of keys is taken for one key")
 def test_keys_in_an_array(folded):
     found = lf.attribute_scores(folded, TOKENS, 2, 1, keys=np.array([1, 3]))
     assert found.keys == (1, 3)
@@ -279,23 +271,18 @@ def test_autocast_changes_no_number(name):
         assert torch.equal(value, expected[key])
 
 
-LEFT_ON = pytest.mark.xfail(
-    strict=True, reason="autocast is switched off in questions, not in what else computes"
-)
-
-
 @pytest.mark.parametrize(
     "ask",
     [
         pytest.param(
             lambda m: lf.ablate(m, TOKENS, "L0H1").compare(lf.Logit(3)).direct,
-            id="compare", marks=LEFT_ON),
-        pytest.param(lambda m: lf.ablate(m, TOKENS, "L0H1").run(), id="run", marks=LEFT_ON),
-        pytest.param(lambda m: lf.ov_table(m, 1, 2).row(3), id="OV table", marks=LEFT_ON),
-        pytest.param(lambda m: lf.qk_table(m, 1, 2).row(3), id="QK table", marks=LEFT_ON),
-        pytest.param(lambda m: lf.bigram_table(m).row(3), id="bigrams", marks=LEFT_ON),
-        pytest.param(lambda m: lf.virtual_weights(m, "L0H1", "L1H2", "Q").AB,
-                     id="virtual weights", marks=LEFT_ON),
+            id="compare"),
+        pytest.param(lambda m: lf.ablate(m, TOKENS, "L0H1").run(), id="run"),
+        pytest.param(lambda m: lf.ov_table(m, 1, 2).row(3), id="OV table"),
+        pytest.param(lambda m: lf.qk_table(m, 1, 2).row(3), id="QK table"),
+        pytest.param(lambda m: lf.bigram_table(m).row(3), id="bigrams"),
+        pytest.param(lambda m: lf.virtual_weights(m, "L0H1", "L1H2", "Q").A,
+                     id="virtual weights"),
         pytest.param(lambda m: lf.mean_next_token_attribution(m, TOKENS[None]).mean, id="means"),
     ],
 )  # fmt: skip
@@ -341,9 +328,6 @@ def test_an_attached_module_is_refused_by_name(folded, at):
             QUESTIONS[name](trace)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a short call watches only what it asks for, and only that is looked at"
-)
 def test_an_attached_module_is_refused_by_name_in_a_short_call():
     live = lf.load(make_gpt2(), tokenizer=make_tokenizer(), dtype=torch.float64, check=False)
     missed = []

@@ -347,11 +347,6 @@ def test_other_targets_through_paths_flow_and_the_affine_map(model):
             assert tokens == pytest.approx(affine.by_token[row].sum().item(), rel=1e-9, abs=1e-10)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="expand_paths opens each position of a reading apart and does not merge what ends up "
-    "with one label, so paths[label] is one of two shares",
-)
 @pytest.mark.parametrize("side", ["query", "key"])
 def test_paths_of_log_odds_are_listed_once(side):
     model = lf.fold(freeze_all(lf.load(make_model("gpt2"), dtype=torch.float64, check=False)))

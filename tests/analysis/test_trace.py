@@ -93,17 +93,7 @@ def test_all_questions_on_one_trace_run_the_model_once(folded):
         assert trace.runs == 1
 
 
-TWICE = pytest.mark.xfail(
-    strict=True,
-    reason="carry_back runs for what it needs, then the level's activations run the model again",
-)
-SHORT = [
-    pytest.param(name, marks=[TWICE] if name.startswith(("paths", "flow")) else [])
-    for name in QUESTIONS
-]
-
-
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_a_short_call_runs_the_model_once_and_answers_the_same(folded, name):
     expected = QUESTIONS[name](lf.trace(folded, torch.arange(6)))
     with counted(folded) as calls:
