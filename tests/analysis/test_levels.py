@@ -227,6 +227,41 @@ def test_flow_from_rows_is_conserved(kind):
         assert node.flow == pytest.approx(graph.node(node.name).flow, abs=1e-10)
 
 
+class HalvedMLPs:
+    """Heads; and what each MLP wrote in two parts, neither of which the MLP computes alone."""
+
+    name = "half"
+
+    def needs(self, view, place):
+        return lf.level("head").needs(view, place)
+
+    def parts(self, trace, place, at=None, biases=False):
+        for part in lf.level("head").parts(trace, place, at, biases):
+            if part.components[0].kind != "mlp_out":
+                yield part
+                continue
+            layer, out = part.components[0].layer, part.vectors([0])[:, :, 0]
+            first = torch.arange(out.shape[-1]) < 10
+            for index, mask in enumerate((first, ~first)):
+                yield lf.parts.Dense(
+                    (lf.Component("half", layer, index),), part.written, out * mask
+                )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-grouped", "neox"])
+def test_flow_starts_where_a_level_takes_mlps_apart(kind):
+    graph = lf.flow_graph(folded_model(kind), TOKENS, 3, 5, by=HalvedMLPs(), top_k=None)
+    graph.verify(1e-10)
+    out = Counter()
+    for edge in graph.edges:
+        out[edge.source] += edge.flow
+        assert not edge.target.startswith("half")
+    halves = [node for node in graph.nodes if node.kind == "half"]
+    assert halves
+    for node in halves:
+        assert out[node.name] == pytest.approx(node.flow, abs=1e-10)
+
+
 def test_flow_of_a_row_equals_autograd(gpt2, kept):
     """Patterns and gates given, a row's flow is its vector times the gradient there."""
     by, model = dictionary(), folded_model()
