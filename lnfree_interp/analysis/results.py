@@ -412,6 +412,13 @@ def _from_plain(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     return _class_of(plain["type"])(**made)
 
 
+def _read_result(plain: Any, tensors: Mapping[str, Tensor]) -> Result:
+    found = _from_plain(plain, tensors)
+    if not isinstance(found, Result):
+        raise TypeError(f"its header holds {type(found).__name__}")
+    return found
+
+
 def _class_of(name: str) -> type:
     import lnfree_interp as lf
 
@@ -449,10 +456,7 @@ def load_result(path: str | os.PathLike[str]) -> Any:
         with safe_open(os.fspath(path), framework="pt") as file:
             plain = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = _from_plain(plain, tensors)
-        if not isinstance(found, Result):
-            raise TypeError(f"its header holds {type(found).__name__}")
-        return found
+        return _read_result(plain, tensors)
     except (
         OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError,
     ) as error:  # fmt: skip
