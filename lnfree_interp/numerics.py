@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -136,8 +137,11 @@ def own_precision(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
-        cuda = torch.autocast("cuda", enabled=False)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), cuda:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda", "mps", "xpu"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             return call(*args, **kwargs)
 
     return exact

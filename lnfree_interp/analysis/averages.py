@@ -87,9 +87,9 @@ class MeanContributions(Result):
         return found.assign(mean_abs=self.mean_abs[rows].tolist(), std=self.std[rows].tolist())
 
     def __repr__(self) -> str:
-        return (
-            f"MeanContributions({self.level} level, {len(self.components)} components, mean of "
-            f"{self.count:,} tokens, largest error of a batch {self.worst})"
+        return self._line(
+            f"{self.level} level, {len(self.components)} components, mean of {self.count:,} "
+            f"tokens, largest error of a batch {self.worst}"
         )
 
 

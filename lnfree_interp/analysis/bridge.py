@@ -97,8 +97,6 @@ class BridgeView(View):
     model: the cosines of a native model, and frequencies that are not the default ones.
     """
 
-    generation = "TransformerLens 4"
-
     def __init__(self, model: Any):
         self._points: dict[str, Any] = dict(model.hook_dict)
         self._native = type(model.original_model).__name__ == "NativeModel"
@@ -202,26 +200,6 @@ class BridgeView(View):
         return found
 
     # Weights
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """As `View.W_E`."""
-        return self.model.W_E.detach()
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """As `View.W_pos`."""
-        return self.model.W_pos.detach()
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """As `View.W_U`."""
-        return self.model.W_U.detach()
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """As `View.b_U`."""
-        return self.model.b_U.detach()
 
     def _attention(self, layer: int) -> Attention:
         attn, cfg = self.model.blocks[layer].attn, self.cfg

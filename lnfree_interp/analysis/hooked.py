@@ -18,8 +18,6 @@ from lnfree_interp.models.sites import norm_at, norm_path
 class HookedView(View):
     """The view of a `HookedTransformer` in any form."""
 
-    generation = "TransformerLens 3"
-
     def require_plain_sum(self) -> None:
         """As `View.require_plain_sum`."""
         cfg = self.cfg
@@ -35,26 +33,6 @@ class HookedView(View):
         }
         if found := [what for what, is_so in unsupported.items() if is_so]:
             raise UnsupportedModelError(f"cannot take apart a model with {', '.join(found)}")
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """As `View.W_E`."""
-        return self.model.W_E.detach()
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """As `View.W_pos`."""
-        return self.model.W_pos.detach()
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """As `View.W_U`."""
-        return self.model.W_U.detach()
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """As `View.b_U`."""
-        return self.model.b_U.detach()
 
     def _attention(self, layer: int) -> Attention:
         attn = self.model.blocks[layer].attn

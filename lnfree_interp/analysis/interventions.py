@@ -233,24 +233,21 @@ class Intervention:
                 "from 0"
             )
 
-        def there(x: Tensor) -> Tensor:
-            """Only at the position that the label names, if it names one."""
-            at = torch.arange(x.shape[1], device=x.device) == pos
-            return x if pos is None else x * at.view(-1, *[1] * (x.ndim - 2))
-
-        predicted = there(self._replaced(part.vectors([row])[:, :, 0], chosen, label))
+        predicted = self._replaced(part.vectors([row])[:, :, 0], chosen, label)
+        if pos is not None:
+            predicted = predicted * (torch.arange(self.trace.n_pos) == pos).to(predicted)[:, None]
         layer, index = component.layer, component.index
         if layer is None or component.kind not in _WITHIN:
             embeds = component.kind in ("embed", "pos_embed")
             hook = f"hook_{component.kind}" if embeds else part.written.hook
             return _Change({hook: lambda x: x - predicted}, predicted, predicted)
         within, written = (get_act_name(name, layer) for name in _WITHIN[component.kind])
-        if component.pos is not None:
+        if index is not None and component.pos is not None:
             edits = {within: _subtract(index, self._moved_from(component))}
         else:
             x = self.trace[within] if index is None else self.trace[within][:, :, index]
             at = slice(None) if pos is None else slice(pos, pos + 1)
-            edits = {within: _put(index, at, x - self._moved(x, within, index))}
+            edits = {within: _put(index, at, self._instead(x, within, index))}
         return _Change(edits, self._lost(layer, written, edits), predicted)
 
     def _lost(self, layer: int, written: str, edits: Mapping[str, Edit]) -> Stream:
@@ -266,19 +263,20 @@ class Intervention:
         if isinstance(self.with_, Trace):
             part, row, _ = _find(chosen.parts(self.with_, self.with_.view.last), label)
             return vector - part.vectors([row])[:, :, 0]
-        return self._without_mean(vector) if self.with_ == "mean" else vector
+        return vector - self._mean(vector) if self.with_ == "mean" else vector
 
-    def _moved(self, x: Tensor, name: str, index: int | None = None) -> Tensor:
-        """An activation minus what takes its place."""
+    def _instead(self, x: Tensor, name: str, index: int | None) -> Tensor:
+        """What takes an activation's place."""
         if isinstance(self.with_, Trace):
             other = self.with_[name]
-            return x - (other if index is None else other[:, :, index])
-        return self._without_mean(x) if self.with_ == "mean" else x
+            return other if index is None else other[:, :, index]
+        return self._mean(x).expand_as(x) if self.with_ == "mean" else torch.zeros_like(x)
 
-    def _without_mean(self, x: Tensor) -> Tensor:
+    def _mean(self, x: Tensor) -> Tensor:
+        """The mean of an activation over all positions that are text."""
         lengths = torch.tensor(self.trace.lengths, device=x.device)
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        return x - x[real].mean(0)
+        return x[real].mean(0)
 
     def _moved_from(self, head: Component) -> Float[Tensor, "batch pos d_head"]:
         """What a head gets from one token without its biases, minus what takes its place."""
@@ -293,7 +291,7 @@ class Intervention:
         here = moved(self.trace)
         if isinstance(self.with_, Trace):
             return here - moved(self.with_)
-        return self._without_mean(here) if self.with_ == "mean" else here
+        return here - self._mean(here) if self.with_ == "mean" else here
 
     def _path(self, path: Component) -> _Change:
         """A change along one path: each head on the path reads it, and nothing else does."""
@@ -362,10 +360,8 @@ def _find(parts: Iterable[Part], label: str) -> tuple[Part, int, int | None]:
     raise DataError(f"the model has no {label}{nearest(label, labels)}")
 
 
-def _subtract(index: int | None, change: Tensor) -> Edit:
+def _subtract(index: int, change: Tensor) -> Edit:
     def edit(x: Tensor) -> Tensor:
-        if index is None:
-            return x - change
         x = x.clone()
         x[:, :, index] = x[:, :, index] - change
         return x

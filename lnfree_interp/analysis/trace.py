@@ -547,6 +547,8 @@ def question(ask: Callable[Concatenate[Trace, P], R]) -> Question[P, R]:
     """Let a call about a trace also take a model and a prompt, and compute without gradients in the
     model's own precision."""
 
+    exact = own_precision(ask)
+
     @functools.wraps(ask)
     def asked(first: Any, *args: Any, **kwargs: Any) -> R:
         if not isinstance(first, Trace):
@@ -557,6 +559,6 @@ def question(ask: Callable[Concatenate[Trace, P], R]) -> Question[P, R]:
                 )
             prompt, *rest = args
             first, args = trace(first, prompt, keep="asked"), tuple(rest)
-        return own_precision(ask)(first, *args, **kwargs)
+        return exact(first, *args, **kwargs)
 
     return asked  # type: ignore[return-value]

@@ -177,8 +177,6 @@ class View(ABC):
         cfg: Its config, with TransformerLens' names.
     """
 
-    generation: str
-
     def __init__(self, model: Any):
         self.model, self.cfg = model, model.cfg
         self._weights: dict[tuple[str, int], Any] = {}
@@ -270,24 +268,24 @@ class View(ABC):
     # Weights
 
     @property
-    @abstractmethod
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The embedding."""
+        return self.model.W_E.detach()
 
     @property
-    @abstractmethod
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
         """The positional embedding."""
+        return self.model.W_pos.detach()
 
     @property
-    @abstractmethod
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding."""
+        return self.model.W_U.detach()
 
     @property
-    @abstractmethod
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The unembedding's bias."""
+        return self.model.b_U.detach()
 
     def attention(self, layer: int) -> Attention:
         """The weights of a layer's attention."""
