@@ -14,6 +14,7 @@ from lnfree_interp.analysis.attribute import attribute_next_tokens
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component, find_components
 from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.prompts import batches
 from lnfree_interp.analysis.results import Contributions, Result
 from lnfree_interp.analysis.trace import trace
 from lnfree_interp.analysis.view import Model
@@ -145,9 +146,7 @@ def mean_next_token_attribution(
             "by='source' has a part for each position, and a mean over sequences says nothing "
             "about those: choose by='head'"
         )
-    if batch < 1:
-        raise DataError(f"batch={batch}: give how many sequences run at once, at least 1")
-    chunks = sequences.split(batch) if isinstance(sequences, Tensor) else sequences
+    chunks = batches(sequences, batch) if isinstance(sequences, Tensor) else sequences
     sums: Tensor | None = None
     total, count, last = 0.0, 0, None
     errors: list[MeasuredError] = []

@@ -1,8 +1,7 @@
 """`TransformerBridge` of TransformerLens 4 as a view: models of transformers, and native ones."""
 
 import copy
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 
 from lnfree_interp.analysis.view import MLP, Attention, Read, Stream, View
 from lnfree_interp.errors import UnsupportedModelError
-from lnfree_interp.models.running import Edit
+from lnfree_interp.models.running import Edit, Hook, listening
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error
 
-Hook = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
-"""A function from a module's inputs and output to what replaces the output, or None."""
 Handed = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """The arguments that each block gets besides the stream."""
 Show = Callable[[Tensor], Tensor]
@@ -38,27 +35,6 @@ class _Stop(Exception):  # noqa: N818
 
     def __init__(self, stream: Stream):
         self.stream = stream
-
-
-@contextmanager
-def _listening(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Hooks that act in this thread only, and are removed afterwards."""
-    thread = threading.get_ident()
-
-    def answering(hook: Hook) -> Callable[..., Any]:
-        def answer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return hook(args, kwargs, output) if threading.get_ident() == thread else None
-
-        return answer
-
-    handles = []
-    try:
-        for module, hook in hooks:
-            handles.append(module.register_forward_hook(answering(hook), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -340,7 +316,7 @@ class BridgeView(View):
         end = self.model.ln_final if stop == self.n_layers else self.model.blocks[stop]
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         try:
-            with _listening([(end.hook_in, leave)]):
+            with listening([(end.hook_in, leave)]):
                 self.model.original_model(input_ids=tokens, position_ids=places, use_cache=False)
         except _Stop as stopped:
             return stopped.stream
@@ -358,7 +334,7 @@ class BridgeView(View):
                 handed.append((args[1:], {k: x for k, x in kwargs.items() if k != "hidden_states"}))
 
             tokens = torch.zeros(1, n_pos, dtype=torch.long, device=self.device)
-            with self._watched(), _listening([(block, take) for block in self.model.blocks]):
+            with self._watched(), listening([(block, take) for block in self.model.blocks]):
                 self._pass(tokens, self.n_layers)
             self._given = (n_pos, handed)
         return handed
@@ -392,7 +368,7 @@ class BridgeView(View):
 
         hooks = [listen(name) for name in dict.fromkeys(shown)]
         before, after = self._exact()
-        with _listening([*before, *hooks, *after]):
+        with listening([*before, *hooks, *after]):
             yield found
         for name, (q, k) in sides.items():
             found[name] = self._scores(int(name.split(".")[1]), found[q], found[k])

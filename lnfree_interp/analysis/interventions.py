@@ -232,7 +232,6 @@ class Intervention:
                 f"{label}: there is no position {pos} among {self.trace.n_pos} tokens: they count "
                 "from 0"
             )
-
         predicted = self._replaced(part.vectors([row])[:, :, 0], chosen, label)
         if pos is not None:
             predicted = predicted * (torch.arange(self.trace.n_pos) == pos).to(predicted)[:, None]

@@ -187,18 +187,27 @@ def read_sequences(model: Any, tokens: Any, *, packed: bool = False) -> Int[Tens
         shape = list(ids.shape) if isinstance(ids, Tensor) else type(tokens).__name__
         raise DataError(f"text is token ids, [sequence, pos], not {shape}")
     require_tokens(model, ids)
-    if ids.shape[1] < 2:
-        raise DataError("a sequence of one token has no next token: give at least two")
-    size = model.cfg.d_vocab_out
-    if ids[:, 1:].max() >= size:
-        raise DataError(
-            f"the model has logits for tokens 0 to {size - 1} only: leave out sequences with other "
-            "tokens"
-        )
+    require_next_tokens(model, ids)
     # A few end-of-text tokens at either end are text (empty documents); a long run is padding.
     if not packed and (padded := find_padding(model, enumerate(ids), LONG_RUN)):
         raise DataError(padded)
     return ids.to(next(model.parameters()).device)
+
+
+def require_next_tokens(model: Any, tokens: Int[Tensor, "sequence pos"]) -> None:
+    """Refuse sequences that have no next token, or one that the model has no logit for.
+
+    Raises:
+        DataError: if there is one.
+    """
+    if tokens.shape[1] < 2:
+        raise DataError("a sequence of one token has no next token: give at least two")
+    size = model.cfg.d_vocab_out
+    if tokens[:, 1:].max() >= size:
+        raise DataError(
+            f"the model has logits for tokens 0 to {size - 1} only: leave out sequences with other "
+            "tokens"
+        )
 
 
 def batches(tokens: Int[Tensor, "sequence pos"], batch: int) -> tuple[Tensor, ...]:

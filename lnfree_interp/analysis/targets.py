@@ -6,7 +6,7 @@ members of `Target`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, SupportsIndex, get_args, runtime_checkable
 
 import torch
@@ -15,7 +15,12 @@ from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.components import Component
-from lnfree_interp.analysis.prompts import Answers, read_answers, whole_number
+from lnfree_interp.analysis.prompts import (
+    Answers,
+    read_answers,
+    require_next_tokens,
+    whole_number,
+)
 from lnfree_interp.analysis.trace import Positions, Trace
 from lnfree_interp.analysis.view import Place, Stream, View
 from lnfree_interp.errors import DataError, UnsupportedModelError
@@ -167,14 +172,7 @@ class NextTokens:
             raise DataError(
                 "the sequences differ in length: give rows of one length, [sequence, pos]"
             )
-        if trace.n_pos < 2:
-            raise DataError("a sequence of one token has no next token: give at least two")
-        size = trace.view.cfg.d_vocab_out
-        if trace.tokens[:, 1:].max() >= size:
-            raise DataError(
-                f"the model has logits for tokens 0 to {size - 1} only: leave out sequences with "
-                "other tokens"
-            )
+        require_next_tokens(trace.view, trace.tokens)
         of = ("each next token",) * trace.batch
         at, targets = Positions(slice(0, -1)), trace.tokens[:, 1:]
         return read_logits(trace, at, targets, None, of, ("prompt", "target"))
@@ -368,10 +366,11 @@ class ScoreParts:
     trace: Trace
     layer: int
     head: int
-    site: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "site", f"blocks.{self.layer}.ln1.qk")
+    @property
+    def site(self) -> str:
+        """The norm that queries and keys read through."""
+        return f"blocks.{self.layer}.ln1.qk"
 
     @property
     def name(self) -> str:
@@ -614,7 +613,7 @@ class Neuron:
             raise DataError(f"layer {layer} has neurons 0 to {n - 1}, not {neuron}")
         held, at = trace.require_affine([site]), trace.positions(self.pos)
         activation = self.of == "post"
-        W, _ = (weights.W_in, None) if activation else weights.before_activation
+        W = weights.W_in if activation else weights.before_activation[0]
         w, b = W[:, neuron], weights.b_in[neuron]
         pre, post = (at.of(trace.act(x, layer))[..., neuron] for x in ("pre", "post"))
         slope = torch.ones_like(pre)

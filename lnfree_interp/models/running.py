@@ -21,6 +21,29 @@ from lnfree_interp.errors import DataError, UnsupportedModelError
 
 Edit = Callable[[Tensor], Tensor | None]
 """From an activation to what takes its place; None leaves it."""
+Hook = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
+"""A function from a module's inputs and output to what replaces the output, or None."""
+
+
+@contextmanager
+def listening(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    """Hooks of modules that act in this thread only, and are removed afterwards."""
+    thread = threading.get_ident()
+
+    def answering(hook: Hook) -> Callable[..., Any]:
+        def answer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return hook(args, kwargs, output) if threading.get_ident() == thread else None
+
+        return answer
+
+    handles: list[RemovableHandle] = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_hook(answering(hook), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -40,12 +63,10 @@ def watched(
     Raises:
         UnsupportedModelError: if something else than a hook point stands at a name.
     """
-    thread, edits, found = threading.get_ident(), edits or {}, {}
+    edits, found = edits or {}, {}
 
-    def listen(name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-            if threading.get_ident() != thread:
-                return None
+    def listen(name: str) -> Hook:
+        def hook(args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             changed = edits[name](output) if name in edits else None
             if name in names:
                 found[name] = output if changed is None else changed
@@ -53,14 +74,9 @@ def watched(
 
         return hook
 
-    handles: list[RemovableHandle] = []
-    try:
-        for name in dict.fromkeys([*names, *edits]):
-            handles.append(_hook_point(model, name).register_forward_hook(listen(name)))
+    every = dict.fromkeys([*names, *edits])
+    with listening([(_hook_point(model, name), listen(name)) for name in every]):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hook_point(model: nn.Module, name: str) -> nn.Module:

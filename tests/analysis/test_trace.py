@@ -127,6 +127,12 @@ def test_a_counterfactual_runs_single_blocks_only(folded):
     assert trace.runs == 1
 
 
+def test_a_mean_over_text_says_what_was_held(live):
+    mean = lf.mean_next_token_attribution(live, torch.arange(12).view(2, 6), hold=True)
+    assert "ln_final held, which misses" in repr(mean)
+    assert mean.to_frame()["held"].str.contains("misses").all()
+
+
 def test_what_a_held_norm_misses_is_measured_on_single_blocks(live):
     trace = lf.trace(live, torch.arange(6), hold=True)
     with counted(live) as calls:
