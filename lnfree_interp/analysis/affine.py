@@ -105,21 +105,17 @@ def needed(trace: Trace, target: Target, by: Level) -> Place:
     return place
 
 
-def carry_back(
-    trace: Trace, answer: Answers | Target, foil: Answers | None, given: Collection[str] = ()
-) -> Backward:
-    """A logit, a difference of two, or any target, carried back to the embeddings.
+def carry_back(trace: Trace, target: Target, given: Collection[str] = ()) -> Backward:
+    """A target, carried back to the embeddings.
 
     Args:
         trace: The forward pass.
-        answer: A token, or a target.
-        foil: The token whose logit is subtracted.
+        target: What is carried back.
         given: Sublayers whose output is given, such as `2_mlp_out`.
 
     Raises:
         DataError: for several answers at once.
     """
-    target = as_target(answer, foil)
     place, names = target.needs(trace)
     sites = trace.sites_back(place, given)
     trace.need(*names, *trace.block_names(place), *trace.scale_names(sites))
@@ -239,7 +235,7 @@ def affine_map(trace: Trace, answer: Answers | Target, foil: Answers | None = No
         >>> tokens_add.contributions.labels[-4:]
         ['3_b_O', '3_b_in', '3_b_out', 'b_U']
     """
-    way = carry_back(trace, answer, foil)
+    way = carry_back(trace, as_target(answer, foil))
     reading, values, components = way.reading, [], []
     for kind, x in trace.embeds().items():
         values.append(torch.linalg.vecdot(x, way.u).T)

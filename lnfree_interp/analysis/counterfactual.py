@@ -62,7 +62,7 @@ class CounterfactualPattern(CertifiedResult):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per query and key that it sees: `query`, `key`, `original`, `without`, `change`,
-        in attention weights."""
+        in attention weights; `held` where something was held."""
         where = self.scores.isfinite().nonzero().tolist()
         rows = [
             {"query": q, "key": k, "original": self.original[q, k].item(),
@@ -70,7 +70,7 @@ class CounterfactualPattern(CertifiedResult):
             for q, k in where
         ]  # fmt: skip
         frame = pd.DataFrame(rows)
-        return frame.assign(change=frame["without"] - frame["original"])
+        return self._noted(frame.assign(change=frame["without"] - frame["original"]))
 
     def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
         """The k weights that change most.
@@ -78,8 +78,7 @@ class CounterfactualPattern(CertifiedResult):
         Raises:
             DataError: if k is less than one.
         """
-        frame = self.to_frame()
-        return largest_rows(frame, "change", k)
+        return largest_rows(self.to_frame(), "change", k)
 
     def __repr__(self) -> str:
         moved = (self.pattern - self.original).abs().max().item()
@@ -162,17 +161,16 @@ def counterfactual_pattern(
     if side != "query":
         values, components = project_side(parts, chosen, "key", everywhere)
         k = k - values[find_components(wanted, components)].sum(0)[0]
-    scores = q @ k.T / trace.view.attention(layer).scale
-    cap = trace.view.score_cap
-    scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
-    scores = scores.masked_fill(~parts.sees[0], -torch.inf)
+    scores = _scores(parts, q, k)
     pattern = scores.softmax(-1)
     patched = _patched_pattern(parts, chosen, wanted, side)
     error = measure_error(pattern, patched)
     name = f"closed form = patched pattern of {parts.name}"
     gap = None
     if held:  # the gap compares with a run in which the norm reads what is left
-        gap, error = error, measure_error(*_recomputed(parts))
+        own = _scores(parts, parts.met("q")[0], parts.met("k")[0]).softmax(-1)
+        gap = error
+        error = measure_error(own, trace.act("pattern", layer)[0, head])
         name = f"closed form = pattern of {parts.name}, nothing missing"
     return CounterfactualPattern(
         pattern, scores, trace.act("pattern", layer)[0, head], Certificate(name, error, held, gap),
@@ -187,13 +185,12 @@ def _in_stream(label: str) -> bool:
         return True
 
 
-def _recomputed(parts: ScoreParts) -> tuple[Tensor, Tensor]:
-    """The model's own pattern, in closed form and as the model computed it."""
-    q, k, view = parts.met("q")[0], parts.met("k")[0], parts.trace.view
+def _scores(parts: ScoreParts, q: Tensor, k: Tensor) -> Float[Tensor, "query key"]:
+    """The scores of queries and keys: divided, capped and masked as the model does it."""
+    view = parts.trace.view
     scores, cap = q @ k.T / view.attention(parts.layer).scale, view.score_cap
     scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
-    pattern = scores.masked_fill(~parts.sees[0], -torch.inf).softmax(-1)
-    return pattern, parts.trace.act("pattern", parts.layer)[0, parts.head]
+    return scores.masked_fill(~parts.sees[0], -torch.inf)
 
 
 def _patched_pattern(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lnfree_interp.analysis.affine import Backward, as_target, carry_back, needed
-from lnfree_interp.analysis.certificates import Certificate, describe_held
+from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component, nearest
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Constant, Dense, Part
@@ -179,19 +179,17 @@ class FlowGraph(CertifiedResult):
     def to_frame(self) -> pd.DataFrame:
         """One row per node of one prompt's graph, every field a column; `held` where something
         was held."""
-        frame = pd.DataFrame([asdict(node) for node in self.nodes])
-        if self.held:
-            frame["held"] = describe_held(self.held, self.gap).removeprefix(" with ")
-        return frame
+        return self._noted(pd.DataFrame([asdict(node) for node in self.nodes]))
 
     def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
-        """The k edges that carry most: `source`, `target`, `flow`.
+        """The k edges that carry most: `source`, `target`, `flow`; `held` where something was held.
 
         Raises:
             DataError: for a batch, or if k is less than one.
         """
         edges = sorted(self.edges, key=lambda edge: -abs(edge.flow))
-        return pd.DataFrame([asdict(edge) for edge in edges[: read_top(k, len(edges))]])
+        rows = [asdict(edge) for edge in edges[: read_top(k, len(edges))]]
+        return self._noted(pd.DataFrame(rows))
 
     def __repr__(self) -> str:
         what = f"{len(self.components)} nodes, {len(self.ends)} edges"
@@ -312,7 +310,7 @@ def flow_graph(
         )
     target = as_target(answer, foil)
     place = needed(trace, target, chosen)
-    way = carry_back(trace, target, None, _sources_alone(trace, chosen, place))
+    way = carry_back(trace, target, _sources_alone(trace, chosen, place))
     nodes, biases, started = _nodes(way, chosen, top_k)
     return _graph(way, nodes, biases, started, smallest)
 
@@ -450,9 +448,8 @@ def _reads(way: Backward, component: Component, written: Place, pos: int) -> tup
         for head in heads:
             weights = block.pattern[:, head, pos]
             if component.pos is not None:
-                weights = torch.zeros_like(weights).index_copy(
-                    1, torch.tensor([component.pos]), weights[:, [component.pos]]
-                )
+                only = torch.arange(trace.n_pos, device=weights.device) == component.pos
+                weights = weights * only
             W = block.attention.W_V[head]
             terms.append(block.before.back_weighted(weights, ahead[:, head] @ W.T))
         return terms, Place(layer)

@@ -69,7 +69,8 @@ class Effects(CertifiedResult):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per change and prompt: `component`, `prompt`; `predicted`, `direct` and `total`,
-        which say what the target loses, in its unit; and `before`."""
+        which say what the target loses, in its unit; `before`; and `held` where something was
+        held for the prediction."""
         rows = [
             {
                 "component": label, "prompt": i, "predicted": self.predicted[row, i].item(),
@@ -79,7 +80,7 @@ class Effects(CertifiedResult):
             for row, label in enumerate(self.components)
             for i in range(len(self.before))
         ]  # fmt: skip
-        return pd.DataFrame(rows)
+        return self._noted(pd.DataFrame(rows))
 
     def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
         """The k rows of largest total effect.

@@ -70,7 +70,7 @@ class Lens(CertifiedResult):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, position and place: `prompt`, `pos`, `token`, `target`, `place`,
-        `value` in logits, `predicted`."""
+        `value` in logits, `predicted`; `held` where something was held."""
         rows = [
             {
                 "prompt": i, "pos": pos, "token": token,
@@ -82,10 +82,11 @@ class Lens(CertifiedResult):
             for pos, token in enumerate(tokens)
             for place in range(len(self.values))
         ]  # fmt: skip
-        return pd.DataFrame(rows)
+        return self._noted(pd.DataFrame(rows))
 
     def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
-        """The k steps of largest absolute value: `prompt`, `pos`, `layer`, `value`.
+        """The k steps of largest absolute value: `prompt`, `pos`, `layer`, `value`; `held` where
+        something was held.
 
         Raises:
             DataError: if k is less than one.
@@ -93,12 +94,13 @@ class Lens(CertifiedResult):
         flat = self.increments.abs().flatten()
         places = flat.topk(read_top(k, flat.numel())).indices
         layer, prompt, pos = torch.unravel_index(places, self.increments.shape)
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "prompt": prompt.tolist(), "pos": pos.tolist(), "layer": layer.tolist(),
                 "value": self.increments.flatten()[places].tolist(),
             }
         )  # fmt: skip
+        return self._noted(frame)
 
     def __repr__(self) -> str:
         return f"Lens(values [{', '.join(map(str, self.values.shape))}], {self.certificate})"

@@ -48,8 +48,7 @@ class Flips(CertifiedResult):
     @property
     def distance(self) -> Float[Tensor, " neuron"]:
         """Where each neuron's input is zero: t = -pre / slope, if positive; otherwise infinity."""
-        t = -self.pre / self.slope
-        return torch.where(torch.isfinite(t) & (t > 0), t, torch.inf)
+        return _distance(self.pre, self.slope)
 
     @property
     def nearest(self) -> tuple[Component, float]:
@@ -93,6 +92,11 @@ class Flips(CertifiedResult):
         """
         frame = self.to_frame().sort_values("distance", kind="stable")
         return frame.head(read_top(k, len(frame))).reset_index(drop=True)
+
+
+def _distance(pre: Tensor, slope: Tensor) -> Tensor:
+    t = -pre / slope
+    return torch.where(torch.isfinite(t) & (t > 0), t, torch.inf)
 
 
 @question
@@ -162,8 +166,7 @@ def flip_distances(
     # A direction that no neuron reads, such as the mean, gives only rounding errors: no distance.
     lost = torch.finfo(v.dtype).eps * v.abs().max() / y.abs().max().clamp(min=1e-30)
     slope = torch.where(slope.abs() <= lost * (y.abs() @ W.abs()), 0.0, slope)
-    flips = Flips(pre, slope, Certificate("", measure_error(pre, pre)), None, layer)
-    t = flips.nearest[1]
+    t = _distance(pre, slope).min().item()
     t = t if t < torch.inf else 1.0
     largest = max(pre.abs().max().item(), (t * slope).abs().max().item())
     error = measure_error(pre + t * slope, inputs(x + t * v), largest)

@@ -118,7 +118,7 @@ def expand_paths(
     mlps = [f"{layer}_mlp_out" for layer in range(trace.view.n_layers)]
     target = as_target(answer, foil)
     needed(trace, target, chosen)
-    way = carry_back(trace, target, None, given=mlps)
+    way = carry_back(trace, target, given=mlps)
     rows: list[_Row] = []
     closed: list[tuple[float, int, _Closed]] = []
     order = count()

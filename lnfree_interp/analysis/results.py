@@ -80,6 +80,13 @@ class Result:
         plain = _to_plain(self, tensors)
         return write_new_file(path, save(tensors, {_HEADER: json.dumps(plain)}))
 
+    def _noted(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """A table of the result, with a column `held` if something was held."""
+        one = self._certificate
+        if not one.held:
+            return frame
+        return frame.assign(held=describe_held(one.held, one.gap).removeprefix(" with "))
+
     def _line(self, what: str) -> str:
         """The line that `__repr__` shows."""
         held = describe_held(self._certificate.held, self._certificate.gap)
@@ -337,10 +344,7 @@ class Contributions(Result):
             frame["pos"] = pd.array([component.pos for component in self.components], "Int64")
         columns = self.values.detach().cpu().double().reshape(len(self), -1).numpy()
         named = ["value"] if not self.dims else [f"value_{i}" for i in range(columns.shape[1])]
-        frame = pd.concat([frame, pd.DataFrame(columns, columns=named)], axis=1)
-        if self.held:
-            frame["held"] = describe_held(self.held, self.gap).removeprefix(" with ")
-        return frame
+        return self._noted(pd.concat([frame, pd.DataFrame(columns, columns=named)], axis=1))
 
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.values.shape))

@@ -18,7 +18,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from lnfree_interp.analysis.certificates import Certificate, describe_held
+from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component, find_components
 from lnfree_interp.analysis.gaps import measured_gap
 from lnfree_interp.analysis.levels import Level, level
@@ -216,10 +216,7 @@ class ScoreAttribution(Result):
         )
         values = self.values.detach().cpu().double().flatten(0, 1).numpy()
         named = ["value"] if len(self.keys) == 1 else [f"value_{key}" for key in self.keys]
-        frame = pd.concat([frame, pd.DataFrame(values, columns=named)], axis=1)
-        if self.held:
-            frame["held"] = describe_held(self.held, self.gap).removeprefix(" with ")
-        return frame
+        return self._noted(pd.concat([frame, pd.DataFrame(values, columns=named)], axis=1))
 
     def __repr__(self) -> str:
         shape, queries = ", ".join(map(str, self.values.shape)), ", ".join(map(str, self.query))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformer_lens.utilities import get_act_name
 
-from lnfree_interp.analysis.affine import affine_map, carry_back
+from lnfree_interp.analysis.affine import affine_map, as_target, carry_back
 from lnfree_interp.analysis.attribute import attribute, attribute_logits, attribute_neuron
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.counterfactual import counterfactual_pattern
@@ -93,7 +93,7 @@ def _certificates(one: Trace) -> Iterator[Certificate]:
             if flips.affine is not None:
                 yield flips.affine
     yield affine_map(one, answer, foil).certificate
-    way = carry_back(one, answer, foil)
+    way = carry_back(one, as_target(answer, foil))
     name = "a token's share = what the logit loses without it, patterns and gates given"
     yield Certificate(name, token_gap(one, way.reading, way.u), way.held)
     yield expand_paths(one, answer, foil).certificate

@@ -158,7 +158,12 @@ def test_a_held_norm_never_looks_exact(live):
         table = lf.certificate_table([result.certificate])
         assert table["held"][0], name
         assert table["gap"][0] == result.gap.relative
-        for frame in [result.to_frame()] if name not in ("lens", "pattern", "ablation") else []:
+        frames = [result.to_frame()]
+        if name == "scores":
+            frames.append(result.top(key=2, k=3))
+        elif name not in ("by query", "by key"):  # these have a dimension of keys
+            frames.append(result.top(3))
+        for frame in frames:
             assert frame["held"].str.contains("which misses").all(), name
         draw = {"scores": lf.plots.scores, "flow": lf.plots.flow, "lens": lf.plots.lens,
                 "pattern": lf.plots.pattern, "paths": lf.plots.paths}  # fmt: skip
