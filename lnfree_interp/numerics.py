@@ -131,6 +131,11 @@ def _larger(a: float, b: float) -> float:
     return b if math.isnan(b) or b > a else a
 
 
+def soft_cap(x: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
+    """cap tanh(x / cap), as Gemma 2 caps logits and scores; without a positive cap, x itself."""
+    return cap * torch.tanh(x / cap) if cap > 0 else x
+
+
 def own_precision(call: Callable[P, R]) -> Callable[P, R]:
     """Let a call compute without gradients, in the precision that its tensors have, whatever
     autocast the caller is in."""

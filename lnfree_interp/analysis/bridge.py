@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lnfree_interp.analysis.view import MLP, Attention, Read, Stream, View
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.running import Edit, Hook, listening
-from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error
+from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error, soft_cap
 
 Handed = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """The arguments that each block gets besides the stream."""
@@ -169,8 +169,8 @@ class BridgeView(View):
             check("more in a block than attention and MLP", stream, act["hook_resid_post"])
         hook = scales["ln_final"]
         logits, acts = self.logits(last, [hook] if hook else [])
-        x, cap = read("ln_final", last) @ self.W_U + self.b_U, self.logit_cap
-        check("another unembedding", cap * torch.tanh(x / cap) if cap > 0 else x, logits)
+        said = soft_cap(read("ln_final", last) @ self.W_U + self.b_U, self.logit_cap)
+        check("another unembedding", said, logits)
         whole = self.model.original_model(input_ids=tokens, use_cache=False)
         check("something behind its unembedding", logits, getattr(whole, "logits", whole))
         return found
@@ -303,8 +303,8 @@ class BridgeView(View):
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
         """As `View.logits`."""
         with self._watched(names) as found:
-            logits, cap = self.model.unembed(self.model.ln_final(resid)), self.logit_cap
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits, found
+            logits = self.model.unembed(self.model.ln_final(resid))
+        return soft_cap(logits, self.logit_cap), found
 
     def _pass(self, tokens: Int[Tensor, "batch pos"], stop: int) -> Stream:
         """The stream before a block, by the model's own forward: `TransformerBridge`'s writes to
@@ -405,8 +405,7 @@ class BridgeView(View):
         """Scores from the queries and keys after any rotation, in a model without windows."""
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         scores = einsum(q, k, "b q h k, b p h k -> b h q p") / self.attention(layer).scale
-        cap = self.score_cap
-        scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
+        scores = soft_cap(scores, self.score_cap)
         return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
 
     def _reconstructed(self, layer: int) -> bool:

@@ -26,7 +26,7 @@ from lnfree_interp.analysis.targets import ScoreParts, require_head
 from lnfree_interp.analysis.trace import Positions, Trace, question
 from lnfree_interp.analysis.view import Place, Stream
 from lnfree_interp.errors import DataError
-from lnfree_interp.numerics import measure_error
+from lnfree_interp.numerics import measure_error, soft_cap
 
 Sides = Literal["both", "query", "key"]
 
@@ -188,8 +188,7 @@ def _in_stream(label: str) -> bool:
 def _scores(parts: ScoreParts, q: Tensor, k: Tensor) -> Float[Tensor, "query key"]:
     """The scores of queries and keys: divided, capped and masked as the model does it."""
     view = parts.trace.view
-    scores, cap = q @ k.T / view.attention(parts.layer).scale, view.score_cap
-    scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
+    scores = soft_cap(q @ k.T / view.attention(parts.layer).scale, view.score_cap)
     return scores.masked_fill(~parts.sees[0], -torch.inf)
 
 

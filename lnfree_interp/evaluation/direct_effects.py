@@ -30,7 +30,7 @@ from lnfree_interp.analysis.results import CertifiedResult, Contributions
 from lnfree_interp.analysis.trace import Positions, Trace, trace
 from lnfree_interp.analysis.view import Model, Stream, View, view_of
 from lnfree_interp.errors import DataError
-from lnfree_interp.numerics import measure_error
+from lnfree_interp.numerics import measure_error, soft_cap
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +205,7 @@ def _target_logits(
 
     def logits(stream: Tensor) -> Tensor:
         found = torch.linalg.vecdot(precise(stream), W) + b
-        return cap * torch.tanh(found / cap) if cap > 0 else found
+        return soft_cap(found, cap)
 
     return logits
 

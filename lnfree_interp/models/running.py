@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.numerics import soft_cap
 
 Edit = Callable[[Tensor], Tensor | None]
 """From an activation to what takes its place; None leaves it."""
@@ -151,8 +151,7 @@ def to_logits(
     """What the model's final norm, unembedding and soft cap make of a stream."""
     if model.cfg.normalization_type is not None:
         resid = model.ln_final(resid)
-    logits, cap = model.unembed(resid), model.cfg.output_logits_soft_cap
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+    return soft_cap(model.unembed(resid), model.cfg.output_logits_soft_cap)
 
 
 def run_and_keep(

@@ -18,6 +18,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.sites import norm_at
+from lnfree_interp.numerics import soft_cap
 from lnfree_interp.removal.chunked_loss import LazyLogits, logits_loss
 from lnfree_interp.removal.statistics import TokenGroups
 
@@ -223,16 +224,12 @@ class Objective(nn.Module):
         self, normalised: Tensor, taught: Tensor | None, tokens: Tensor, share: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """With all logits in memory: a hook reads them, or they are capped."""
-        logits = _capped(self.model, self.model.unembed(normalised))
+        cap = self.model.cfg.output_logits_soft_cap
+        logits = soft_cap(self.model.unembed(normalised), cap)
         ce = next_token_loss(logits, tokens)
         if taught is None or self.original is None:
             return ce, ce, torch.zeros_like(ce)
         with torch.no_grad():
-            theirs = _capped(self.original, self.original.unembed(self.original.ln_final(taught)))
+            theirs = soft_cap(self.original.unembed(self.original.ln_final(taught)), cap)
         kl = distillation_loss(logits, theirs)
         return torch.lerp(ce, kl, share), ce, kl
-
-
-def _capped(model: HookedTransformer, logits: Tensor) -> Tensor:
-    cap = model.cfg.output_logits_soft_cap
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
