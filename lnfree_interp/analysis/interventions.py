@@ -130,6 +130,8 @@ class Intervention:
         self.trace.require_text()
         if not self.labels:
             raise DataError("no component was named: give at least one component to replace")
+        if twice := [label for label in self.labels if self.labels.count(label) > 1]:
+            raise DataError(f"{twice[0]} was given more than once: give each component once")
         if isinstance(self.with_, Trace):
             if self.with_.lengths != self.trace.lengths:
                 raise DataError(

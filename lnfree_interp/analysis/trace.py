@@ -181,7 +181,9 @@ class Trace:
         """Make sure that these activations are kept, by hook name, with one run at most.
 
         Raises:
-            DataError: if the trace was made from a given run, whose cache lacks one of them.
+            DataError: if the trace was made from a given run, whose cache lacks one of them; or if
+                a forward pass does not reach one.
+            UnsupportedModelError: if the model has no such hook point.
         """
         missing = {name for name in names if name not in self._kept}
         if not missing:
@@ -196,6 +198,11 @@ class Trace:
         _, found = self.view.run(self.tokens, missing)
         self.runs += 1
         self._kept |= found
+        if unreached := sorted(missing - found.keys()):
+            raise DataError(
+                f"a forward pass of this model does not reach {', '.join(unreached)}: give the "
+                "hook name of an activation that it computes"
+            )
         return self
 
     def act(self, name: str, layer: int | None = None) -> Tensor:

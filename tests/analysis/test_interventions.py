@@ -391,3 +391,8 @@ def test_a_path_alone_is_compared(label):
     effects = lf.ablate(lf.trace(made("gpt2", "folded"), PROMPTS), label).compare(TARGET)
     assert effects.total_effect.abs().max() > 1e-6
     effects.verify(1e-10)
+
+
+def test_a_component_given_twice_is_refused():
+    with pytest.raises(DataError, match="L1H2 was given more than once"):
+        lf.ablate(trace_of(made("gpt2", "live")), ["L1H2", "L0H1", "L1H2"])

@@ -9,7 +9,7 @@ from support.architectures import make_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
-from lnfree_interp.errors import DataError
+from lnfree_interp.errors import DataError, UnsupportedModelError
 
 KINDS = ["gpt2", "neox", "llama-grouped", "qwen3", "gemma2-no-caps", "mistral"]
 UNEQUAL = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15, 16, 17, 18, 19]]
@@ -433,3 +433,12 @@ def test_hooks_of_the_user_stay(folded):
     lf.attribute_logits(folded, torch.arange(6), 3).verify()
     assert seen
     assert len(folded.hook_dict["blocks.1.hook_resid_pre"].fwd_hooks) == 1
+
+
+def test_a_hook_that_the_model_lacks_or_does_not_reach_is_named():
+    traced = lf.trace(lf.load(make_model("gpt2"), check=False), [5, 6, 7])
+    with pytest.raises(UnsupportedModelError, match="no hook point blocks.0.hook_typo"):
+        traced["blocks.0.hook_typo"]
+    with pytest.raises(DataError, match="does not reach blocks.1.attn.hook_result"):
+        traced["blocks.1.attn.hook_result"]
+    assert traced["blocks.1.attn.hook_z"].shape[1] == 3
