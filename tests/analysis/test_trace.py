@@ -437,8 +437,8 @@ def test_hooks_of_the_user_stay(folded):
 
 def test_a_hook_that_the_model_lacks_or_does_not_reach_is_named():
     traced = lf.trace(lf.load(make_model("gpt2"), check=False), [5, 6, 7])
-    with pytest.raises(UnsupportedModelError, match="no hook point blocks.0.hook_typo"):
+    with pytest.raises(UnsupportedModelError, match=r"no hook point blocks\.0\.hook_typo"):
         traced["blocks.0.hook_typo"]
-    with pytest.raises(DataError, match="does not reach blocks.1.attn.hook_result"):
+    with pytest.raises(DataError, match=r"does not reach blocks\.1\.attn\.hook_result"):
         traced["blocks.1.attn.hook_result"]
     assert traced["blocks.1.attn.hook_z"].shape[1] == 3
