@@ -12,7 +12,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lnfree_interp.analysis.view import MLP, Attention, Read, Stream, View
+from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.running import Edit, Hook, listening
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error, soft_cap
@@ -237,12 +237,14 @@ class BridgeView(View):
 
     # How it reads the stream
 
+    def is_affine(self, site: str) -> bool:
+        """As `View.is_affine`."""
+        norm = self._norm(site)
+        return norm is None or norm.eps >= LNFREE_EPSILON
+
     def scale_hook(self, site: str) -> str | None:
         """As `View.scale_hook`."""
-        norm = self._norm(site)
-        return (
-            None if norm is None or norm.eps >= LNFREE_EPSILON else f"{self._path(site)}.hook_scale"
-        )
+        return None if self.is_affine(site) else f"{self._path(site)}.hook_scale"
 
     def read(self, site: str, scale: Float[Tensor, "*batch one"] | None) -> Read:
         """As `View.read`."""
@@ -262,7 +264,7 @@ class BridgeView(View):
         block = self.model.blocks[0]
         return site if hasattr(block, "ln2") else site.replace(".ln2", ".ln1")
 
-    def through_norm(self, site: str, x: Float[Tensor, "*batch d_model"]) -> Tensor:
+    def through_norm(self, site: str, x: Stream, *, first: First = None) -> Stream:
         """As `View.through_norm`."""
         norm = self._norm(site)
         if norm is None:
@@ -299,7 +301,7 @@ class BridgeView(View):
         return x, found
 
     def logits(
-        self, resid: Stream, names: Collection[str] = ()
+        self, resid: Stream, names: Collection[str] = (), *, first: First = None
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
         """As `View.logits`."""
         with self._watched(names) as found:

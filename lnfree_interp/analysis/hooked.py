@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lnfree_interp.analysis.view import MLP, Attention, Read, Stream, View
+from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View
 from lnfree_interp.errors import UnsupportedModelError
+from lnfree_interp.models.first_token import telling
+from lnfree_interp.models.norms import NormMap
 from lnfree_interp.models.running import Edit, run_and_keep, to_logits, watched
 from lnfree_interp.models.sites import norm_at, norm_path
 
@@ -52,20 +54,30 @@ class HookedView(View):
         )
         return turned[:, :, 0].transpose(0, 1)
 
+    def _map(self, site: str) -> NormMap | None:
+        """What the norm at a site does; None in a folded model."""
+        return None if self.cfg.normalization_type is None else norm_at(self.model, site)
+
+    def is_affine(self, site: str) -> bool:
+        """As `View.is_affine`."""
+        norm = self._map(site)
+        return norm is None or norm.affine
+
     def scale_hook(self, site: str) -> str | None:
         """As `View.scale_hook`."""
-        if self.cfg.normalization_type is None or norm_at(self.model, site).affine:
+        norm = self._map(site)
+        if norm is None or (norm.affine and norm.first is None):
             return None
         return f"{norm_path(self.model, site)}.hook_scale"
 
     def read(self, site: str, scale: Float[Tensor, "*batch one"] | None) -> Read:
         """As `View.read`."""
-        if self.cfg.normalization_type is None:
+        norm = self._map(site)
+        if norm is None:
             return Read()
-        norm = norm_at(self.model, site)
         if norm.pointwise:
             raise UnsupportedModelError(f"{site} bends each entry by a curve, which is not affine")
-        divisor = norm.scale if norm.affine else scale
+        divisor = norm.scale if norm.affine and scale is None else scale
         assert divisor is not None
         gain, bias = (None if x is None else x.detach() for x in (norm.gain, norm.bias))
         return Read(
@@ -77,10 +89,11 @@ class HookedView(View):
             return None
         return self.model.get_submodule(norm_path(self.model, site))
 
-    def through_norm(self, site: str, x: Float[Tensor, "*batch d_model"]) -> Tensor:
+    def through_norm(self, site: str, x: Stream, *, first: First = None) -> Stream:
         """As `View.through_norm`."""
         norm = self._norm(site)
-        return x if norm is None else norm(x)
+        with telling(first):
+            return x if norm is None else norm(x)
 
     def through_norm_in_float64(self, site: str) -> Callable[[Tensor], Tensor]:
         """As `View.through_norm_in_float64`."""
@@ -106,8 +119,8 @@ class HookedView(View):
         return run_and_keep(self.model, x, names, stop, start, edits)
 
     def logits(
-        self, resid: Stream, names: Collection[str] = ()
+        self, resid: Stream, names: Collection[str] = (), *, first: First = None
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
         """As `View.logits`."""
-        with watched(self.model, names) as found:
+        with telling(first), watched(self.model, names) as found:
             return to_logits(self.model, resid), found

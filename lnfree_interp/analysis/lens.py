@@ -148,7 +148,8 @@ def logit_lens(trace: Trace) -> Lens:
     trace.require_affine(["ln_final"], logits=True)
     trace.need(*(place.hook for place in places), *by_layer.needs(view, view.last))
     streams = [trace.stream(place) for place in places]
-    last = view.logits(streams[-1][:, -1:])[0].argmax(-1)
+    at_end = trace.positions(-1)
+    last = view.logits(at_end.of(streams[-1]), first=trace.first(at_end))[0].argmax(-1)
     targets = torch.cat([trace.tokens[:, 1:], last], dim=1)
     if targets.max() >= view.cfg.d_vocab_out:
         raise DataError(

@@ -5,7 +5,7 @@ is the same for every token. Along any direction of the stream the distance to t
 gate is a quotient, and up to that flip a ReLU MLP is affine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import pandas as pd
@@ -141,9 +141,12 @@ def flip_distances(
             "trace.select(i)"
         )
     chosen, place, site = level(by), view.mlp_place(layer), f"blocks.{layer}.ln2"
-    norm = view.constant_read(site)
-    trace.need(place.hook, *chosen.needs(view, place))
+    view.constant_read(site)  # raises an error for a live norm
+    trace.need(place.hook, *chosen.needs(view, place), *trace.scale_names([site]))
     at = trace.positions(pos)
+    norm, first = trace.read(site, at), trace.first(at)
+    if isinstance(norm.scale, Tensor):
+        norm = replace(norm, scale=norm.scale[0, 0])
     x = at.of(trace.stream(place))[0, 0]
     if isinstance(along, str | Component):
         v = -expand(chosen.parts(trace, place, at), [along])[0][0, 0, 0]
@@ -159,7 +162,7 @@ def flip_distances(
 
     def inputs(stream: Tensor) -> Tensor:
         """The neurons' inputs, by the model's own norm."""
-        return view.through_norm(site, stream[None, None])[0, 0] @ W + b
+        return view.through_norm(site, stream[None, None], first=first)[0, 0] @ W + b
 
     pre, y = norm.forward(x) @ W + bias + b, norm.forward(v)
     slope = y @ W

@@ -263,7 +263,8 @@ def read_logits(
         constants.insert(0, (Component("ln_final.b"), direction @ final.bias))
 
     def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
-        found = view.logits(stream.flatten(0, 1)[:, None])[0][:, 0].unflatten(0, stream.shape[:2])
+        each = stream.flatten(0, 1)[:, None], trace.first(at)[:, some].flatten()[:, None]
+        found = view.logits(each[0], first=each[1])[0][:, 0].unflatten(0, stream.shape[:2])
         wanted = [x[:, some, None] for x in (targets, foils) if x is not None]
         return _difference(torch.stack([found.gather(-1, x)[..., 0] for x in wanted]))
 
@@ -277,13 +278,13 @@ def read_logits(
 def logits_of_targets(
     view: View, stream: Float[Tensor, "batch kept d_model"], targets: Int[Tensor, "batch kept"]
 ) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"]]:
-    """What the model computes from a stream: the target's logit at each position, and the token of
-    the largest logit."""
+    """What the model computes from a whole stream: the target's logit at each position, and the
+    token of the largest logit."""
     found, top = [], []
-    for some, wanted in zip(
-        stream.split(POSITIONS, dim=1), targets.split(POSITIONS, dim=1), strict=True
-    ):
-        logits, _ = view.logits(some)
+    position = torch.arange(stream.shape[1], device=stream.device).expand(stream.shape[:2])
+    pieces = (x.split(POSITIONS, dim=1) for x in (stream, targets, position == 0))
+    for some, wanted, first in zip(*pieces, strict=True):
+        logits, _ = view.logits(some, first=first)
         found.append(logits.gather(-1, wanted[..., None])[..., 0])
         top.append(logits.argmax(-1))
     return torch.cat(found, dim=1), torch.cat(top, dim=1)
@@ -318,11 +319,11 @@ def _pick_logits(
         picked = pick(positions.of(trace.given_logits), everything)
         uncapped = pick(positions.of(trace["unembed.hook_out"]), everything) if capped else None
         return picked, uncapped, positions.of(trace[scale_hook]) if scale_hook else None
-    stream = positions.of(trace.stream(view.last))
+    stream, first = positions.of(trace.stream(view.last)), trace.first(positions)
     pieces: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for start in range(0, stream.shape[1], POSITIONS):
         some = slice(start, start + POSITIONS)
-        logits, found = view.logits(stream[:, some], names)
+        logits, found = view.logits(stream[:, some], names, first=first[:, some])
         uncapped = pick(found["unembed.hook_out"], some) if capped else None
         scale = found[scale_hook] if scale_hook else None
         pieces.append((pick(logits, some), uncapped, scale))
@@ -633,7 +634,9 @@ class Neuron:
         x = at.of(trace.stream(place))
 
         def again(stream: Stream, some: slice) -> Float[Tensor, "batch number"]:
-            moved = view.through_norm(site, x) - view.through_norm(site, stream)
+            first = trace.first(at)
+            moved = view.through_norm(site, x, first=first)
+            moved = moved - view.through_norm(site, stream, first=first[:, some])
             return total - slope * (moved @ w)
 
         name = Component("neuron", layer, neuron).label

@@ -23,7 +23,7 @@ from typing import (
 
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
@@ -320,6 +320,11 @@ class Trace:
         if len(set(places)) == 1:
             return Positions(slice(places[0], places[0] + 1))
         return Positions(torch.tensor(places)[:, None])
+
+    def first(self, at: Positions) -> Bool[Tensor, "batch kept"]:
+        """Whether each of some positions is the first of its prompt."""
+        first = (at.numbers(self.n_pos, self.batch) == 0).to(self.view.device)
+        return first if at.repeat == 1 else first.expand(-1, at.repeat)
 
     def spread(self, u: Float[Tensor, "batch kept d_model"], at: Positions) -> Stream:
         """Directions at some positions, in the shape of a stream that is zero elsewhere."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.utilities import get_act_name
 
@@ -23,6 +23,7 @@ from lnfree_interp.models.running import Edit
 Model = nn.Module
 """A `HookedTransformer`, or a `TransformerBridge` of TransformerLens 4."""
 Stream = Float[Tensor, "batch pos d_model"]
+First = Bool[Tensor, "batch pos"] | None
 LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
 
 
@@ -313,8 +314,16 @@ class View(ABC):
     # How the model reads the stream
 
     @abstractmethod
+    def is_affine(self, site: str) -> bool:
+        """Whether the norm at a site divides by constants, or there is none.
+
+        Raises:
+            UnsupportedModelError: if there is something else than a norm at the site.
+        """
+
+    @abstractmethod
     def scale_hook(self, site: str) -> str | None:
-        """The hook name of a live norm's scale; None where the site is affine.
+        """The hook name of a scale that differs between tokens; None where there is one for all.
 
         Raises:
             UnsupportedModelError: if there is something else than a norm at the site.
@@ -326,7 +335,8 @@ class View(ABC):
 
         Args:
             site: The norm site: `ln_final`, `blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`.
-            scale: The activation at `scale_hook`; None where the site is affine.
+            scale: The activation at `scale_hook`. None, where the site is affine: read as every
+                token but the first of a prompt does.
         """
 
     def value_bias(self, layer: int) -> Float[Tensor, "head d_head"]:
@@ -345,12 +355,13 @@ class View(ABC):
             logits: Whether the number is a logit.
             scores: Whether it is an attention score.
         """
-        found = [site for site in sites if self.scale_hook(site) is not None]
+        found = [site for site in sites if not self.is_affine(site)]
         found += [LOGIT_CAP] * (logits and self.logit_cap > 0)
         return found + [SCORE_CAP] * (scores and self.score_cap > 0)
 
     def constant_read(self, site: str, logits: bool = False) -> Read:
-        """How a norm reads the stream on every input.
+        """How a norm reads the stream on every input, at every token but the first of a prompt,
+        for which it may have a constant of its own.
 
         Raises:
             InexactError: if the norm is live, or the logits behind it are capped.
@@ -387,7 +398,7 @@ class View(ABC):
 
     @abstractmethod
     def logits(
-        self, resid: Stream, names: Collection[str] = ()
+        self, resid: Stream, names: Collection[str] = (), *, first: First = None
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
         """The logits that the model's own final norm, unembedding and soft cap give for a stream.
 
@@ -395,11 +406,18 @@ class View(ABC):
             resid: The stream, [batch, pos, d_model].
             names: Hook names of the activations to keep; `unembed.hook_out` has the logits before
                 a soft cap.
+            first: Whether each token comes first in its prompt. Default: those at position 0 do.
         """
 
     @abstractmethod
-    def through_norm(self, site: str, x: Float[Tensor, "*batch d_model"]) -> Tensor:
-        """A stream after the model's own norm at a site."""
+    def through_norm(self, site: str, x: Stream, *, first: First = None) -> Stream:
+        """A stream after the model's own norm at a site.
+
+        Args:
+            site: The norm site.
+            x: The stream, [batch, pos, d_model].
+            first: Whether each token comes first in its prompt. Default: those at position 0 do.
+        """
 
     @abstractmethod
     def through_norm_in_float64(self, site: str) -> Callable[[Tensor], Tensor]:

@@ -297,6 +297,12 @@ class TokenTable:
         return self.view.strings(ids) if tokens else list(ids)
 
 
+def _named(view: View, what: str, *sites: str) -> str:
+    """What a table is about; it says so where the first token of a prompt has other constants."""
+    apart = any(view.scale_hook(site) is not None for site in sites)
+    return f"{what}, not of a prompt's first token" if apart else what
+
+
 @own_precision
 def bigram_table(model: Model) -> TokenTable:
     """What a token's embedding alone adds to each next token's logit: W_E W_U, in logits.
@@ -323,7 +329,8 @@ def bigram_table(model: Model) -> TokenTable:
         torch.Size([4096])
     """
     view = view_of(model)
-    return TokenTable(view.W_E, reader_weights(view, "b_U"), "logit from the embedding", view)
+    what = _named(view, "logit from the embedding", "ln_final")
+    return TokenTable(view.W_E, reader_weights(view, "b_U"), what, view)
 
 
 @own_precision
@@ -363,7 +370,9 @@ def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTa
     name = f"L{layer}H{head}"
     left = view.W_E @ reader_weights(view, name, "V")
     right = writer_weights(view, name) @ reader_weights(view, "b_U")
-    return TokenTable(left, right, f"logit from a token that {name} looks at", view)
+    what = f"logit from a token that {name} looks at"
+    what = _named(view, what, f"blocks.{layer}.ln1.v", "ln_final")
+    return TokenTable(left, right, what, view)
 
 
 @own_precision
@@ -419,7 +428,7 @@ def qk_table(
             )
         turn = view.rotations(layer, behind + 1)
         q, k = q @ turn[behind], k @ turn[0]
-    what = f"score of {name}, embedding to embedding"
+    what = _named(view, f"score of {name}, embedding to embedding", f"blocks.{layer}.ln1.qk")
     return TokenTable(q / view.attention(layer).scale, k.T, what, view)
 
 
@@ -453,7 +462,7 @@ def neuron_input_table(model: Model, layer: SupportsIndex) -> TokenTable:
     """
     view = view_of(model)
     right = reader_weights(view, Component("mlp_out", whole_number(layer, "a layer")))
-    what = f"input of layer {layer}'s neurons"
+    what = _named(view, f"input of layer {layer}'s neurons", f"blocks.{layer}.ln2")
     return TokenTable(view.W_E, right, what, view, tokens_in_columns=False)
 
 
@@ -488,4 +497,5 @@ def neuron_output_table(model: Model, layer: SupportsIndex) -> TokenTable:
     view = view_of(model)
     left = writer_weights(view, Component("mlp_out", whole_number(layer, "a layer")))
     right = reader_weights(view, "b_U")
-    return TokenTable(left, right, f"logit per neuron of layer {layer}", view, tokens_in_rows=False)
+    what = _named(view, f"logit per neuron of layer {layer}", "ln_final")
+    return TokenTable(left, right, what, view, tokens_in_rows=False)

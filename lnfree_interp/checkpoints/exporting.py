@@ -6,7 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -35,7 +34,7 @@ from lnfree_interp.models.sites import (
     live_sites,
     norm_at,
     sites_of,
-    stock_name,
+    stock_weights,
     whole_norm,
 )
 from lnfree_interp.numerics import MeasuredError
@@ -51,7 +50,7 @@ def to_transformers(model: HookedTransformer) -> PreTrainedModel:
 
     Args:
         model: With live norms, LN-free in the folded or the frozen form, or with norm sites that
-            are all frozen (its gains then stay in the norms, and embeddings stay tied).
+            are all live or all frozen (its gains stay in the norms, and embeddings tied).
 
     Returns:
         A model of `transformers`; its logits have been compared with the given model's on random
@@ -83,10 +82,17 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     live = live_sites(model)
     if live and has_norm_sites(model) and len(live) < len(list_norm_sites(model)):
         raise NormSiteError(
-            f"{len(live)} of {len(list_norm_sites(model))} norm sites are live: freeze the others "
-            "too, or export the model before the removal begins"
+            f"{len(live)} of {len(list_norm_sites(model))} norm sites are live, which no class of "
+            "transformers can hold: export it with target='transformer_lens', or freeze them too"
         )
-    weights = _own_weights(model)
+    firsts = [str(site) for site in list_norm_sites(model) if norm_at(model, site).first]
+    if firsts:
+        raise UnsupportedModelError(
+            f"{firsts[0]} and {len(firsts) - 1} more divide the first token of a prompt by a "
+            "constant of its own, which no class of transformers can hold: export the model with "
+            "target='transformer_lens'"
+        )
+    weights = stock_weights(model)
     others: dict[str, Any] = {}
     if not live:
         weights = constant_epsilon_weights(model, architecture, weights)
@@ -140,7 +146,8 @@ def export(
 
     Args:
         model: With live norms, LN-free in the folded or the frozen form, or with norm sites that
-            are all frozen; with target `"transformer_lens"`, any model but one with norm sites.
+            are all frozen; with target `"transformer_lens"`, in any form: norm sites of which some
+            are frozen, and constants of first tokens.
         out: A folder that does not exist yet or is empty. It appears when it is complete.
         target: `"transformers"`: a Hugging Face folder that plain `transformers` loads.
             `"transformer_lens"`: config and weights by TransformerLens' names, for what no class
@@ -155,7 +162,8 @@ def export(
 
     Raises:
         OutputError: if the folder holds something, or cannot be written.
-        NormSiteError: if some norm sites are live and some frozen, or sigma names a norm that the
+        NormSiteError: if some norm sites are live and some frozen, which needs target
+            `"transformer_lens"`, if one is between the two, or if sigma names a norm that the
             model does not have, or is not positive and finite.
         UnsupportedModelError: for a model that the target cannot hold.
         InexactError: if the logits differ by more than rounding explains.
@@ -176,11 +184,6 @@ def export(
     exported = None
     if target == "transformers":
         exported, measured["export against HookedTransformer"] = _in_transformers(model)
-    elif has_norm_sites(model):
-        raise UnsupportedModelError(
-            "TransformerLens' layout cannot hold norm sites: call fold or frozen_form first, or "
-            "export with target='transformers'"
-        )
     constants = _own_sigma(model) if sigma is None else _plain_sigma(sigma, model)
     with new_folder(out) as folder:
         if exported is not None:
@@ -209,6 +212,11 @@ def _sidecar(
     return Sidecar(
         form=form_of(model),
         sigma=sigma,
+        sigma_first={
+            str(site): first
+            for site in list_norm_sites(model)
+            if (first := norm_at(model, site).first) is not None
+        },
         epsilon=epsilon_of(model),
         recipe=None if recipe is None else recipe.to_json(),
         errors={
@@ -252,20 +260,22 @@ def best_target(model: HookedTransformer) -> Target:
     """The layout that can hold a model: that of transformers if it has a class for it."""
     architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
     form = form_of(model)
-    if architecture is None or form in ("rms", "crms"):
+    firsts = any(norm_at(model, site).first for site in list_norm_sites(model))
+    if architecture is None or form in ("rms", "crms", "partial") or firsts:
         return "transformer_lens"
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"
     places = hooked_names(architecture.layout, model.cfg) | {"unembed.b_U"}
-    left_over = (W for name, W in _own_weights(model).items() if name not in places)
+    left_over = (W for name, W in stock_weights(model).items() if name not in places)
     return "transformer_lens" if any(W.any() for W in left_over) else "transformers"
 
 
 def form_of(model: HookedTransformer) -> str:
-    """Which form a model is in: live, sites, folded, frozen, rms or crms."""
+    """Which form a model is in: live, partial, sites, folded, frozen, rms or crms."""
     kind = model.cfg.normalization_type
     if has_norm_sites(model):
-        return "live" if live_sites(model) else "sites"
+        live, every = len(live_sites(model)), len(list_norm_sites(model))
+        return "sites" if live == 0 else "live" if live == every else "partial"
     if kind is None:
         return "folded"
     if is_frozen_form(model):
@@ -276,20 +286,5 @@ def form_of(model: HookedTransformer) -> str:
 
 
 def _own_sigma(model: HookedTransformer) -> dict[str, float]:
-    if live_sites(model):
-        return {}
     scales = {str(site): norm_at(model, site).scale for site in list_norm_sites(model)}
     return {name: scale for name, scale in scales.items() if scale is not None}
-
-
-def _own_weights(model: HookedTransformer) -> dict[str, Tensor]:
-    """By the names of the stock model; tied or not, split or not."""
-    # The two halves of a split ln1 share their parameters.
-    renamed = {
-        stock_name(name): W.detach()
-        for name, W in model.named_parameters(remove_duplicate=False)
-        if name != "unembed.W_E"
-    }
-    renamed["unembed.W_U"] = model.W_U.detach()
-    renamed["unembed.b_U"] = model.b_U.detach()
-    return renamed

@@ -30,7 +30,7 @@ from lnfree_interp.models.agreement import (
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
-from lnfree_interp.models.sites import freeze_site, split_norms, whole_norm
+from lnfree_interp.models.sites import freeze_site, has_norm_sites, split_norms, whole_norm
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, MeasuredError, measure_error
 
 CHECK_TOKENS = 128
@@ -288,9 +288,11 @@ def _in_form(model: HookedTransformer, form: Form | Literal["sites"] | None) -> 
     if form is None:
         return model
     if form == "sites":
+        if has_norm_sites(model):
+            return model
         raise NormSiteError(
-            "form='sites' needs a folder that export(target='transformers') wrote: "
-            "TransformerLens' layout does not hold norm sites"
+            "form='sites' needs a folder that was exported from a model with norm sites; this one "
+            "was exported without them"
         )
     if form == "frozen":
         return frozen_form(model)

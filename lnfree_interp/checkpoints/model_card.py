@@ -8,6 +8,8 @@ from lnfree_interp.checkpoints.sidecar import SIDECAR, Sidecar
 
 _WHAT = {
     "live": "a transformer with live norms",
+    "partial": "a transformer in which some norms divide by constants: what is read through those "
+    "alone is exactly a sum of parts",
     "sites": "a transformer without normalisation: every norm divides by a constant",
     "folded": "a transformer without normalisation: the constant norms are folded into the weights",
     "frozen": "a transformer without normalisation: every norm divides by a constant",
@@ -50,11 +52,12 @@ def model_card(
     if sidecar.recipe is not None:
         parts += ["## How the norms were removed", _recipe(sidecar)]
     if sidecar.sigma:
-        rows = [f"| `{name}` | {value:.6g} |" for name, value in sidecar.sigma.items()]
-        parts += [
-            "## The constant of each norm",
-            "\n".join(["| norm | sigma |", "|---|---|", *rows]),
+        rows = [
+            f"| `{name}` | {value:.6g} | {sidecar.sigma_first.get(name, value):.6g} |"
+            for name, value in sidecar.sigma.items()
         ]
+        head = ["| norm | sigma | sigma of a prompt's first token |", "|---|---|---|"]
+        parts += ["## The constant of each norm", "\n".join([*head, *rows])]
     if sidecar.errors:
         rows = [
             f"| {what} | {error['relative']:.1e} | {error['absolute']:.1e} | {error['dtype']} |"
@@ -68,7 +71,10 @@ def model_card(
 
 def _title(sidecar: Sidecar) -> str:
     name = (sidecar.source or "model").rstrip("/").rpartition("/")[2]
-    kind = {"rms": "with RMSNorm", "crms": "with CRMSNorm", "live": "exported"}
+    kind = {
+        "rms": "with RMSNorm", "crms": "with CRMSNorm", "live": "exported",
+        "partial": "with some norms frozen",
+    }  # fmt: skip
     return f"{name}, {kind.get(sidecar.form, 'without LayerNorm')}"
 
 

@@ -1,7 +1,7 @@
 """A `HookedTransformer` as a folder in TransformerLens' own names.
 
-For models that no class of transformers can hold: other norms, the frozen form, biases that the
-architecture does not have. `hooked_transformer.json` holds the `HookedTransformerConfig`, the kind
+For models that no class of transformers can hold: other norms, some of them frozen and some live,
+constants of first tokens, the frozen form, biases that the architecture does not have. `hooked_transformer.json` holds the `HookedTransformerConfig`, the kind
 of norm, and a few logits by which a damaged folder is noticed; the weights are in
 `model.safetensors`, the tokenizer is in files of its own.
 """
@@ -20,12 +20,20 @@ from transformers import PreTrainedTokenizerBase
 from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import is_finite
 from lnfree_interp.checkpoints.source import read_tokenizer, weight_shapes
-from lnfree_interp.errors import CheckpointError
+from lnfree_interp.errors import CheckpointError, NormSiteError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import copy_weights, hooked_transformer, original_tokenizer
 from lnfree_interp.models.forms import epsilon_of, frozen_transformer
 from lnfree_interp.models.norm_conversions import install_crms, is_crms
-from lnfree_interp.models.sites import is_frozen_form, list_norm_sites, norm_at, sites_of
+from lnfree_interp.models.sites import (
+    freeze_site,
+    has_norm_sites,
+    list_norm_sites,
+    norm_at,
+    sites_of,
+    split_norms,
+    stock_weights,
+)
 from lnfree_interp.numerics import MeasuredError, measure_error
 
 CONFIG = "hooked_transformer.json"
@@ -57,24 +65,36 @@ def write(model: HookedTransformer, folder: Path) -> None:
     """Write config, weights and tokenizer into an existing folder.
 
     Args:
-        model: Stock, in the frozen form, or with CRMSNorms; not with norm sites.
+        model: In any form.
         folder: The folder to write into.
+
+    Raises:
+        NormSiteError: if a norm site is between live and frozen.
     """
     cfg = {name: _plain(value) for name, value in model.cfg.to_dict().items()}
     cfg["model_name"] = Path(str(cfg["model_name"])).name
     cfg["eps"] = epsilon_of(model)
-    frozen = list_norm_sites(model) if is_frozen_form(model) else ()
+    sited = has_norm_sites(model)
+    norms = {str(site): norm_at(model, site) for site in list_norm_sites(model)}
+    frozen = {name: norm for name, norm in norms.items() if norm.affine}
+    if between := [n for n, norm in norms.items() if norm.scale is not None and n not in frozen]:
+        raise NormSiteError(
+            f"{between[0]} is between live and frozen: a run in progress keeps it in its "
+            "checkpoints; freeze it to export the model"
+        )
     tokens, logits = _sample(model)
     content: dict[str, Any] = {
         "version": _VERSION,
         "config": {name: value for name, value in cfg.items() if name not in _NOT_SAVED},
-        "frozen": {str(site): norm_at(model, site).scale for site in frozen},
+        "frozen": {name: norm.scale for name, norm in frozen.items()},
+        "frozen_first": {n: norm.first for n, norm in frozen.items() if norm.first is not None},
+        "sites": sited,
         "crms": is_crms(model),
         "tokens": tokens.tolist(),
         "logits": logits.tolist(),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    weights = {name: W.detach().contiguous().cpu() for name, W in model.named_parameters()}
+    weights = {name: W.contiguous().cpu() for name, W in stock_weights(model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if model.tokenizer is not None:
         original_tokenizer(model.tokenizer).save_pretrained(folder)
@@ -110,9 +130,10 @@ def read(
         if not 0 < cfg.eps < 1e30:
             raise CheckpointError(f"{file}: eps={cfg.eps}, and it must be a positive number")
         frozen = {name: float(sigma) for name, sigma in content["frozen"].items()}
+        firsts = {name: float(sigma) for name, sigma in content.get("frozen_first", {}).items()}
         expected = torch.tensor(content["logits"], dtype=torch.float64)
         tokens = torch.tensor(content["tokens"])
-        crms = content["crms"] is True
+        crms, sited = content["crms"] is True, content.get("sites") is True
     except CheckpointError:
         raise
     except Exception as error:  # TransformerLens raises many types for a wrong value
@@ -122,23 +143,31 @@ def read(
         raise CheckpointError(f"{folder}: no model.safetensors")
     shapes = weight_shapes(weights)
     _require_fitting(cfg, shapes, file)
-    norms = {str(site) for site in sites_of(cfg, whole_ln1=True)}
-    if frozen and frozen.keys() != norms:
+    norms = {str(site) for site in sites_of(cfg, whole_ln1=not sited)}
+    if sited and (unknown := sorted(frozen.keys() - norms)):
+        raise CheckpointError(f"{file}: frozen names {unknown[0]}, which the config does not have")
+    if not sited and frozen and frozen.keys() != norms:
         raise CheckpointError(
             f"{file}: frozen names {len(frozen)} norms, the config has {len(norms)}: it must name "
             "every one, or none"
         )
+    if unknown := sorted(firsts.keys() - frozen.keys()):
+        raise CheckpointError(f"{file}: frozen_first names {unknown[0]}, which is not frozen")
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder)
     with safe_open(weights, framework="pt", device=str(device)) as opened:
         pairs = ((name, _checked(opened.get_tensor(name), name, weights)) for name in shapes)
-        if frozen:
-            model = frozen_transformer(cfg, {}, frozen, tokenizer, complete=False)
+        if frozen and not sited:
+            model = frozen_transformer(cfg, {}, frozen, tokenizer, firsts=firsts, complete=False)
         else:
             model = hooked_transformer(cfg, {}, tokenizer, complete=False)
         if crms:
             install_crms(model)
         copy_weights(model, pairs, zero_biases=False)
+    if sited:
+        model = split_norms(model, copy_weights=False)
+        for site, sigma in frozen.items():
+            freeze_site(model, site, sigma, first=firsts.get(site))
     if not check:
         return model.eval(), None
     error = measure_error(_logits(model.eval(), tokens).to(dtype), expected.to(dtype))

@@ -22,9 +22,12 @@ class Sidecar:
     """What the sidecar holds."""
 
     form: str
-    """`"live"`, `"sites"`, `"folded"`, `"frozen"`, `"rms"` or `"crms"`: what was exported."""
+    """What was exported: `"live"`, `"partial"` (some norms frozen), `"sites"` (all frozen, each for
+    itself), `"folded"`, `"frozen"`, `"rms"` or `"crms"`."""
     sigma: Mapping[str, float] = field(default_factory=dict)
     """The constant by which each norm divides, by site or norm."""
+    sigma_first: Mapping[str, float] = field(default_factory=dict)
+    """The same for the first token of a prompt, for norms where it is another one."""
     epsilon: float | None = None
     """What the norms added to the variance before they were removed."""
     recipe: Mapping[str, Any] | None = None
@@ -70,6 +73,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             raise CheckpointError(f"{file}: version {version}; this package reads {_VERSION}")
         sidecar = Sidecar(**content)
         numbers = {f"sigma of {name}": value for name, value in sidecar.sigma.items()}
+        firsts = sidecar.sigma_first.items()
+        numbers |= {f"sigma of first tokens at {name}": value for name, value in firsts}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error!s:.100}") from error
     if sidecar.epsilon is not None:

@@ -176,8 +176,11 @@ def _predict(
     """The loss and the entropy of the prediction of every next token."""
     losses, entropies = [], []
     kept, wanted = stream[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    for some, targets in zip(kept.split(POSITIONS), wanted.split(POSITIONS), strict=True):
-        log_p = view.logits(some[None])[0][0].float().log_softmax(-1)
+    position = torch.arange(stream.shape[1] - 1, device=stream.device)
+    firsts = (position == 0).expand(len(stream), -1).flatten()
+    pieces = (x.split(POSITIONS) for x in (kept, wanted, firsts))
+    for some, targets, first in zip(*pieces, strict=True):
+        log_p = view.logits(some[None], first=first[None])[0][0].float().log_softmax(-1)
         losses.append(loss_of(log_p, targets).cpu())
         entropies.append(entropy_of(log_p).cpu())
     shape = (len(stream), -1)

@@ -13,6 +13,7 @@ Exact in real arithmetic, on every input. Nothing else that writes to the residu
 so its activations stay those of the model before. (2409.13710; docs/algebra.md)
 """
 
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Literal
 
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.norms import NormMap
 from lnfree_interp.models.sites import whole_norm
 
@@ -54,7 +56,7 @@ def fold_weights(
         norms: An affine norm for every site.
         form: In the frozen form readers keep a factor sigma, which `FrozenNorm` divides by.
     """
-    scales = frozen_scales(norms) if form == "frozen" else {}
+    scales = {} if form == "folded" else frozen_scales(norms)
     # The largest first: while there are few others, its copy is no peak.
     for name in sorted(weights, key=lambda name: -weights[name].numel()):
         prefix, _, leaf = name.rpartition(".")
@@ -84,10 +86,43 @@ def frozen_scales(norms: ConstantNorms) -> dict[str, float]:
     """
     scales = {}
     for site, norm in norms.items():
-        if site.endswith(tuple(_BEFORE.values())) and not site.endswith("ln1.qk"):
+        if reads_stream(site) and not site.endswith("ln1.qk"):
             assert norm.scale is not None
             scales[whole_norm(site)] = norm.scale
     return scales
+
+
+def frozen_firsts(norms: ConstantNorms) -> dict[str, float]:
+    """The `hook_scale` of first tokens in the frozen form, by the paths of the norms that have one.
+
+    Raises:
+        NormSiteError: for a norm that is merged with the weight before it; and where queries and
+            keys would divide the first token by another multiple of their constant than values.
+    """
+    firsts: dict[str, float] = {}
+    scales = frozen_scales(norms)
+    for site, norm in norms.items():
+        assert norm.scale is not None
+        if not reads_stream(site):
+            if norm.first is not None:
+                raise NormSiteError(
+                    f"{site} divides first tokens by a constant of their own, and stands behind a "
+                    f"weight: freeze it with one constant, freeze_site(model, {site!r}, sigma)"
+                )
+            continue
+        name = whole_norm(site)
+        first = scales[name] * ((norm.first or norm.scale) / norm.scale)
+        if not math.isclose(firsts.setdefault(name, first), first, rel_tol=1e-9):
+            raise NormSiteError(
+                f"the two halves of {name} divide first tokens by different multiples of their "
+                "constants, and are one norm in this form: give both halves the same two constants"
+            )
+    return {name: first for name, first in firsts.items() if first != scales[name]}
+
+
+def reads_stream(site: str) -> bool:
+    """Whether the norm at a site stands before weights that read the stream."""
+    return site.endswith(tuple(_BEFORE.values()))
 
 
 def is_reader(name: str) -> bool:

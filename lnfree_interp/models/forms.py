@@ -20,7 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
-from lnfree_interp.models.folding import ConstantNorms, Form, fold_weights, frozen_scales, is_reader
+from lnfree_interp.models.first_token import follow_first_tokens
+from lnfree_interp.models.folding import (
+    ConstantNorms,
+    Form,
+    fold_weights,
+    frozen_firsts,
+    frozen_scales,
+    is_reader,
+)
 from lnfree_interp.models.norms import FrozenNorm, NormMap
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.sites import (
@@ -50,7 +58,10 @@ def finished_model(
         tokenizer: Goes along.
         form: `"folded"` or `"frozen"`.
     """
+    if form == "folded":
+        _require_one_constant(norms)
     scales = frozen_scales(norms)
+    firsts = frozen_firsts(norms)
     centred = all(norm.centred for site, norm in norms.items() if whole_norm(site) in scales)
     kind = None if form == "folded" else "LNPre" if centred else "RMSPre"
     cfg = replace(
@@ -59,7 +70,18 @@ def finished_model(
     finished = fold_weights(weights, norms, form)
     if form == "folded":
         return hooked_transformer(cfg, finished, tokenizer)
-    return frozen_transformer(cfg, finished, scales, tokenizer)
+    return frozen_transformer(cfg, finished, scales, tokenizer, firsts=firsts)
+
+
+def _require_one_constant(norms: ConstantNorms) -> None:
+    found = [site for site, norm in norms.items() if norm.first is not None]
+    if found:
+        raise NormSiteError(
+            f"{len(found)} norm sites divide the first token of a prompt by a constant of its own, "
+            f"which no weight can hold: {', '.join(found[:4])}{', ...' * (len(found) > 4)}. Use "
+            "frozen_form(model), on which every analysis is exact, or freeze them with one "
+            "constant, freeze_site(model, site, sigma)"
+        )
 
 
 def frozen_transformer(
@@ -68,6 +90,7 @@ def frozen_transformer(
     scales: Mapping[str, float],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
+    firsts: Mapping[str, float] | None = None,
     complete: bool = True,
 ) -> HookedTransformer:
     """A stock model of type LNPre or RMSPre whose norms divide by constants.
@@ -77,12 +100,16 @@ def frozen_transformer(
         weights: Its weights as they are.
         scales: sigma by norm, `blocks.0.ln1`, `blocks.0.ln2`, ..., `ln_final`.
         tokenizer: Goes along.
+        firsts: The sigma of first tokens, for norms where it is another one.
         complete: Copy the weights. False: leave them uninitialised, for `copy_weights` later.
     """
     model = hooked_transformer(cfg, {}, tokenizer, complete=False)
+    firsts = firsts or {}
     for name, sigma in scales.items():
-        norm = FrozenNorm(sigma, cfg.normalization_type == "LNPre", cfg.eps)
+        norm = FrozenNorm(sigma, cfg.normalization_type == "LNPre", cfg.eps, firsts.get(name))
         model.set_submodule(name, norm.to(cfg.device))
+    if firsts:
+        follow_first_tokens(model)
     model.cfg.eps = math.nan
     model.setup()
     if complete:
@@ -156,7 +183,8 @@ def fold(model: HookedTransformer) -> HookedTransformer:
             given model's on random tokens; `measured_agreement` gives the difference.
 
     Raises:
-        NormSiteError: if a norm is still live, or there is none to fold.
+        NormSiteError: if a norm is still live, has a constant of its own for first tokens, or there
+            is none to fold.
         InexactError: if the logits differ by more than rounding in the model's dtype explains, or
             are not finite.
 

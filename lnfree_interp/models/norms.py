@@ -5,16 +5,19 @@ divides by one constant:
 
     x -> ((x - mean(x)) / sigma) * w + b        (RMSNorm: x -> (x / sigma) * w)
 
-which is affine in x, and so folds into the weights that read it (`models.folding`). With a gate g
-between, it multiplies by  g / own(x) + (1 - g) / sigma.  The hook names are TransformerLens':
-`hook_scale` [batch, pos, 1] is what is divided by, `hook_normalized` [batch, pos, d_model] the
-quotient before gain and bias. A frozen norm fires both, with the constant at full shape. Two more
-are ours: `hook_in`, the norm's input, and `hook_sigma`, the constant before the gate.
+which is affine in x, and so folds into the weights that read it (`models.folding`). The first token
+of a prompt may have a constant of its own: the map is affine at every position, but does not fold.
+With a gate g between, it multiplies by  g / own(x) + (1 - g) / sigma.  The hook names are
+TransformerLens': `hook_scale` [batch, pos, 1] is what is divided by, `hook_normalized`
+[batch, pos, d_model] the quotient before gain and bias. A frozen norm fires both, with the constant
+at full shape. Two more are ours: `hook_in`, the norm's input, and `hook_sigma`, the constant before
+the gate.
 
 Sources: frozen, "You can remove GPT2's LayerNorm by fine-tuning", arXiv 2409.13710; the gate,
 TaperNorm, arXiv 2602.10408; CRMSNorm, arXiv 2305.14858.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +30,7 @@ from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNor
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
+from lnfree_interp.models.first_token import first_tokens
 from lnfree_interp.models.running import is_watched
 
 Statistic = Literal["standard deviation", "root mean square"]
@@ -47,6 +51,8 @@ class NormMap:
     scale: float | None = None
     """The constant that it divides by; None while it is live. A norm on its way from live to
     frozen has both a statistic and a constant."""
+    first: float | None = None
+    """The constant that divides the first token of a prompt; None where it is that of all."""
     factor: float = 1.0
     """A constant that multiplies all channels alike."""
     pointwise: bool = False
@@ -58,13 +64,13 @@ class NormMap:
 
     @property
     def affine(self) -> bool:
-        """Whether the map is affine: the same constants for every token."""
+        """Whether the map is affine: no token is divided by what is computed from itself."""
         return self.scale is not None and self.statistic is None and not self.pointwise
 
     @property
     def multiplier(self) -> Float[Tensor, "*d"]:
         """What an affine map multiplies each centred channel by, in float64: [d], or a scalar where
-        all channels are multiplied alike."""
+        all channels are multiplied alike. A first token with a constant of its own is left out."""
         assert self.affine
         assert self.scale is not None
         if self.gain is None:
@@ -79,7 +85,9 @@ class NormMap:
         """
         require_positive(scale)
         assert self.scale is not None
-        return replace(self, scale=scale, factor=self.factor * scale / self.scale)
+        ratio = scale / self.scale
+        first = None if self.first is None else self.first * ratio
+        return replace(self, scale=scale, first=first, factor=self.factor * ratio)
 
 
 def describe(norm: nn.Module) -> NormMap:
@@ -92,12 +100,13 @@ def describe(norm: nn.Module) -> NormMap:
         UnsupportedModelError: for a module of any other class.
     """
     if isinstance(norm, FrozenNorm):
-        return NormMap(norm.centred, None, norm.constant)
+        return NormMap(norm.centred, None, norm.constant, norm.first)
     if isinstance(norm, Norm):
         return NormMap(
             norm.centred,
             statistic=None if norm.frozen else norm.statistic,
             scale=None if norm.live else norm.constant,
+            first=None if norm.live else norm.first,
             gain=norm.w,
             bias=norm.b,
         )
@@ -125,8 +134,44 @@ def require_positive(sigma: float) -> None:
         )
 
 
-class _ExactConstants(nn.Module):
-    """A module whose own buffers stay in float64 when the model is cast to another dtype."""
+class _Constants(nn.Module):
+    """A norm's constants: buffers that stay in float64 when the model is cast to another dtype.
+
+    Attributes:
+        sigma: The constant that a frozen norm divides by, a scalar; NaN while there is none.
+        sigma_first: The same for the first token of a prompt; NaN where it has sigma too.
+        constant: sigma as a plain number.
+        first: sigma_first as a plain number; None where the first token has sigma too.
+    """
+
+    sigma: Tensor
+    sigma_first: Tensor
+
+    def __init__(self, sigma: float, first: float | None):
+        super().__init__()
+        own = torch.nan if first is None else first
+        self.register_buffer("sigma", torch.tensor(sigma, dtype=torch.float64))
+        self.register_buffer("sigma_first", torch.tensor(own, dtype=torch.float64))
+
+    def remember(self) -> None:
+        """The buffers as plain numbers, which a forward pass reads without waiting for a GPU."""
+        self.constant, first = self.sigma.item(), self.sigma_first.item()
+        self.first = None if math.isnan(first) else first
+
+    def _sigma(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+        """What a frozen norm divides each token by."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        sigma = torch.full((), self.constant, dtype=dtype, device=x.device)
+        sigma = sigma.expand(*x.shape[:-1], 1)
+        return sigma if self.first is None else torch.where(first_tokens(x), self.first, sigma)
+
+    def _shown(self) -> str:
+        shown = f"sigma={self.constant:.4g}"
+        return shown if self.first is None else f"{shown}, {self.first:.4g} for the first token"
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.remember()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         exact = dict(self.named_buffers(recurse=False))
@@ -136,7 +181,7 @@ class _ExactConstants(nn.Module):
         return self
 
 
-class Norm(_ExactConstants):
+class Norm(_Constants):
     """A norm that can be frozen.
 
     Attributes:
@@ -145,13 +190,11 @@ class Norm(_ExactConstants):
         centred: Whether the mean is subtracted: LayerNorm, not RMSNorm.
         statistic: What it divides by while live: the standard deviation or the root mean square.
         eps: Added to the variance while live.
-        sigma: The constant that a frozen norm divides by, a scalar; NaN while there is none.
         gate: Share of the live norm, a scalar: 1 live, 0 frozen.
-        constant: sigma as a plain number.
     """
 
     def __init__(self, norm: LayerNorm | RMSNorm):
-        super().__init__()
+        super().__init__(torch.nan, None)
         given = describe(norm)
         assert given.statistic is not None  # of every live norm
         self.w = norm.w
@@ -159,7 +202,6 @@ class Norm(_ExactConstants):
         self.centred = given.centred
         self.statistic: Statistic = given.statistic
         self.eps = norm.eps
-        self.register_buffer("sigma", torch.full((), torch.nan, dtype=torch.float64))
         self.register_buffer("gate", torch.ones((), dtype=torch.float64))
         self.remember()
         self.hook_in = HookPoint()
@@ -167,7 +209,6 @@ class Norm(_ExactConstants):
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
-    sigma: Tensor
     gate: Tensor
 
     @property
@@ -176,8 +217,9 @@ class Norm(_ExactConstants):
         return self._gate
 
     def remember(self) -> None:
-        """The buffers as plain numbers, which a forward pass reads without waiting for a GPU."""
-        self.constant, self._gate = self.sigma.item(), self.gate.item()
+        """As for every constant, the gate too."""
+        super().remember()
+        self._gate = self.gate.item()
 
     @property
     def live(self) -> bool:
@@ -189,22 +231,30 @@ class Norm(_ExactConstants):
         """Whether the norm divides by a constant, and by nothing else."""
         return self._gate == 0
 
-    def freeze(self, sigma: float, gate: float = 0.0) -> None:
+    def freeze(self, sigma: float, gate: float = 0.0, first: float | None = None) -> None:
         """Divide by `sigma` from now on, with a share `gate` of the live norm left.
 
+        Args:
+            sigma: The constant.
+            gate: The share of the live norm, 0 to 1.
+            first: The constant of the first token of each prompt. Default: `sigma`.
+
         Raises:
-            NormSiteError: if sigma is not a positive finite number, or the gate not in 0..1.
+            NormSiteError: if a constant is not a positive finite number, or the gate not in 0..1.
         """
         require_positive(sigma)
+        require_positive(sigma if first is None else first)
         if not 0 <= gate <= 1:
             raise NormSiteError(f"gate={gate} is not a share of the live norm: pass 0 to 1")
         self.sigma.fill_(sigma)
+        self.sigma_first.fill_(torch.nan if first is None else first)
         self.gate.fill_(gate)
         self.remember()
 
     def thaw(self) -> None:
         """Divide by each token's own standard deviation again."""
         self.sigma.fill_(torch.nan)
+        self.sigma_first.fill_(torch.nan)
         self.gate.fill_(1)
         self.remember()
 
@@ -231,36 +281,35 @@ class Norm(_ExactConstants):
                 if self.centred:
                     return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
                 return F.rms_norm(x, self.w.shape, self.w, self.eps)
-            if self.frozen:
+            if self.frozen and self.first is None:
                 gain = self.w / self.constant
                 if not self.centred:
                     return x * gain
                 return _CentredAffine.apply(x, gain, self.b)
+        sigma = None if self.live else self._sigma(x)
         dtype, x = x.dtype, _wide(x)
         centred = x - x.mean(-1, keepdim=True) if self.centred else x
-        scale = self.hook_scale(self._scale(centred))
+        scale = self.hook_scale(self._scale(centred, sigma))
         y = self.hook_normalized(centred / scale).to(dtype) * self.w
         return y if self.b is None else y + self.b
 
-    def _scale(self, centred: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+    def _scale(
+        self, centred: Float[Tensor, "*batch d"], sigma: Float[Tensor, "*batch 1"] | None
+    ) -> Float[Tensor, "*batch 1"]:
         """What to divide by: the token's own scale, the constant, or the blend of the two."""
-        if self.live:
+        if sigma is None:
             return (_mean_square(centred) + self.eps).sqrt()
-        sigma = self.hook_sigma(centred.new_full((), self.constant).expand(*centred.shape[:-1], 1))
+        constant = self.hook_sigma(sigma)
         if self.frozen:
-            return sigma
+            return constant
         own = (_mean_square(centred) + self.eps).sqrt()
-        return 1 / (self._gate / own + (1 - self._gate) / sigma)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.remember()
+        return 1 / (self._gate / own + (1 - self._gate) / constant)
 
     def extra_repr(self) -> str:
         """Live, or the constant, or both."""
         if self.live:
             return "live"
-        constant = f"sigma={self.constant:.4g}"
+        constant = self._shown()
         return constant if self.frozen else f"{constant}, gate={self._gate:.3g}"
 
 
@@ -323,48 +372,43 @@ class SplitNorm(nn.Module):
         qk, v = self.qk, self.v
         if qk.hooked or v.hooked:
             return False
-        return (qk.live and v.live) or (qk.frozen and v.frozen and qk.constant == v.constant)
+        same = (qk.constant, qk.first) == (v.constant, v.first)
+        return (qk.live and v.live) or (qk.frozen and v.frozen and same)
 
 
-class FrozenNorm(_ExactConstants):
+class FrozenNorm(_Constants):
     """Centre, divide by a constant: `LayerNormPre` (`RMSNormPre` without centring) made linear.
 
     Fires TransformerLens' `hook_scale` and `hook_normalized`, so that its tools run, and are exact.
 
     Attributes:
-        sigma: The constant, a scalar, float64 whatever the model's dtype.
         centred: Whether the mean is subtracted.
         eps: What the live norm added to the variance. Not used here: it is kept for the way back,
             since `cfg.eps` of a model with these norms is NaN (`models.forms`).
     """
 
-    def __init__(self, sigma: float, centred: bool, eps: float):
-        super().__init__()
+    def __init__(self, sigma: float, centred: bool, eps: float, first: float | None = None):
+        super().__init__(sigma, first)
         require_positive(sigma)
+        require_positive(sigma if first is None else first)
         self.centred = centred
         self.eps = eps
-        self.register_buffer("sigma", torch.tensor(sigma, dtype=torch.float64))
+        self.remember()
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
-    sigma: Tensor
-
-    @property
-    def constant(self) -> float:
-        """Sigma as a plain number."""
-        return self.sigma.item()
-
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """As `LayerNormPre.forward`, with `hook_scale` [batch, pos, 1] constant."""
+        sigma = self._sigma(x)
         dtype, x = x.dtype, _wide(x)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale(self.sigma.to(x).expand(*x.shape[:-1], 1))
+        scale = self.hook_scale(sigma)
         return self.hook_normalized(x / scale).to(dtype)
 
     def extra_repr(self) -> str:
         """The constant, and whether the mean is subtracted."""
-        return f"sigma={self.constant:.4g}, centred={self.centred}"
+        return f"{self._shown()}, centred={self.centred}"
 
 
 class CRMSNormPre(nn.Module):

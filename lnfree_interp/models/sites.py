@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.block import LookupEmbed, SiteBlock, TiedUnembed
+from lnfree_interp.models.first_token import follow_first_tokens
 from lnfree_interp.models.norms import Norm, NormMap, SplitNorm, describe
 from lnfree_interp.models.running import require_hooked
 
@@ -85,6 +86,19 @@ def stock_name(parameter: str) -> str:
     """What a parameter of a model with norm sites is called in a stock model."""
     module, _, leaf = parameter.rpartition(".")
     return f"{whole_norm(module)}.{leaf}"
+
+
+def stock_weights(model: HookedTransformer) -> dict[str, Tensor]:
+    """The weights by the names that they have in a stock model; tied or not, split or not."""
+    # The two halves of a split ln1 share their parameters.
+    weights = {
+        stock_name(name): W.detach()
+        for name, W in model.named_parameters(remove_duplicate=False)
+        if name != "unembed.W_E"
+    }
+    weights["unembed.W_U"] = model.W_U.detach()
+    weights["unembed.b_U"] = model.b_U.detach()
+    return weights
 
 
 def norm_path(model: HookedTransformer, site: NormSite | str) -> str:
@@ -247,6 +261,7 @@ def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTr
     model.embed = LookupEmbed(model.embed)
     if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
         model.unembed = TiedUnembed(model.unembed, model.embed)
+    follow_first_tokens(model)
     model.setup()
     return model
 
@@ -290,7 +305,9 @@ def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:
     return norm
 
 
-def freeze_site(model: HookedTransformer, site: NormSite | str, sigma: float) -> None:
+def freeze_site(
+    model: HookedTransformer, site: NormSite | str, sigma: float, first: float | None = None
+) -> None:
     """Turn a live site into the affine map that divides by `sigma`.
 
     Args:
@@ -298,9 +315,12 @@ def freeze_site(model: HookedTransformer, site: NormSite | str, sigma: float) ->
         site: A site, or its name.
         sigma: What it divides by from then on, in place of each token's standard deviation
             (RMSNorm: root mean square). A frozen site gets the new one.
+        first: What the first token of each prompt is divided by, the first that is not masked: in
+            many models its norm is a multiple of all others'. Default: `sigma`. The map is affine
+            at every position, so every analysis is exact on it, but `fold` cannot merge it.
 
     Raises:
-        NormSiteError: if there is no such site, or sigma is not positive and finite.
+        NormSiteError: if there is no such site, or a constant is not positive and finite.
 
     Examples:
         >>> sited = lf.with_norm_sites(model)
@@ -308,7 +328,7 @@ def freeze_site(model: HookedTransformer, site: NormSite | str, sigma: float) ->
         >>> len(lf.live_sites(sited))
         12
     """
-    get_norm(model, site).freeze(sigma)
+    get_norm(model, site).freeze(sigma, first=first)
 
 
 def live_sites(model: HookedTransformer) -> tuple[NormSite, ...]:

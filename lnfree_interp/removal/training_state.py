@@ -30,6 +30,7 @@ def _kept(model: HookedTransformer) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, Norm):
             yield f"{name}.sigma", module.sigma
+            yield f"{name}.sigma_first", module.sigma_first
             yield f"{name}.gate", module.gate
 
 
