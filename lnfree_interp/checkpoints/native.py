@@ -1,9 +1,10 @@
 """A `HookedTransformer` as a folder in TransformerLens' own names.
 
-For models that no class of transformers can hold: other norms, some of them frozen and some live,
-constants of first tokens, the frozen form, biases that the architecture does not have. `hooked_transformer.json` holds the `HookedTransformerConfig`, the kind
-of norm, and a few logits by which a damaged folder is noticed; the weights are in
-`model.safetensors`, the tokenizer is in files of its own.
+For models that no class of transformers can hold: other norms, norms of which some are frozen and
+some live, constants of first tokens, the frozen form, biases that the architecture does not have.
+`hooked_transformer.json` holds the `HookedTransformerConfig`, the kind of norm, and a few logits by
+which a damaged folder is noticed; the weights are in `model.safetensors`, the tokenizer is in files
+of its own.
 """
 
 import json

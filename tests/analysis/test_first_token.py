@@ -29,7 +29,10 @@ def made(kind, form):
     return model if form == "sites" else lf.frozen_form(model)
 
 
-@pytest.fixture(params=[(kind, form) for kind in KINDS for form in ("sites", "frozen")], ids="-".join)  # fmt: skip
+FORMS = [(kind, form) for kind in KINDS for form in ("sites", "frozen")]
+
+
+@pytest.fixture(params=FORMS, ids="-".join)
 def model(request):
     return made(*request.param)
 

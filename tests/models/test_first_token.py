@@ -118,8 +118,9 @@ def test_an_error_inside_a_block_leaves_no_first_token_behind():
     def fail(x, hook):
         raise RuntimeError("stop")
 
+    hooks = [("blocks.1.ln2.hook_scale", fail)]
     with pytest.raises(RuntimeError, match="stop"):
-        model.run_with_hooks(TOKENS, attention_mask=mask, fwd_hooks=[("blocks.1.ln2.hook_scale", fail)])  # fmt: skip
+        model.run_with_hooks(TOKENS, attention_mask=mask, fwd_hooks=hooks)
     close(model(TOKENS), expected)
 
 
