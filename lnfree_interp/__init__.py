@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lnfree_interp.analysis.lens import Lens, logit_lens
     from lnfree_interp.analysis.levels import Level, level
     from lnfree_interp.analysis.neurons import Flips, flip_distances
+    from lnfree_interp.analysis.norms_read import norms_read
     from lnfree_interp.analysis.paths import expand_paths
     from lnfree_interp.analysis.residual import decompose_residual
     from lnfree_interp.analysis.results import Contributions, load_result
@@ -92,8 +93,8 @@ if TYPE_CHECKING:
     from lnfree_interp.models.agreement import compare_logits, measured_agreement
     from lnfree_interp.models.forms import fold, frozen_form
     from lnfree_interp.models.norm_conversions import NormConversion, to_crms, to_rms
+    from lnfree_interp.models.site_names import NormSite
     from lnfree_interp.models.sites import (
-        NormSite,
         freeze_site,
         get_norm,
         list_norm_sites,
@@ -102,10 +103,12 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
+    from lnfree_interp.removal.freeze_for import FrozenFor, freeze_for
     from lnfree_interp.removal.recipe import Recipe
     from lnfree_interp.removal.remove import remove_norms
     from lnfree_interp.removal.run import Run
     from lnfree_interp.removal.schedule import Event, Ramp
+    from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
     from lnfree_interp.removal.settings import Guard, Special, Statistics
 
 # Where each public name lives; the imports above are the same table for type checkers.
@@ -137,6 +140,7 @@ _HOME = {
     "level": "lnfree_interp.analysis.levels",
     "Flips": "lnfree_interp.analysis.neurons",
     "flip_distances": "lnfree_interp.analysis.neurons",
+    "norms_read": "lnfree_interp.analysis.norms_read",
     "expand_paths": "lnfree_interp.analysis.paths",
     "decompose_residual": "lnfree_interp.analysis.residual",
     "Contributions": "lnfree_interp.analysis.results",
@@ -196,7 +200,7 @@ _HOME = {
     "NormConversion": "lnfree_interp.models.norm_conversions",
     "to_crms": "lnfree_interp.models.norm_conversions",
     "to_rms": "lnfree_interp.models.norm_conversions",
-    "NormSite": "lnfree_interp.models.sites",
+    "NormSite": "lnfree_interp.models.site_names",
     "freeze_site": "lnfree_interp.models.sites",
     "get_norm": "lnfree_interp.models.sites",
     "list_norm_sites": "lnfree_interp.models.sites",
@@ -211,6 +215,10 @@ _HOME = {
     "Event": "lnfree_interp.removal.schedule",
     "Ramp": "lnfree_interp.removal.schedule",
     "remove_norms": "lnfree_interp.removal.remove",
+    "FrozenFor": "lnfree_interp.removal.freeze_for",
+    "freeze_for": "lnfree_interp.removal.freeze_for",
+    "SiteSensitivity": "lnfree_interp.removal.sensitivity",
+    "site_sensitivity": "lnfree_interp.removal.sensitivity",
 }
 
 _MODULES = {

@@ -13,6 +13,7 @@ from typing import (
     Any,
     Concatenate,
     Literal,
+    NoReturn,
     ParamSpec,
     Protocol,
     SupportsIndex,
@@ -36,16 +37,20 @@ from lnfree_interp.analysis.prompts import (
     whole_number,
 )
 from lnfree_interp.analysis.view import (
+    LOGIT_CAP,
     MLP,
+    SCORE_CAP,
     Attention,
     Model,
     Place,
     Read,
     Stream,
     View,
+    noting_reads,
     view_of,
 )
 from lnfree_interp.errors import DataError, InexactError
+from lnfree_interp.models.site_names import name_sites
 from lnfree_interp.numerics import own_precision
 
 
@@ -118,6 +123,10 @@ class GivenBlock:
         ahead = self.attention.onto_z(u)
         moved = einsum(self.pattern, ahead, "b head query key, b query head k -> b key head k")
         return self.before.back(einsum(moved, self.attention.W_V, "b s head k, head d k -> b s d"))
+
+
+class NotAffineError(InexactError):
+    """A question met the first norm or soft cap that it reads through and is not affine."""
 
 
 class Trace:
@@ -277,14 +286,29 @@ class Trace:
         """
         found = self.view.not_affine(sites, logits, scores)
         if found and not self.hold:
-            named = ", ".join(found[:3]) + (f" and {len(found) - 3} more" * (len(found) > 3))
-            raise InexactError(
-                f"{named} {'is' if len(found) == 1 else 'are'} not affine, so no part of the "
-                "stream has a share of its own: remove or freeze the norms, or hold it at the "
-                "value it had with lf.trace(model, prompt, hold=True); the result then says by how "
-                "much its parts miss what the model does"
-            )
+            raise NotAffineError(self._refusal(found))
         return tuple(found)
+
+    def _refusal(self, found: list[str]) -> str:
+        return (
+            f"{name_sites(found)} {'is' if len(found) == 1 else 'are'} not affine, so no part of "
+            f"the stream has a share of its own: {self.view.how_to_freeze(found)}; or hold "
+            f"{'it at the value it' if len(found) == 1 else 'them at the values they'} had with "
+            "lf.trace(model, prompt, hold=True): the result then says by how much its parts miss "
+            "what the model does"
+        )
+
+    def refuse(self, ask: Callable[[], Any]) -> NoReturn:
+        """Refuse a question with the names of all that it reads through and is not affine.
+
+        Raises:
+            InexactError: always.
+        """
+        with noting_reads() as noted:
+            ask()
+        caps = (LOGIT_CAP, SCORE_CAP)
+        found = [name for name in noted if name in caps or not self.view.is_affine(name)]
+        raise InexactError(self._refusal(found)) from None
 
     def require_text(self) -> "Trace":
         """Refuse a prompt that seems to end in padding.
@@ -571,6 +595,9 @@ def question(ask: Callable[Concatenate[Trace, P], R]) -> Question[P, R]:
                 )
             prompt, *rest = args
             first, args = trace(first, prompt, keep="asked"), tuple(rest)
-        return exact(first, *args, **kwargs)
+        try:
+            return exact(first, *args, **kwargs)
+        except NotAffineError:
+            return first.refuse(lambda: exact(first, *args, **kwargs))
 
     return asked  # type: ignore[return-value]

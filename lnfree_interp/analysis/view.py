@@ -6,7 +6,9 @@ adapters, `hooked` and `bridge`, are the only files that know a generation of Tr
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -25,6 +27,22 @@ Model = nn.Module
 Stream = Float[Tensor, "batch pos d_model"]
 First = Bool[Tensor, "batch pos"] | None
 LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
+SITE_COSTS = "_lnfree_site_costs"
+"""Attribute of a model: what freezing a site alone costs, where it was measured. Plain values, so
+that a stock model stays one that needs no class of this package."""
+
+_noted: ContextVar[dict[str, None] | None] = ContextVar("norms that are read", default=None)
+
+
+@contextmanager
+def noting_reads() -> Iterator[dict[str, None]]:
+    """Note what questions read through, norms and soft caps, and answer as if all were affine."""
+    noted: dict[str, None] = {}
+    before = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,9 +373,27 @@ class View(ABC):
             logits: Whether the number is a logit.
             scores: Whether it is an attention score.
         """
-        found = [site for site in sites if not self.is_affine(site)]
-        found += [LOGIT_CAP] * (logits and self.logit_cap > 0)
-        return found + [SCORE_CAP] * (scores and self.score_cap > 0)
+        caps = [LOGIT_CAP] * (logits and self.logit_cap > 0)
+        caps += [SCORE_CAP] * (scores and self.score_cap > 0)
+        if (noted := _noted.get()) is not None:
+            noted.update(dict.fromkeys([*sites, *caps]))
+            return []
+        return [site for site in sites if not self.is_affine(site)] + caps
+
+    def how_to_freeze(self, found: Collection[str]) -> str:
+        """What to do about what is not affine, and what that costs where it was measured."""
+        sites = [site for site in found if site not in (LOGIT_CAP, SCORE_CAP)]
+        costs: Mapping[str, float] = getattr(self.model, SITE_COSTS, {})
+        it, known = "it" if len(sites) == 1 else "them", ""
+        if sites and all(site in costs for site in sites):
+            added = ", ".join(f"{costs[site]:+.3f}" for site in sites[:4])
+            added += ", ..." * (len(sites) > 4)
+            each = "it adds" if len(sites) == 1 else "each alone adds"
+            known = f"; untrained, {each} {added} nats per token on the text of site_sensitivity"
+        return (
+            f"freeze {it} with lf.freeze_for(model, question, text), which measures the price"
+            f"{known}"
+        )
 
     def constant_read(self, site: str, logits: bool = False) -> Read:
         """How a norm reads the stream on every input, at every token but the first of a prompt,
@@ -369,10 +405,10 @@ class View(ABC):
         if found := self.not_affine([site], logits):
             raise InexactError(
                 f"{' and '.join(found)} depends on the input, so products of weights are not what "
-                "the model computes: remove the norms that are read, or freeze them with "
-                "lf.freeze_site"
+                f"the model computes: {self.how_to_freeze(found)}"
             )
-        return self.read(site, None)
+        live = None if self.is_affine(site) else torch.ones(1)  # only where reads are noted
+        return self.read(site, live)
 
     # How the model runs
 

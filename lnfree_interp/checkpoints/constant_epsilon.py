@@ -25,7 +25,8 @@ from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.folding import rescale_queries_and_keys
 from lnfree_interp.models.forms import constant_norms, reads_mean
 from lnfree_interp.models.norms import NormMap
-from lnfree_interp.models.sites import has_norm_sites, whole_norm
+from lnfree_interp.models.site_names import whole_norm
+from lnfree_interp.models.sites import has_norm_sites
 from lnfree_interp.numerics import ROUNDING
 
 

@@ -27,6 +27,7 @@ from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.forms import epsilon_of
 from lnfree_interp.models.norm_conversions import is_crms
 from lnfree_interp.models.running import require_hooked
+from lnfree_interp.models.site_names import whole_norm
 from lnfree_interp.models.sites import (
     has_norm_sites,
     is_frozen_form,
@@ -35,7 +36,6 @@ from lnfree_interp.models.sites import (
     norm_at,
     sites_of,
     stock_weights,
-    whole_norm,
 )
 from lnfree_interp.numerics import MeasuredError
 

@@ -30,7 +30,8 @@ from lnfree_interp.models.agreement import (
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
-from lnfree_interp.models.sites import freeze_site, has_norm_sites, split_norms, whole_norm
+from lnfree_interp.models.site_names import whole_norm
+from lnfree_interp.models.sites import freeze_site, has_norm_sites, split_norms
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, MeasuredError, measure_error
 
 CHECK_TOKENS = 128

@@ -22,7 +22,7 @@ from transformers import GPT2Config
 
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.norms import NormMap
-from lnfree_interp.models.sites import sites_in
+from lnfree_interp.models.site_names import sites_in
 from lnfree_interp.numerics import LNFREE_EPSILON
 
 _LIVE_BELOW = 1.0

@@ -45,6 +45,10 @@ class TokenMeasures:
     divergence: Float[Tensor, "sequence target"] | None
     """The Jensen-Shannon divergence from the original's prediction, in nats; None without an
     original."""
+    kl: Float[Tensor, "sequence target"] | None
+    """The KL divergence from the original's prediction, in nats; None without an original."""
+    agrees: Bool[Tensor, "sequence target"] | None
+    """Whether the original's most likely token is the same; None without an original."""
     norms: Float[Tensor, "place sequence pos"]
     """The norms of the residual stream before each block and after the last."""
     sink_weights: Float[Tensor, "sequence layer head"]
@@ -193,6 +197,7 @@ def _predictions(
     for start in range(0, n_targets, POSITIONS):
         at = slice(start, min(start + POSITIONS, n_targets))
         targets, theirs = tokens[:, 1:][:, at], None
+        their_best = None
         for name in order:
             model = models[name]
             # This is not in bfloat16, which would round logits of 100 to halves.
@@ -208,9 +213,15 @@ def _predictions(
                 "correct": best.indices == wanted,
             }
             if original is not None:
-                theirs = log_p if name == original else theirs
+                if name == original:
+                    theirs, their_best = log_p, best.indices
                 assert theirs is not None
-                found["divergence"] = _jensen_shannon(log_p, theirs.to(log_p.device))
+                assert their_best is not None
+                given = theirs.to(log_p.device)
+                found["divergence"] = _jensen_shannon(log_p, given)
+                kl = F.kl_div(log_p, given, reduction="none", log_target=True)
+                found["kl"] = kl.sum(-1)
+                found["agrees"] = best.indices == their_best.to(log_p.device)
             pieces[name].append({key: value.cpu() for key, value in found.items()})
             pieces[name][-1]["loss"] = pieces[name][-1]["loss"].double()
     for name in order:
@@ -232,4 +243,5 @@ def _joined(parts: list[dict[str, Any]]) -> TokenMeasures:
         key: torch.cat([part[key] for part in parts], dim=1 if key == "norms" else 0)
         for key in parts[0]
     }
-    return TokenMeasures(divergence=joined.pop("divergence", None), **joined)
+    compared: Any = {key: joined.pop(key, None) for key in ("divergence", "kl", "agrees")}
+    return TokenMeasures(**compared, **joined)

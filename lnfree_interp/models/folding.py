@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.norms import NormMap
-from lnfree_interp.models.sites import whole_norm
+from lnfree_interp.models.site_names import whole_norm
 
 Form = Literal["folded", "frozen"]
 """What is left of the norms: nothing, or division by a constant."""

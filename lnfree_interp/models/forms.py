@@ -31,13 +31,8 @@ from lnfree_interp.models.folding import (
 )
 from lnfree_interp.models.norms import FrozenNorm, NormMap
 from lnfree_interp.models.running import require_hooked
-from lnfree_interp.models.sites import (
-    has_norm_sites,
-    norm_at,
-    norm_path,
-    sites_of,
-    whole_norm,
-)
+from lnfree_interp.models.site_names import whole_norm
+from lnfree_interp.models.sites import has_norm_sites, norm_at, norm_path, sites_of
 from lnfree_interp.numerics import ROUNDING
 
 

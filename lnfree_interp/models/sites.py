@@ -8,9 +8,7 @@ means in a model is decided in `norm_path` alone.
 """
 
 import copy
-import re
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,69 +21,7 @@ from lnfree_interp.models.block import LookupEmbed, SiteBlock, TiedUnembed
 from lnfree_interp.models.first_token import follow_first_tokens
 from lnfree_interp.models.norms import Norm, NormMap, SplitNorm, describe
 from lnfree_interp.models.running import require_hooked
-
-SiteKind = Literal[
-    "ln1.qk",
-    "ln1.v",
-    "ln1",
-    "attn.q_norm",
-    "attn.k_norm",
-    "ln1_post",
-    "ln2",
-    "ln2_post",
-    "ln_final",
-]
-
-
-@dataclass(frozen=True)
-class NormSite:
-    """The name of a place where a norm acts."""
-
-    kind: SiteKind
-    """Which norm of the block, e.g. `"ln1.qk"`; or `"ln_final"`."""
-    layer: int | None = None
-    """Block index; None for `ln_final`."""
-
-    @property
-    def name(self) -> str:
-        """The module path, e.g. `blocks.3.ln1.qk`."""
-        return self.kind if self.layer is None else f"blocks.{self.layer}.{self.kind}"
-
-    def __str__(self) -> str:
-        return self.name
-
-    @classmethod
-    def parse(cls, name: str) -> "NormSite":
-        """The site of that name.
-
-        Raises:
-            NormSiteError: if no model has such a site.
-        """
-        kind, layer = name, None
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-            layer, kind = int(match[1]), match[2]
-        if kind not in get_args(SiteKind) or (layer is None) != (kind == "ln_final"):
-            raise NormSiteError(
-                f"{name!r} is not the name of a norm site. Names are like 'blocks.0.ln1.qk', "
-                "'blocks.0.ln1.v', 'blocks.0.ln2' and 'ln_final'"
-            )
-        return cls(cast(SiteKind, kind), layer)
-
-
-def whole_norm(name: str) -> str:
-    """The norm that a site is part of in a stock model: `blocks.0.ln1` for both of its halves."""
-    return name.rpartition(".")[0] if name.endswith((".ln1.qk", ".ln1.v")) else name
-
-
-def sites_in(norm: str) -> tuple[str, ...]:
-    """The sites that a norm of a stock model holds: the halves of `ln1`, the values' last."""
-    return (f"{norm}.qk", f"{norm}.v") if norm.endswith(".ln1") else (norm,)
-
-
-def stock_name(parameter: str) -> str:
-    """What a parameter of a model with norm sites is called in a stock model."""
-    module, _, leaf = parameter.rpartition(".")
-    return f"{whole_norm(module)}.{leaf}"
+from lnfree_interp.models.site_names import NormSite, SiteKind, stock_name, whole_norm
 
 
 def stock_weights(model: HookedTransformer) -> dict[str, Tensor]:

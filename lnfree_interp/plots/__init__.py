@@ -7,6 +7,7 @@ from lnfree_interp.plots.direct_effects import direct_effects
 from lnfree_interp.plots.evaluation import loss_by_position, residual_norms
 from lnfree_interp.plots.flow import flow, paths
 from lnfree_interp.plots.lens import lens
+from lnfree_interp.plots.sensitivity import site_sensitivity
 from lnfree_interp.plots.static import save, show_in_notebooks
 from lnfree_interp.plots.training import sigma_drift, training_curve
 
@@ -24,5 +25,6 @@ __all__ = [
     "scores",
     "show_in_notebooks",
     "sigma_drift",
+    "site_sensitivity",
     "training_curve",
 ]

@@ -5,7 +5,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.checkpoints.architectures import ARCHITECTURES
 from lnfree_interp.checkpoints.layouts import hooked_names, optional_names
-from lnfree_interp.models.sites import stock_name
+from lnfree_interp.models.site_names import stock_name
 from lnfree_interp.removal.recipe import Recipe
 
 

@@ -110,6 +110,8 @@ def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
     special = recipe.special
     if special.first_until:
         yield "position 0", f"has a sigma of its own until step {special.first_until}"
+    if special.keep_first:
+        yield "position 0", "keeps a sigma of its own, in the finished model too"
     if special.end_of_text_until:
         kinds = special.end_of_text_kinds
         where = "" if kinds is None else f" at {', '.join(kinds)}"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.models.sites import NormSite
+from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal.schedule import (
     Event,
     Ramp,

@@ -8,7 +8,8 @@ from typing import get_args
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.models.sites import NormSite, SiteKind, list_norm_sites
+from lnfree_interp.models.site_names import NormSite, SiteKind
+from lnfree_interp.models.sites import list_norm_sites
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.models.sites import SiteKind
+from lnfree_interp.models.site_names import SiteKind
 
 
 def check_choices(settings: Any) -> None:
@@ -86,6 +86,9 @@ class Special:
     """The step at which position 0 gets the common sigma; None: it always has it."""
     end_of_text_until: int | None = None
     """The same for end-of-text tokens."""
+    keep_first: bool = False
+    """Whether position 0 keeps a sigma of its own in the finished model, which then cannot be
+    folded; the frozen form holds it."""
     end_of_text_kinds: tuple[SiteKind, ...] | None = None
     """The kinds of sites at which end-of-text is special; None: all."""
 
@@ -93,6 +96,11 @@ class Special:
         for step in (self.first_until, self.end_of_text_until):
             if step is not None and step < 0:
                 raise RecipeError(f"tokens cannot be special until step {step}: it is negative")
+        if self.keep_first and self.first_until is not None:
+            raise RecipeError(
+                f"position 0 cannot both keep its sigma and lose it at step {self.first_until}: "
+                "give keep_first or first_until"
+            )
 
     @property
     def until(self) -> int:

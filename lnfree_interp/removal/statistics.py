@@ -14,7 +14,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.models.norms import Norm
-from lnfree_interp.models.sites import NormSite, get_norm
+from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.models.sites import get_norm
 from lnfree_interp.removal.settings import Statistics
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., object]]]

@@ -10,7 +10,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError, TrainingError
-from lnfree_interp.models.sites import NormSite, get_norm, sites_in, whole_norm
+from lnfree_interp.models.site_names import NormSite, sites_in, whole_norm
+from lnfree_interp.models.sites import get_norm
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, last_step
 from lnfree_interp.removal.statistics import (
@@ -100,8 +101,9 @@ class Transition:
             norm = self.norms[name]
             was_frozen = norm.frozen
             sigma = self._sigma(name) if norm.live or self._follows(event) else norm.constant
-            if (sigma, event.gate(step)) != (norm.constant, norm.share_live):
-                norm.freeze(sigma, event.gate(step))
+            first = self._first(name, sigma)
+            if (sigma, event.gate(step), first) != (norm.constant, norm.share_live, norm.first):
+                norm.freeze(sigma, event.gate(step), first)
             if norm.frozen and not was_frozen:
                 frozen[name] = sigma
         return frozen
@@ -198,6 +200,17 @@ class Transition:
         if not 0 < sigma < float("inf"):
             raise TrainingError(f"sigma of {name} is {sigma}: the run has diverged")
         return sigma
+
+    def _first(self, name: str, sigma: float) -> float | None:
+        """The constant that first tokens keep, if they keep one."""
+        if not self.special.keep_first:
+            return None
+        # The halves of ln1 are one norm in the frozen form: the second takes the first one's ratio.
+        other = self.norms.get(_partner(name) or "")
+        if other is not None and other.first is not None and not self.norms[name].frozen:
+            return sigma * other.first / other.constant
+        known = self.norms[name].first
+        return self.scales.get(name, {}).get("first") if known is None else known
 
     def _special_scale(
         self, sigma: Float[Tensor, "batch pos *head one"], hook: HookPoint

@@ -198,9 +198,12 @@ def test_damage_to_the_layout_of_transformer_lens_is_named(folded, tmp_path):
             lf.load(damaged("model.safetensors", content))
 
 
-def test_norm_sites_have_no_place_in_transformer_lens_layout(frozen, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="fold or frozen_form first"):
-        lf.export(frozen, tmp_path / "out", target="transformer_lens")
+def test_transformer_lens_layout_holds_norm_sites(frozen, dtype, tmp_path):
+    folder = lf.export(frozen, tmp_path / "out", target="transformer_lens")
+    back = lf.load(folder, dtype=dtype)
+    assert lf.compare_logits(back, frozen).relative <= TIGHT[dtype]
+    assert lf.list_norm_sites(back) == lf.list_norm_sites(frozen)
+    assert lf.fold(back).cfg.normalization_type is None
 
 
 def test_live_folder_stays_tied(live, dtype, tmp_path):

@@ -9,7 +9,7 @@ from support.architectures import make_model
 
 import lnfree_interp as lf
 from lnfree_interp.errors import NormSiteError, RecipeError
-from lnfree_interp.models.sites import NormSite
+from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal.plan import plan
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME

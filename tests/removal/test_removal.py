@@ -17,7 +17,7 @@ from lnfree_interp.errors import (
     UnsupportedModelError,
 )
 from lnfree_interp.models import sites
-from lnfree_interp.models.sites import NormSite
+from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal import remove, trainer
 from lnfree_interp.removal.losses import (
     distillation_loss,

@@ -10,7 +10,7 @@ from support.models import make_gpt2, make_tokenizer
 
 import lnfree_interp as lf
 from lnfree_interp.errors import NormSiteError
-from lnfree_interp.models.sites import NormSite
+from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, all_at_once, published_order, taper
 from lnfree_interp.removal.settings import Special, Statistics

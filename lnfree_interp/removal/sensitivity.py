@@ -1,0 +1,302 @@
+"""What each norm costs: the loss that a model gains when one of its sites is frozen, untrained."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.analysis.prompts import read_sequences
+from lnfree_interp.analysis.results import read_top
+from lnfree_interp.analysis.view import SITE_COSTS, Place
+from lnfree_interp.errors import DataError, NormSiteError
+from lnfree_interp.models.loss import loss_of
+from lnfree_interp.models.running import Edit
+from lnfree_interp.models.site_names import NormSite, name_sites
+from lnfree_interp.models.sites import get_norm, list_norm_sites, live_sites, with_norm_sites
+from lnfree_interp.numerics import soft_cap
+from lnfree_interp.removal.freezing import (
+    Apart,
+    Constants,
+    Freezing,
+    final_input,
+    find_outliers,
+    measure_constants,
+    restored,
+)
+
+_POSITIONS = 256
+"""Positions whose logits are computed at once."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What freezing adds, on the tokens that it was measured on."""
+
+    loss: float
+    """Cross-entropy added, in nats per token."""
+    divergence: float
+    """KL divergence of the predictions from the live model's, in nats per token."""
+    agreement: float
+    """The share of tokens whose most likely next token stays the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSensitivity:
+    """What each norm site of a model costs, frozen alone and together.
+
+    Attributes:
+        loss: Cross-entropy of the live model, in nats per token.
+        alone: By site, its cost when it alone divides all tokens by one constant.
+        first_apart: The same with a constant of its own for the first token of each sequence.
+        outliers_apart: The same with each token that is far above the others divided by its own
+            scale; what is left is the cost of the ordinary tokens.
+        outliers: By site, the share of tokens but the first that are far above the others.
+        together: The sites in the order of cost, each with the cost of freezing it and all before
+            it, the first token apart; every constant is measured anew behind the freezes before it.
+        n_tokens: How many predictions were measured.
+    """
+
+    loss: float
+    alone: dict[NormSite, Cost]
+    first_apart: dict[NormSite, Cost]
+    outliers_apart: dict[NormSite, Cost]
+    outliers: dict[NormSite, float]
+    together: dict[NormSite, Cost]
+    n_tokens: int
+
+    @property
+    def order(self) -> tuple[NormSite, ...]:
+        """The sites, the cheapest first, by what they cost alone with the first token apart."""
+        return _by_cost(self.first_apart)
+
+    def cheapest(self, budget: float) -> tuple[NormSite, ...]:
+        """As many sites as can be frozen together within a budget, in the order of cost.
+
+        Args:
+            budget: Cross-entropy that may be added, in nats per token.
+        """
+        found: list[NormSite] = []
+        for site, cost in self.together.items():
+            if not cost.loss <= budget:
+                break
+            found.append(site)
+        return tuple(found)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each site in the order of computation: `site`; `alone`, `first_apart`,
+        `outliers_apart` and `together`, in nats per token; `divergence` and `agreement` with the
+        first token apart; and `outliers`, a share of tokens."""
+        rows = [
+            {
+                "site": str(site), "alone": cost.loss,
+                "first_apart": self.first_apart[site].loss,
+                "outliers_apart": self.outliers_apart[site].loss,
+                "divergence": self.first_apart[site].divergence,
+                "agreement": self.first_apart[site].agreement,
+                "outliers": self.outliers[site],
+                "together": self.together[site].loss if site in self.together else float("nan"),
+            }
+            for site, cost in self.alone.items()
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
+        """The k sites that cost most alone, with the first token apart.
+
+        Raises:
+            DataError: if k is less than one.
+        """
+        frame = self.to_frame().sort_values("first_apart", ascending=False, na_position="first")
+        return frame.head(read_top(k, len(frame))).reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        worst = self.order[-1]
+        free = sum(cost.loss <= 0.02 for cost in self.first_apart.values())
+        return (
+            f"SiteSensitivity({len(self.alone)} sites on {self.n_tokens:,} tokens of loss "
+            f"{self.loss:.3f}: {free} cost at most 0.02 nats alone, {worst} most with "
+            f"{self.first_apart[worst].loss:+.2f}; {len(self.cheapest(0.1))} together within 0.1)"
+        )
+
+
+def _by_cost(costs: Mapping[NormSite, Cost]) -> tuple[NormSite, ...]:
+    """The cheapest first; what is not finite last."""
+
+    def key(site: NormSite) -> float:
+        loss = costs[site].loss
+        return loss if math.isfinite(loss) else math.inf
+
+    return tuple(sorted(costs, key=key))
+
+
+class _Text:
+    """Predictions on a text, compared with those of the live model."""
+
+    def __init__(self, model: HookedTransformer, tokens: Tensor, normalised: Tensor):
+        self.model, self.targets = model, tokens[:, 1:].flatten().to(normalised.device)
+        pieces = list(self._log_p(normalised))
+        self.live = [piece.clone() for piece in pieces]
+        self.best = torch.cat([piece.argmax(-1) for piece in pieces])
+        self.loss = loss_of(torch.cat(pieces), self.targets).double().mean().item()
+
+    def _log_p(self, normalised: Tensor) -> Iterator[Float[Tensor, "token d_vocab"]]:
+        cap = self.model.cfg.output_logits_soft_cap
+        for some in normalised[:, :-1].flatten(0, 1).split(_POSITIONS):
+            logits = self.model.unembed(some[None])[0]
+            yield soft_cap(logits, cap).float().log_softmax(-1)
+
+    def cost(self, normalised: Tensor) -> Cost:
+        """What predictions from another input of the unembedding cost."""
+        loss, divergence, agrees, start = 0.0, 0.0, 0, 0
+        for log_p, live in zip(self._log_p(normalised), self.live, strict=True):
+            some = slice(start, start + len(log_p))
+            start += len(log_p)
+            loss += loss_of(log_p, self.targets[some]).double().sum().item()
+            divergence += F.kl_div(log_p, live, reduction="sum", log_target=True).item()
+            agrees += int((log_p.argmax(-1) == self.best[some]).sum())
+        return Cost(loss / start - self.loss, divergence / start, agrees / start)
+
+
+@torch.no_grad()
+def site_sensitivity(
+    model: HookedTransformer,
+    text: Int[Tensor, "sequence pos"],
+    sites: Iterable[NormSite | str] | None = None,
+    *,
+    stop_above: float = 3.0,
+    progress: bool = True,
+) -> SiteSensitivity:
+    """What each norm costs: loss and KL divergence when its site is frozen, without training.
+
+    Each site is frozen alone, and all together in the order of cost. Constants are the means of the
+    tokens' own scales on the first half of the text; the costs are measured on the second half.
+
+    Args:
+        model: A model with live norms. It does not change, but the costs are kept with it, so that
+            refusals can name them.
+        text: Token ids [sequence, pos], such as `pack(...)`, at least two sequences. The first half
+            runs in one batch; the second half's log-probabilities are kept, 4 bytes for each token
+            and entry of the vocabulary.
+        sites: The sites to measure. Default: all that are live.
+        stop_above: Stop freezing together when so many nats per token have been added.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A `SiteSensitivity`; `lf.plots.site_sensitivity(...)` draws it, and `.cheapest(budget)`
+            lists the sites that can be frozen together.
+
+    Raises:
+        NormSiteError: if a site is not one of the model, or not live.
+        DataError: if the model cannot read the text, or it has one sequence only.
+        UnsupportedModelError: if the model's norms cannot be frozen one by one.
+
+    Source:
+        Ours. That a few norms cost more than all others: where massive activations (arXiv
+        2402.17762) are made and read.
+
+    Examples:
+        >>> costs = lf.site_sensitivity(model, tokens, progress=False)
+        >>> costs.to_frame().shape
+        (13, 8)
+        >>> costs.top(1).columns.tolist()[:3]
+        ['site', 'alone', 'first_apart']
+    """
+    tokens = read_sequences(model, text, packed=True)
+    if len(tokens) < 2:
+        raise DataError(
+            "a text of one sequence was given: give at least two, of which the first half measures "
+            "the constants and the second half the costs"
+        )
+    sited = with_norm_sites(model, copy_weights=False)
+    chosen = _live(sited, sites)
+    half = len(tokens) // 2
+    with restored(get_norm(sited, site) for site in list_norm_sites(sited)):
+        found = _measure(sited, tokens, half, chosen, stop_above, progress)
+    setattr(model, SITE_COSTS, {str(site): cost.loss for site, cost in found.first_apart.items()})
+    return found
+
+
+def _live(model: HookedTransformer, sites: Iterable[NormSite | str] | None) -> list[NormSite]:
+    live = live_sites(model)
+    if sites is None:
+        return list(live)
+    chosen = [site if isinstance(site, NormSite) else NormSite.parse(site) for site in sites]
+    if wrong := [site for site in chosen if site not in live]:
+        raise NormSiteError(
+            f"{wrong[0]} is not a live norm site of the model: give some of "
+            f"{name_sites(map(str, live))}"
+        )
+    return sorted(dict.fromkeys(chosen), key=lambda site: site.order)
+
+
+def _measure(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "sequence pos"],
+    half: int,
+    sites: list[NormSite],
+    stop_above: float,
+    progress: bool,
+) -> SiteSensitivity:
+    places = [Place(layer).hook for layer in range(model.cfg.n_layers + 1)]
+    constants: dict[Apart, dict[str, Constants]] = {"none": {}, "first": {}, "outliers": {}}
+    outliers: dict[NormSite, float] = {}
+
+    def measuring(site: NormSite) -> Edit:
+        def measure(x: Tensor) -> None:
+            r = get_norm(model, site).token_sigma(x)
+            for apart, found in constants.items():
+                found[str(site)] = measure_constants(r[:half], apart)
+            outliers[site] = find_outliers(r)[:, 1:].double().mean().item()
+
+        return measure
+
+    looks = {f"{site}.hook_in": measuring(site) for site in sites}
+    normalised, streams = final_input(model, tokens, looks, places)
+    text = _Text(model, tokens[half:], normalised[half:])
+
+    def start(site: NormSite) -> int:
+        return model.cfg.n_layers if site.layer is None else site.layer
+
+    def alone(site: NormSite, apart: Apart) -> Cost:
+        freezing = Freezing(model, [site], apart, known=constants[apart])
+        layer = start(site)
+        with restored([get_norm(model, site)]):
+            stream = streams[places[layer]][half:]
+            return text.cost(final_input(model, stream, freezing.edits, (), layer)[0])
+
+    costs: dict[Apart, dict[NormSite, Cost]] = {apart: {} for apart in constants}
+    with tqdm(total=2 * len(sites), desc="freezing", unit="site", disable=not progress) as bar:
+        for site in sites:
+            bar.set_postfix_str(f"{site} alone")
+            costs["none"][site], costs["first"][site] = alone(site, "none"), alone(site, "first")
+            far = outliers[site] > 0
+            costs["outliers"][site] = alone(site, "outliers") if far else costs["first"][site]
+            bar.update()
+        together: dict[NormSite, Cost] = {}
+        frozen: list[NormSite] = []
+        for site in _by_cost(costs["first"]):
+            bar.set_postfix_str(f"{len(frozen) + 1} together")
+            frozen.append(site)
+            layer = start(site)
+            behind = [one for one in frozen if start(one) >= layer]
+            freezing = Freezing(model, behind, "first", measured=half)
+            normalised, found = final_input(
+                model, streams[places[layer]], freezing.edits, places[layer + 1 :], layer
+            )
+            streams |= found
+            together[site] = text.cost(normalised[half:])
+            bar.update()
+            if not together[site].loss <= stop_above:
+                break
+    return SiteSensitivity(
+        text.loss, costs["none"], costs["first"], costs["outliers"],
+        outliers, together, len(text.targets),
+    )  # fmt: skip
