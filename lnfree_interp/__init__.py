@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         qk_table,
         virtual_weights,
     )
-    from lnfree_interp.bundled import bundled_checkpoint
+    from lnfree_interp.bundled import bundled_checkpoint, smollm2
     from lnfree_interp.checkpoints import formats
     from lnfree_interp.checkpoints.converting import convert
     from lnfree_interp.checkpoints.exporting import export
@@ -166,6 +166,7 @@ _HOME = {
     "qk_table": "lnfree_interp.analysis.weights",
     "virtual_weights": "lnfree_interp.analysis.weights",
     "bundled_checkpoint": "lnfree_interp.bundled",
+    "smollm2": "lnfree_interp.bundled",
     "convert": "lnfree_interp.checkpoints.converting",
     "export": "lnfree_interp.checkpoints.exporting",
     "load": "lnfree_interp.checkpoints.loading",

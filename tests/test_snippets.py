@@ -1,6 +1,7 @@
 """Every snippet of README.md and docs/ runs; commands are parsed and not run.
 
-A block that cannot run here has a comment before it, `<!-- not run: REASON -->`.
+A block that cannot run here has a comment before it, `<!-- not run: REASON -->`. One that needs
+SmolLM2 has `<!-- needs: make smollm2 -->`, and runs with the other tests that do.
 """
 
 import functools
@@ -41,24 +42,27 @@ class Block:
     language: str
     code: str
     not_run: str | None
+    needs: str | None
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    lines, reason, start = page.read_text().splitlines(), None, None
+    lines, reason, needs, start = page.read_text().splitlines(), None, None, None
     language, body = "", []
     for number, line in enumerate(lines, 1):
         fence = re.fullmatch(r"\s*```(\w*)", line)
         if start is None and fence and fence[1]:
             language, start, body = fence[1], number, []
         elif start is not None and fence:
-            yield Block(page, start, language, "\n".join(body), reason)
-            start, reason = None, None
+            yield Block(page, start, language, "\n".join(body), reason, needs)
+            start, reason, needs = None, None, None
         elif start is not None:
             body.append(line)
         elif found := re.fullmatch(r"<!-- not run: (.+) -->", line.strip()):
             reason = found[1]
+        elif found := re.fullmatch(r"<!-- needs: (make smollm2) -->", line.strip()):
+            needs = found[1]
         elif line.strip():
-            reason = None
+            reason, needs = None, None
 
 
 def name(page: Path) -> str:
@@ -126,12 +130,27 @@ def names(shared, tmp_path, monkeypatch) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore::lnfree_interp.errors.HeldWarning")
 @pytest.mark.parametrize("page", PYTHON, ids=name)
 def test_the_snippets_of_a_page_run(page, names):
-    names["__name__"] = "snippet"
     for block in PYTHON[page]:
-        if block.not_run is None:
-            code = "\n" * block.line + block.code
-            with torch.enable_grad():
-                exec(compile(code, name(page), "exec"), names)
+        if block.not_run is None and block.needs is None:
+            execute(block, names)
+
+
+def execute(block, names):
+    names["__name__"] = "snippet"
+    code = "\n" * block.line + block.code
+    with torch.enable_grad():
+        exec(compile(code, name(block.page), "exec"), names)
+
+
+@pytest.mark.smollm2
+@pytest.mark.filterwarnings("ignore::lnfree_interp.errors.HeldWarning")
+@pytest.mark.parametrize(
+    "block",
+    [block for page in PYTHON.values() for block in page if block.needs],
+    ids=lambda block: f"{name(block.page)}:{block.line}",
+)
+def test_a_snippet_that_needs_smollm2_runs(block, names):
+    execute(block, names)
 
 
 def test_hardly_a_snippet_is_left_out():

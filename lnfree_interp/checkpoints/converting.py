@@ -71,7 +71,7 @@ def convert(
     """Load a checkpoint, change its norms, write it as another.
 
     Args:
-        source: Hub id, local folder or nanoGPT `ckpt.pt`.
+        source: Hub id, local folder, `model.gguf` or nanoGPT `ckpt.pt`.
         out: A folder that does not exist yet or is empty.
         form: For LN-free checkpoints: whether the constants are folded into the weights (the
             default) or stay in the norms.

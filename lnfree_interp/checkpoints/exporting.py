@@ -22,7 +22,7 @@ from lnfree_interp.checkpoints.published import CONSTANT_EPSILON
 from lnfree_interp.checkpoints.sidecar import Sidecar
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
-from lnfree_interp.models.agreement import require_same_logits
+from lnfree_interp.models.agreement import origin_of, require_same_logits
 from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.forms import epsilon_of
 from lnfree_interp.models.norm_conversions import is_crms
@@ -228,6 +228,7 @@ def _sidecar(
             for what, error in errors.items()
         },
         source=_public_name(source or model.cfg.model_name),
+        weights=origin_of(model),
         made_by=f"lnfree_interp {version('lnfree_interp')}",
     )
 

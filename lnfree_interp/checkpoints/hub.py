@@ -31,26 +31,58 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _NANOGPT_SUFFIXES = (".pt", ".pth")
 
+_GGUF_SUFFIX = ".gguf"
+
 
 def locate(
     source: str | os.PathLike[str],
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """The local folder or nanoGPT file of a source, downloaded if it is a hub id.
+    """The local folder, GGUF or nanoGPT file of a source, downloaded if it is a hub id.
+
+    A folder whose only weights are one GGUF file stands for that file.
 
     Raises:
-        CheckpointError: if it is neither there nor on the hub, or the hub cannot be reached.
+        CheckpointError: if it is neither there nor on the hub, the hub cannot be reached, or a
+            folder holds several GGUF files.
     """
     name = os.fspath(source)
     path = Path(name)
-    if path.is_dir() or (path.is_file() and path.suffix in _NANOGPT_SUFFIXES):
+    if path.is_dir():
+        return _only_gguf(path) or path
+    if path.is_file() and (path.suffix in _NANOGPT_SUFFIXES or is_gguf(path)):
         return path
     if path.exists():
         raise CheckpointError(
-            f"{name}: a file of another kind: pass a folder, a nanoGPT file (.pt, .pth) or a hub id"
+            f"{name}: a file of another kind: pass a folder, a GGUF file (.gguf), a nanoGPT file "
+            "(.pt, .pth) or a hub id"
+        )
+    if is_gguf(path):
+        raise CheckpointError(
+            f"{name}: no such file: pass the path of a GGUF file on this machine (one from the hub "
+            "is downloaded first: `hf download ID FILE.gguf`)"
         )
     return _download(name, revision, cache_dir)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path has the suffix of a GGUF file."""
+    return path.suffix.lower() == _GGUF_SUFFIX
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds no other weights."""
+    files = sorted(path for path in folder.iterdir() if is_gguf(path))
+    others = (pattern for pattern in ("*.safetensors*", "*.bin*") if any(folder.glob(pattern)))
+    if not files or any(others):
+        return None
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder}: holds {len(files)} GGUF files ({', '.join(file.name for file in files)}): "
+            "pass the path of one of them"
+        )
+    return files[0]
 
 
 def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:

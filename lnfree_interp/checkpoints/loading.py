@@ -19,13 +19,16 @@ from lnfree_interp.checkpoints.architectures import (
 )
 from lnfree_interp.checkpoints.hub import first_line
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
+from lnfree_interp.checkpoints.sidecar import read_sidecar
 from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import (
     logits_of,
     measured_agreement,
+    origin_of,
     random_tokens,
     record_agreement,
+    record_origin,
 )
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
@@ -58,10 +61,12 @@ def load(
     """A checkpoint as a stock `HookedTransformer`, its logits compared with transformers'.
 
     Live norms stay live and weights unprocessed. A published LN-free checkpoint is recognised from
-    its content, and its norms folded.
+    its content, and its norms folded. Quantised weights (GGUF) are dequantised; what is exported of
+    the model says so.
 
     Args:
-        source: Hub id, local folder, a nanoGPT `ckpt.pt`, or a `transformers` model in memory.
+        source: Hub id, local folder, a `model.gguf` (or a folder whose only weights it is), a
+            nanoGPT `ckpt.pt`, or a `transformers` model in memory.
         form: For LN-free checkpoints. `"folded"` is a stock model with `normalization_type=None`;
             `"frozen"` keeps norms that divide by a constant, on which TransformerLens' own tools
             run and are exact, see `frozen_form`; `"sites"` gives back the model with norm sites
@@ -152,7 +157,7 @@ def load_checkpoint(
             )
         if any(W.is_meta for W in source.parameters()):
             raise CheckpointError(f"{name}: a model on the meta device has no weights")
-        opened = OpenCheckpoint(source, tokenizer, "in memory")
+        opened = OpenCheckpoint(source, tokenizer, "in memory", origin=origin_of(source))
     else:
         name = os.fspath(source)
         path = locate(source, revision, cache_dir)
@@ -163,6 +168,8 @@ def load_checkpoint(
                     "constants: leave sigma out"
                 )
             model, error = native.read(path, tokenizer, dtype, device, check=check)
+            sidecar = read_sidecar(path)
+            record_origin(model, None if sidecar is None else sidecar.weights)
             model = _in_form(model, form)
             if error is not None:
                 changed = measured_agreement(model) or error
@@ -197,6 +204,7 @@ def load_checkpoint(
         if not recognised.startswith("LN-free"):
             recognised = f"LN-free, norms with a constant epsilon of {cfg.eps:g} ({recognised})"
         model = _without_norms(cfg, weights, norms, opened, form or "folded")
+    record_origin(model, opened.origin)
     if expected is None:
         return Loaded(model, recognised, None)
     error = measure_error(logits_of(model, tokens).cpu(), expected)

@@ -37,6 +37,11 @@ def model_card(
         f"This is {_WHAT[sidecar.form]}. {_sizes(cfg)}",
         _opening(target, lnfree),
     ]
+    if sidecar.weights is not None:
+        parts.append(
+            f"**Its weights come from a quantised file** ({sidecar.weights}): they are what the "
+            "quantisation left of the original's, and so are its logits."
+        )
     if lnfree:
         parts.append(
             "Its residual stream is linear: a logit is exactly the sum of what every head, neuron "

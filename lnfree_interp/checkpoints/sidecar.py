@@ -36,6 +36,9 @@ class Sidecar:
     """Measured errors by what was compared: absolute, relative, dtype."""
     source: str | None = None
     """What the model was made from."""
+    weights: str | None = None
+    """How its weights lost precision before they came here, such as "GGUF, quantised Q4_1,
+    dequantised to float32"; None if that is not known."""
     made_by: str = ""
     """Name and version of the package that wrote it."""
 
@@ -79,6 +82,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         raise CheckpointError(f"{file}: cannot be read: {error!s:.100}") from error
     if sidecar.epsilon is not None:
         numbers["epsilon"] = sidecar.epsilon
+    if not isinstance(sidecar.weights, str | None):
+        raise CheckpointError(f"{file}: weights is {sidecar.weights!r:.40}, not a text")
     for what, value in numbers.items():
         if not isinstance(value, int | float) or not 0 < value < 1e30:
             raise CheckpointError(f"{file}: {what} is {value!r:.40}, not a positive number")

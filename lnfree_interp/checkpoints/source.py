@@ -25,12 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lnfree_interp.checkpoints import published
+from lnfree_interp.checkpoints import gguf, published
 from lnfree_interp.checkpoints.architectures import architecture_of, config_fields
-from lnfree_interp.checkpoints.hub import WEIGHTS_FILES, first_line, locate
+from lnfree_interp.checkpoints.gguf_header import read_header
+from lnfree_interp.checkpoints.hub import WEIGHTS_FILES, first_line, is_gguf, locate
 from lnfree_interp.checkpoints.pickles import read_pickle, read_state_dict, shards_of
 from lnfree_interp.checkpoints.sidecar import read_sidecar
-from lnfree_interp.errors import CheckpointError, UnsupportedModelError
+from lnfree_interp.errors import CheckpointError, LnfreeError, UnsupportedModelError
+from lnfree_interp.models.agreement import record_origin
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 
@@ -52,6 +54,8 @@ class OpenCheckpoint:
     """The constants of its norms by TransformerLens' names, where the format states them."""
     epsilon: float | None = None
     """What its norms added to the variance while they were live; None if that is not known."""
+    origin: str | None = None
+    """How the weights lost precision before they came here; None if that is not known."""
 
     def take_weights(self) -> dict[str, Tensor]:
         """The weights. The model is dropped, so that each weight can be freed once it is used."""
@@ -69,12 +73,12 @@ def open_in_transformers(
     cache_dir: str | os.PathLike[str] | None = None,
     sigma: Sigma | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model and tokenizer of a hub id, a local folder or a nanoGPT file, in `transformers`.
+    """The model and tokenizer of a hub id, a local folder or file, in `transformers`.
 
     No code from the checkpoint is run: safetensors, or pickles restricted to tensors.
 
     Args:
-        source: Hub id such as `gpt2`, a folder, or a `ckpt.pt`.
+        source: Hub id such as `gpt2`, a folder, a `model.gguf`, or a nanoGPT `ckpt.pt`.
         dtype: Of the weights in memory, whatever the file holds.
         device: Where the weights go.
         revision: Branch, tag or commit on the hub.
@@ -123,15 +127,17 @@ def open_checkpoint(
         CheckpointError: if something is missing or unreadable.
         UnsupportedModelError: if the architecture is not supported.
     """
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         opened = _open_nanogpt(path, dtype, sigma)
         opened.tokenizer = tokenizer
+    elif sigma is not None:
+        raise CheckpointError(
+            f"{name}: sigma is for nanoGPT files, and this checkpoint holds its own constants: "
+            "leave sigma out"
+        )
+    elif path.is_file():
+        opened = _open_gguf(path, dtype, tokenizer)
     else:
-        if sigma is not None:
-            raise CheckpointError(
-                f"{name}: sigma is for nanoGPT files, and this folder holds its own constants: "
-                "leave sigma out"
-            )
         _require_files(path, tokenizer_needed=tokenizer is None)
         config = read_config(path, name)
         tokenizer = tokenizer or read_tokenizer(path)
@@ -143,11 +149,13 @@ def open_checkpoint(
             opened = OpenCheckpoint(hf_model, tokenizer, "safetensors")
             if sidecar is not None:
                 opened.sigma, opened.epsilon = dict(sidecar.sigma), sidecar.epsilon
+                opened.origin = sidecar.weights
         else:
             opened = _from_pickles(path, config, dtype)
             opened.tokenizer = tokenizer
     nn.Module.to(opened.hf_model, device).eval()
     _release_file(opened.hf_model)
+    record_origin(opened.hf_model, opened.origin)
     return opened
 
 
@@ -175,15 +183,44 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
 
 
 def read_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id.
+    """The tokenizer of a folder, a hub id or a GGUF file.
 
     Raises:
         CheckpointError: if there is none that can be used.
     """
+    path = Path(source)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if not (path.is_file() and is_gguf(path)):
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        read_header(path)
+        with gguf.alone(path) as where:
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = ""
+        return tokenizer
+    except LnfreeError:
+        raise
     except Exception as error:  # the tokenizer libraries raise their own types
         raise CheckpointError(f"{source}: no usable tokenizer: {first_line(error)}") from error
+
+
+def _open_gguf(
+    file: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+) -> OpenCheckpoint:
+    header = read_header(file)
+    if tokenizer is None and not header.has_tokenizer:
+        raise CheckpointError(
+            f"{file}: no tokenizer in it: pass tokenizer=, such as "
+            "AutoTokenizer.from_pretrained(ORIGINAL) (on the command line: --tokenizer ORIGINAL)"
+        )
+    with gguf.alone(file) as where:
+        config = gguf.read_config(header, where)
+        _require_plausible_size(file, config, header.numbers, says="its metadata")
+        gguf.require_places(header, config)
+        tokenizer = tokenizer or read_tokenizer(file)
+        hf_model = _in_transformers(file, config, dtype, says="its metadata", **where)
+    kind = header.describe(dtype)
+    origin = None if header.quantisation is None else kind
+    return OpenCheckpoint(gguf.as_plain(hf_model), tokenizer, kind, origin=origin)
 
 
 def _from_pickles(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> OpenCheckpoint:
@@ -253,7 +290,12 @@ def _from_state(
 
 
 def _in_transformers(
-    source: Path, config: PretrainedConfig, dtype: torch.dtype, **where: Any
+    source: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    says: str = "config.json",
+    **where: Any,
 ) -> PreTrainedModel:
     """`from_pretrained` with every weight accounted for."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -271,14 +313,14 @@ def _in_transformers(
     if wrong := sorted(report["mismatched_keys"], key=str):
         name, found, expected = wrong[0]
         raise CheckpointError(
-            f"{source}: {name} has shape {list(found)}, config.json says {list(expected)}"
+            f"{source}: {name} has shape {list(found)}, {says} says {list(expected)}"
         )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{source}: the weights file lacks {', '.join(missing[:3])}")
     if unknown := [key for key in sorted(report["unexpected_keys"]) if not _MASK.search(key)]:
         raise CheckpointError(
             f"{source}: the weights file holds {', '.join(unknown[:3])}, which has no place in the "
-            "model of config.json"
+            f"model of {says}"
         )
     return model
 
@@ -311,6 +353,8 @@ def has_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -
             reached.
     """
     folder = locate(source, revision)
+    if is_gguf(folder):
+        return read_header(folder).has_tokenizer
     return any((folder / file).is_file() for file in _TOKENIZER_FILES)
 
 
@@ -342,7 +386,9 @@ def _stored(W: Tensor) -> int:
     return min(W.numel(), W.untyped_storage().nbytes() // W.element_size())
 
 
-def _require_plausible_size(source: Path, config: PretrainedConfig, stored: int) -> None:
+def _require_plausible_size(
+    source: Path, config: PretrainedConfig, stored: int, says: str = "config.json"
+) -> None:
     """Refuse a config that describes a larger model than the files hold, before it is built."""
     fields = config_fields(config, architecture_of(config)[1])
     d_model, d_mlp = fields["d_model"], fields["d_mlp"]
@@ -352,6 +398,6 @@ def _require_plausible_size(source: Path, config: PretrainedConfig, stored: int)
         needed += fields["n_ctx"] * d_model
     if needed > stored:
         raise CheckpointError(
-            f"{source}: config.json describes at least {needed:,} weights, the files hold "
+            f"{source}: {says} describes at least {needed:,} weights, the files hold "
             f"{stored:,}: they do not belong together"
         )

@@ -26,11 +26,11 @@ def convert(
     """Convert a checkpoint into another with the same logits, and measure the difference.
 
     Reads a hub id, a Hugging Face folder, the published LN-free formats (recognised from their
-    content), a nanoGPT ckpt.pt, or a folder that this package wrote. Writes weights as safetensors,
-    config, tokenizer, a model card with the measured errors, and lnfree.json.
+    content), a GGUF file, a nanoGPT ckpt.pt, or a folder that this package wrote. Writes weights as
+    safetensors, config, tokenizer, a model card with the measured errors, and lnfree.json.
 
     Args:
-        source: Hub id, folder or ckpt.pt.
+        source: Hub id, folder, model.gguf or ckpt.pt.
         out: Folder to write; it must be new or empty.
         form: Form of an LN-free checkpoint: folded, its constants are in the weights (the default);
             frozen, they are in the norms.
@@ -41,7 +41,8 @@ def convert(
         target: Layout of the result. Default: transformers if it has a class for the model.
         dtype: Dtype of the weights.
         revision: Branch, tag or commit of the checkpoint on the hub.
-        tokenizer: Hub id or folder of the tokenizer, for a checkpoint that has none.
+        tokenizer: Hub id or folder of the tokenizer, or a GGUF file that has it, for a checkpoint
+            that has none.
         sigma: JSON file with the constant of each norm, for a ckpt.pt, which does not contain them.
         check: Compare the logits with those of transformers after loading.
         dry_run: Load the checkpoint and say what would be done, without writing.

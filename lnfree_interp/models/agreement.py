@@ -17,6 +17,9 @@ _RECORD = "_lnfree_measured_agreement"
 """Attribute of a made model: absolute, relative, dtype. Plain values, so that a stock model stays
 one that needs no class of this package."""
 
+_ORIGIN = "_lnfree_weights_origin"
+"""Attribute of a model whose weights lost precision before they came here: how, in words."""
+
 
 def logits_of(
     model: LanguageModel, tokens: Int[Tensor, "batch pos"]
@@ -98,6 +101,7 @@ def require_same_logits(
         raise InexactError(f"{what}: {_not_finite(given, tokens)}")
     error = measure_error(logits_of(made, tokens), expected).require(what, tolerance)
     record_agreement(made, error)
+    record_origin(made, origin_of(given))
     return error
 
 
@@ -127,6 +131,17 @@ def _not_finite(model: LanguageModel, tokens: Int[Tensor, "batch pos"]) -> str:
 def record_agreement(model: LanguageModel, error: MeasuredError) -> None:
     """Keep with a model how far its logits were from those of what it was made from."""
     setattr(model, _RECORD, (error.absolute, error.relative, error.dtype))
+
+
+def record_origin(model: LanguageModel, origin: str | None) -> None:
+    """Keep with a model, and with what is made from it, how its weights lost precision."""
+    if origin is not None:
+        setattr(model, _ORIGIN, origin)
+
+
+def origin_of(model: LanguageModel) -> str | None:
+    """How a model's weights lost precision before they came here, in words; None if unknown."""
+    return getattr(model, _ORIGIN, None)
 
 
 def measured_agreement(model: HookedTransformer) -> MeasuredError | None:

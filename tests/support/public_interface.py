@@ -10,6 +10,7 @@ import lnfree_interp as lf
 
 model = lf.load("gpt2", dtype=torch.float64)
 assert_type(model, HookedTransformer)
+lf.load(lf.smollm2())
 data = lf.pack(lf.stdlib_corpus("train"), model.tokenizer, sequence_length=128)
 recipe = lf.recipes.distilled(model, steps=10)
 run = lf.remove_norms(model, recipe, data, fwd_hooks=[("blocks.0.hook_mlp_out", print)])
