@@ -36,8 +36,16 @@ def locate(
     source: str | os.PathLike[str],
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    weights: bool = True,
 ) -> Path:
     """The local folder or nanoGPT file of a source, downloaded if it is a hub id.
+
+    Args:
+        source: Hub id, folder or file.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Where hub files are kept.
+        weights: False: the config is enough, and no weights are downloaded.
 
     Raises:
         CheckpointError: if it is neither there nor on the hub, or the hub cannot be reached.
@@ -50,16 +58,18 @@ def locate(
         raise CheckpointError(
             f"{name}: a file of another kind: pass a folder, a nanoGPT file (.pt, .pth) or a hub id"
         )
-    return _download(name, revision, cache_dir)
+    return _download(name, revision, cache_dir, weights)
 
 
-def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+def _download(
+    name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, weights: bool
+) -> Path:
     """The snapshot folder of a hub model, without a network if the cache holds all of it."""
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         for config in ("config.json", "hooked_transformer.json"):
             cached = try_to_load_from_cache(name, config, **where)
-            if isinstance(cached, str) and _has_weights(Path(cached).parent):
+            if isinstance(cached, str) and (not weights or _has_weights(Path(cached).parent)):
                 return Path(cached).parent
         # One question with a short time-out, in place of slow retries.
         files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
@@ -67,6 +77,7 @@ def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str]
         safe = any(file.endswith(".safetensors") and "/" not in file for file in names)
         unwanted = ["*/*", "*.bin" if safe else "*.safetensors", "*.h5", "*.msgpack", "*.ot"]
         wanted = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"]
+        wanted = wanted if weights else ["config.json", "hooked_transformer.json"]
         return Path(
             snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **where)
         )
