@@ -21,14 +21,15 @@ import tyro
 from transformer_lens import HookedTransformer
 
 import lnfree_interp as lf
-from lnfree_interp.data.sources import STDLIB, open_sequences
+from lnfree_interp.data.names import STDLIB
+from lnfree_interp.data.sources import open_sequences
 from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run_job import make_recipe, resume_job, run_job
-from lnfree_interp.removal.schedule import published_order
+from lnfree_interp.removal.schedule import Sites, published_order
 
 
-def shrunk(job: RemovalJob, model: HookedTransformer) -> Recipe:
+def shrunk(job: RemovalJob, model: Sites) -> Recipe:
     """The job's recipe in a few steps of a few sequences."""
     recipe = make_recipe(job, model)
     return replace(
@@ -109,9 +110,9 @@ def main(
 
 def scores(model: HookedTransformer, job: RemovalJob, sequences: int) -> dict[str, float]:
     """Mean, median and 99.9th percentile of cross-entropy on held-out blocks."""
-    split = "heldout" if job.data == STDLIB else job.split
+    split = "heldout" if job.text == STDLIB else job.split
     assert job.sequence_length is not None
-    text = open_sequences(job.data, model.tokenizer, job.sequence_length, split=split).take(
+    text = open_sequences(job.text, model.tokenizer, job.sequence_length, split=split).take(
         sequences
     )
     losses = lf.evaluate_loss(model, text, batch=4).per_token.numpy()

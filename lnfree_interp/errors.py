@@ -34,6 +34,23 @@ class RecipeError(LnfreeError):
     """A removal recipe that contradicts itself, or does not fit the model or the data."""
 
 
+class TooFewStepsError(RecipeError):
+    """A recipe that does not fit into its steps."""
+
+    def __init__(self, why: str, smallest: int):
+        """An error that says how many steps would do.
+
+        Args:
+            why: What does not fit.
+            smallest: The smallest number of steps that may do.
+        """
+        super().__init__(why, smallest)
+        self.why, self.smallest = why, smallest
+
+    def __str__(self) -> str:
+        return f"{self.why}: give at least {self.smallest} steps"
+
+
 class OutputError(LnfreeError):
     """An output file or folder that exists already, or cannot be written."""
 

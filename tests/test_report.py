@@ -47,8 +47,8 @@ def opened(page: Path, folder: Path) -> tuple[str, str]:
 def test_every_figure_is_drawn_and_nothing_fails(gpt2_folder, free_folder, tmp_path):
     page = tmp_path / "report.html"
     write_report(
-        ReportJob(source=str(free_folder), original=str(gpt2_folder), sequences=4), page,
-        progress=False,
+        ReportJob(source=str(free_folder), original=str(gpt2_folder), sequences=4, data="stdlib"),
+        page, progress=False,
         questions=[Question("for i in <script>alert(1)</script> range", "i", "n")],
     )  # fmt: skip
     text = page.read_text(encoding="utf-8")
@@ -69,11 +69,12 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     run = tmp_path / "run"
     name = os.path.relpath(gpt2_folder, tmp_path)
     command = [sys.executable, "-m", "lnfree_interp", "remove", name, "--steps", "14"]
+    command += ["--data", "stdlib"]
     command += ["--sequence-length", "16", "--batch", "2", "--heldout", "2", "--out", str(run)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     page = tmp_path / "report.html"
     command = [sys.executable, "-m", "lnfree_interp", "report", str(run), "--out", str(page)]
-    command += ["--sequences", "4", "--prompt", "for i in", "--answer", "i"]
+    command += ["--sequences", "4", "--prompt", "for i in", "--answer", "i", "--data", "stdlib"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert f"wrote {page}" in done.stdout
     text = page.read_text(encoding="utf-8")
@@ -84,7 +85,7 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
     assert again.returncode == 2
     assert "already exists" in again.stderr
     command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(run), "--sequences", "2"]
-    command += ["--no-effects", "--neurons", "0", "--pairs", "0"]
+    command += ["--no-effects", "--neurons", "0", "--pairs", "0", "--data", "stdlib"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert re.search(rf"tokens +{gpt2_folder.name} +run\n", done.stdout)
     assert "minus original" in done.stdout
@@ -106,6 +107,7 @@ def test_the_original_is_what_the_folder_says(tmp_path):
     ):
         (folder / "run.json").write_text(json.dumps({"version": 2, "about": about}))
         assert find_model(folder).original == original
+        assert find_model(folder).bundled == (about["model"] is None)
     with pytest.raises(
         CheckpointError, match=r"started from gpt2, which cannot be loaded.*--original"
     ):
@@ -144,7 +146,8 @@ def test_names_with_a_revision(gpt2_folder, tmp_path):
 
 def test_a_live_model_alone(gpt2_folder, tmp_path):
     page = write_report(
-        ReportJob(source=str(gpt2_folder), sequences=2), tmp_path / "live.html", progress=False,
+        ReportJob(source=str(gpt2_folder), sequences=2, data="stdlib"), tmp_path / "live.html",
+        progress=False,
         questions=[Question("for i in", "i")],
     )  # fmt: skip
     text = page.read_text(encoding="utf-8")
@@ -157,9 +160,11 @@ def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
     asked = [Question("for i in", "zzz qqq")]
     with pytest.raises(DataError, match="is one token"):
         write_report(
-            ReportJob(source=str(gpt2_folder), sequences=1), tmp_path / "report.html",
-            questions=asked,
+            ReportJob(source=str(gpt2_folder), sequences=1, data="stdlib"),
+            tmp_path / "report.html", questions=asked,
         )  # fmt: skip
+    with pytest.raises(DataError, match=r"no text was named for .*give --data"):
+        write_report(ReportJob(source=str(gpt2_folder)), tmp_path / "report.html")
     with pytest.raises(OutputError, match="not a writable folder"):
         write_report(ReportJob(source=str(gpt2_folder)), tmp_path / "nowhere" / "report.html")
     unfinished = tmp_path / "unfinished"

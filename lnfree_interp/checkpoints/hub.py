@@ -38,10 +38,18 @@ def locate(
     source: str | os.PathLike[str],
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    weights: bool = True,
 ) -> Path:
     """The local folder, GGUF or nanoGPT file of a source, downloaded if it is a hub id.
 
     A folder whose only weights are one GGUF file stands for that file.
+
+    Args:
+        source: Hub id, folder or file.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Where hub files are kept.
+        weights: False: the config is enough, and no weights are downloaded.
 
     Raises:
         CheckpointError: if it is neither there nor on the hub, the hub cannot be reached, or a
@@ -63,7 +71,7 @@ def locate(
             f"{name}: no such file: pass the path of a GGUF file on this machine (one from the hub "
             "is downloaded first: `hf download ID FILE.gguf`)"
         )
-    return _download(name, revision, cache_dir)
+    return _download(name, revision, cache_dir, weights)
 
 
 def is_gguf(path: Path) -> bool:
@@ -85,13 +93,15 @@ def _only_gguf(folder: Path) -> Path | None:
     return files[0]
 
 
-def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+def _download(
+    name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, weights: bool
+) -> Path:
     """The snapshot folder of a hub model, without a network if the cache holds all of it."""
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         for config in ("config.json", "hooked_transformer.json"):
             cached = try_to_load_from_cache(name, config, **where)
-            if isinstance(cached, str) and _has_weights(Path(cached).parent):
+            if isinstance(cached, str) and (not weights or _has_weights(Path(cached).parent)):
                 return Path(cached).parent
         # One question with a short time-out, in place of slow retries.
         files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
@@ -99,6 +109,7 @@ def _download(name: str, revision: str | None, cache_dir: str | os.PathLike[str]
         safe = any(file.endswith(".safetensors") and "/" not in file for file in names)
         unwanted = ["*/*", "*.bin" if safe else "*.safetensors", "*.h5", "*.msgpack", "*.ot"]
         wanted = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"]
+        wanted = wanted if weights else ["config.json", "hooked_transformer.json"]
         return Path(
             snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **where)
         )

@@ -17,10 +17,16 @@ from lnfree_interp.checkpoints.architectures import (
     hooked_config,
     logit_tolerance,
 )
-from lnfree_interp.checkpoints.hub import first_line
+from lnfree_interp.checkpoints.hub import first_line, is_gguf
 from lnfree_interp.checkpoints.layouts import to_hooked_weights
 from lnfree_interp.checkpoints.sidecar import read_sidecar
-from lnfree_interp.checkpoints.source import OpenCheckpoint, Sigma, locate, open_checkpoint
+from lnfree_interp.checkpoints.source import (
+    OpenCheckpoint,
+    Sigma,
+    locate,
+    open_checkpoint,
+    read_config,
+)
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import (
     logits_of,
@@ -214,6 +220,38 @@ def load_checkpoint(
     )
     record_agreement(model, error)
     return Loaded(model, recognised, error)
+
+
+def config_of(
+    source: str | os.PathLike[str], *, revision: str | None = None
+) -> HookedTransformerConfig:
+    """The config of a checkpoint, without reading or downloading its weights.
+
+    A published LN-free format may have the config of its original, with norms.
+
+    Args:
+        source: Hub id, local folder or GGUF file.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: if there is no config that can be read.
+        UnsupportedModelError: if the architecture is not supported.
+    """
+    name, device = os.fspath(source), torch.device("cpu")
+    path = locate(source, revision, weights=False)
+    if path.is_file() and not is_gguf(path):
+        raise CheckpointError(
+            f"{name} is a nanoGPT file: make a folder of it first, with "
+            f"lnfree convert {name} FOLDER --sigma FILE.json"
+        )
+    if native.is_native(path):
+        return native.read_cfg(path, torch.float32, device)[0]
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{name}: no config.json, so this is not a Hugging Face checkpoint folder"
+        )
+    config = read_config(path, name)
+    return hooked_config(config, architecture_of(config)[0], torch.float32, device, name)
 
 
 def _compared_length(cfg: HookedTransformerConfig) -> int:

@@ -116,28 +116,14 @@ def read(
         InexactError: if the logits are not those of the model that was written.
     """
     file = folder / CONFIG
+    cfg, content = read_cfg(folder, dtype, device)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["version"] != _VERSION:
-            raise CheckpointError(
-                f"{file}: version {content['version']}; this package reads version {_VERSION}"
-            )
-        known = {field.name for field in fields(HookedTransformerConfig)} - set(_NOT_SAVED)
-        if unknown := sorted(set(content["config"]) - known):
-            raise CheckpointError(f"{file}: unknown field {unknown[0]}")
-        cfg = HookedTransformerConfig(
-            **content["config"], dtype=dtype, device=str(device), init_weights=False
-        )
-        if not 0 < cfg.eps < 1e30:
-            raise CheckpointError(f"{file}: eps={cfg.eps}, and it must be a positive number")
         frozen = {name: float(sigma) for name, sigma in content["frozen"].items()}
         firsts = {name: float(sigma) for name, sigma in content.get("frozen_first", {}).items()}
         expected = torch.tensor(content["logits"], dtype=torch.float64)
         tokens = torch.tensor(content["tokens"])
         crms, sited = content["crms"] is True, content.get("sites") is True
-    except CheckpointError:
-        raise
-    except Exception as error:  # TransformerLens raises many types for a wrong value
+    except Exception as error:  # whatever a wrong value leads to
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -173,6 +159,36 @@ def read(
         return model.eval(), None
     error = measure_error(_logits(model.eval(), tokens).to(dtype), expected.to(dtype))
     return model, error.require(f"{folder}: logits against those of the model that was written")
+
+
+def read_cfg(
+    folder: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[HookedTransformerConfig, dict[str, Any]]:
+    """The config of a folder that `write` made, and all that stands beside it.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    file = folder / CONFIG
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["version"] != _VERSION:
+            raise CheckpointError(
+                f"{file}: version {content['version']}; this package reads version {_VERSION}"
+            )
+        known = {field.name for field in fields(HookedTransformerConfig)} - set(_NOT_SAVED)
+        if unknown := sorted(set(content["config"]) - known):
+            raise CheckpointError(f"{file}: unknown field {unknown[0]}")
+        cfg = HookedTransformerConfig(
+            **content["config"], dtype=dtype, device=str(device), init_weights=False
+        )
+        if not 0 < cfg.eps < 1e30:
+            raise CheckpointError(f"{file}: eps={cfg.eps}, and it must be a positive number")
+    except CheckpointError:
+        raise
+    except Exception as error:  # TransformerLens raises many types for a wrong value
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
+    return cfg, content
 
 
 def _sample(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -166,13 +166,18 @@ def _release_file(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-def read_config(folder: Path, name: str) -> PretrainedConfig:
-    """config.json, of a supported architecture that can be represented faithfully.
+def read_config(path: Path, name: str) -> PretrainedConfig:
+    """The config of a folder or a GGUF file, of a supported architecture that can be represented
+    faithfully.
 
     Raises:
         CheckpointError: if it cannot be read or contradicts itself.
         UnsupportedModelError: if the architecture, or this variant of it, is not supported.
     """
+    if is_gguf(path):
+        with gguf.alone(path) as where:
+            return gguf.read_config(read_header(path), where)
+    folder = path
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with types of its own

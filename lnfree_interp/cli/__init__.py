@@ -5,12 +5,14 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 
 import os
 import sys
+from importlib.metadata import version
 
 import tyro
 
 from lnfree_interp.cli.convert import convert
 from lnfree_interp.cli.demo import demo
 from lnfree_interp.cli.evaluate import evaluate
+from lnfree_interp.cli.options import CONFIG, REGISTRY
 from lnfree_interp.cli.remove import remove
 from lnfree_interp.cli.report import report
 from lnfree_interp.errors import LnfreeError
@@ -18,6 +20,9 @@ from lnfree_interp.errors import LnfreeError
 
 def main() -> None:
     """Run a command. Exit status: 2 for an error that the user can correct, 130 after Ctrl-C."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"lnfree {version('lnfree_interp')}")
+        return
     try:
         tyro.extras.subcommand_cli_from_dict(
             {
@@ -28,7 +33,12 @@ def main() -> None:
                 "report": report,
             },
             prog="lnfree",
-            description="Remove the norms of a transformer, and read its logits as sums of parts.",
+            description=(
+                "Remove the norms of a transformer, and read its logits as sums of parts. "
+                "`lnfree --version` says which version this is."
+            ),
+            config=CONFIG,
+            registry=REGISTRY,
         )
     except LnfreeError as error:
         print(f"lnfree: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ def remove(
     Args:
         job: What to do.
         out: Folder to write; it must be new or empty.
-        plan: Say what would be done, and stop.
+        plan: Say what would be done, time a few steps to say how long it takes here, and stop.
         resume: Continue the run in this folder. All other options are taken from there.
     """
     from lnfree_interp.files import require_writable

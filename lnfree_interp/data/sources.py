@@ -26,12 +26,10 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.checkpoints.hub import HUB_TIMEOUT
+from lnfree_interp.data.names import STDLIB
 from lnfree_interp.data.stdlib import Split, stdlib_corpus
 from lnfree_interp.data.streams import PackedStream
 from lnfree_interp.errors import DataError
-
-STDLIB = "stdlib"
-"""The name of the text that every machine has: the source of Python's standard library."""
 
 OFFLINE_WAYS = f"pass a local file or folder of text, or {STDLIB!r}, which need no network"
 
@@ -162,6 +160,13 @@ def text_column(documents: Dataset | IterableDataset, column: str | None) -> tup
     if len(strings) != 1:
         raise DataError(f"the column of text is not clear: name one of {strings or list(kinds)}")
     return strings[0], False
+
+
+def described(source: str, documents: Dataset | IterableDataset) -> str:
+    """The name of a text, and how many documents it has if that is known."""
+    if isinstance(documents, IterableDataset):
+        return f"{source}, streamed"
+    return f"{source}, {len(documents):,} documents"
 
 
 def _features(documents: Dataset | IterableDataset) -> Features:

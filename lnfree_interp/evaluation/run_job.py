@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.checkpoints.source import read_tokenizer
-from lnfree_interp.data.named import evaluation_text
+from lnfree_interp.data.named import NAMED, evaluation_text
+from lnfree_interp.data.names import text_for
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.evaluate import evaluate
 from lnfree_interp.evaluation.job import EvaluationJob
@@ -29,6 +30,7 @@ def run_job(
         The evaluation.
 
     Raises:
+        DataError: if no text is named for a model other than the bundled one.
         LnfreeError: as for `load`, `evaluation_text` and `evaluate`.
     """
     own = None if job.tokenizer is None else read_tokenizer(job.tokenizer)
@@ -39,6 +41,8 @@ def run_job(
     wanted = [*([original] if original is not None else []), *job.models]
     if not wanted:
         raise DataError("no model was named: give at least one")
+    foreign = next((source for source in wanted if not find_model(source).bundled), None)
+    text = text_for(job.data, foreign, bundled=foreign is None, also=NAMED)
     models = {}
     for source in dict.fromkeys(wanted):
         say(f"loading {source}")
@@ -50,9 +54,9 @@ def run_job(
     length = job.sequence_length
     if length is None:
         length = min(1024, *(model.cfg.n_ctx for model in models.values()))
-    say(f"opening {job.data}")
+    say(f"opening {text}")
     tokens = evaluation_text(
-        job.data,
+        text,
         first.tokenizer,
         length,
         job.sequences,
@@ -69,7 +73,7 @@ def run_job(
         {names[source]: model for source, model in models.items()},
         tokens,
         original=None if original is None else names[original],
-        text=job.data,
+        text=text,
         threshold=job.threshold,
         effects=job.effects,
         neurons=job.neurons,

@@ -11,3 +11,15 @@ def bf16_is_fast(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return False
+
+
+def products_dtype(precision: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products in training.
+
+    Args:
+        precision: `"auto"`, `"bfloat16"` or `"float32"`, as a recipe names it.
+        weights: The dtype of the weights.
+        device: Where products are computed.
+    """
+    auto = precision == "auto" and weights == torch.float32 and bf16_is_fast(device)
+    return torch.bfloat16 if auto or precision == "bfloat16" else weights

@@ -1,30 +1,83 @@
-"""What `lnfree remove` is asked to do. Imports nothing heavy, so that `--help` is quick."""
+"""What `lnfree remove` is asked to do. Imports nothing heavy, so that `--help` is quick.
 
+Each class is a group of options on the command line; `RemovalJob` is all of them. An option with
+the name of a setting of the recipe replaces it. `sigma_` and `special_` stand before the settings
+of `Statistics` and `Special`.
+"""
+
+import difflib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from lnfree_interp.data.names import is_bundled, text_for
+from lnfree_interp.errors import RecipeError
+
+RECIPES = (
+    "distilled",
+    "published-style",
+    "taper",
+    "at-once",
+    "gpt2-small",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "gpt2-small-2024",
+)
+"""The names of the recipes in `removal.recipes.BY_NAME`."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class RemovalJob:
-    """A removal: the model, the recipe and the text by their names. `run.json` keeps it."""
+class ModelOptions:
+    """Which model, and what is done with it."""
 
     model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
     """Hub id or local Hugging Face folder. Default: the small GPT-2 that ships with the package."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
     recipe: str = "distilled"
     """distilled, published-style, taper or at-once; for GPT-2 itself gpt2-small, gpt2-medium,
     gpt2-large, gpt2-xl or gpt2-small-2024."""
-    data: str = "stdlib"
+    vanilla: bool = False
+    """Run the control instead: the same steps, text and learning rates, but the norms stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What the model is trained on."""
+
+    data: str | None = None
     """The text: stdlib, the source of Python's standard library; a .txt, .jsonl, .json, .parquet,
     .arrow or .csv file; a folder or a pattern of such files; a folder that save_to_disk wrote; or a
-    data set on the hub, which is streamed."""
+    data set on the hub, which is streamed. Default: stdlib for the model that ships with the
+    package; any other model needs it."""
+    split: str = "train"
+    """Split of the text."""
+    data_name: str | None = None
+    """Configuration of a data set on the hub."""
+    column: str | None = None
+    """Column of the text, or of token ids. Default: text, content, input_ids or tokens, the first
+    that exists; else the only column of strings."""
+    data_revision: str | None = None
+    """Branch, tag or commit of the data set on the hub."""
+    heldout: int = 64
+    """Sequences of text to evaluate on; 0: none. Of stdlib they are from its held-out modules; of
+    another text they are the first ones, which the first epoch leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """In place of the recipe's own settings. Default: the recipe's; see --plan."""
+
     steps: int | None = None
-    """Optimiser steps. This and the following eleven options replace the recipe's own settings."""
+    """Optimiser steps."""
     batch: int | None = None
     """Sequences of text per step, over all processes."""
     micro_batch: int | None = None
     """Sequences per forward pass and process."""
+    sequence_length: int | None = None
+    """Tokens per sequence. Default: the recipe's, or the model's context up to 1024."""
     lr: float | None = None
     """Peak learning rate."""
     distillation: float | None = None
@@ -39,30 +92,109 @@ class RemovalJob:
     """Steps between two evaluations."""
     seed: int | None = None
     """Random seed of the order of the text."""
-    sequence_length: int | None = None
-    """Tokens per sequence. Default: the recipe's, or the model's context up to 1024."""
     rollback: bool = False
     """If the run diverges, go back to the last good checkpoint and widen the gaps between events.
     Default: stop."""
-    vanilla: bool = False
-    """Run the control instead: the same steps, text and learning rates, but the norms stay."""
-    heldout: int = 64
-    """Sequences of text to evaluate on; 0: none. Of stdlib they are from its held-out modules; of
-    another text they are the first ones, which the first epoch leaves out."""
-    split: str = "train"
-    """Split of the text."""
-    data_name: str | None = None
-    """Configuration of a data set on the hub."""
-    column: str | None = None
-    """Column of the text, or of token ids. Default: text, content, input_ids or tokens, the first
-    that exists; else the only column of strings."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
-    data_revision: str | None = None
-    """Branch, tag or commit of the data set on the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """When each norm site is frozen. Default: the recipe's schedule; see --plan."""
+
+    start: int | None = None
+    """Step of the first event; the others move with it."""
+    gap: int | None = None
+    """Steps from one norm site to the next, site by site in the published order."""
+    taper: int | None = None
+    """Steps that each site takes to fade from live to frozen; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaOptions:
+    """How sigma is measured, by which a frozen norm divides. Default: the recipe's way."""
+
+    sigma_average: Literal["mean", "rms", "least_squares"] | None = None
+    """Average of the tokens' standard deviations."""
+    sigma_source: Literal["start", "event", "ema", "batch"] | None = None
+    """start: some text before the first step. event: the same text when the site's event comes.
+    ema, batch: the text of each step, as a moving average or of the latest step alone."""
+    sigma_sequences: int | None = None
+    """Sequences that are measured for start and event."""
+    sigma_momentum: float | None = None
+    """Share of the old average that a step of ema keeps."""
+    sigma_tokens: Literal["all", "ordinary"] | None = None
+    """Which tokens count. ordinary: all but position 0 and end-of-text, the outliers."""
+    sigma_share_ln1: bool | None = None
+    """Whether ln1.qk and ln1.v have one sigma."""
+    sigma_follow_frozen: bool | None = None
+    """Whether ema and batch move the sigma of a frozen site until the last event."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokenOptions:
+    """Tokens with a sigma of their own during the transition. Default: the recipe's."""
+
+    special_first_until: int | None = None
+    """Step at which position 0 gets the common sigma; 0: it always has it."""
+    special_keep_first: bool | None = None
+    """Whether position 0 keeps its sigma in the finished model, which is then not folded."""
+    special_end_of_text_until: int | None = None
+    """The same for end-of-text tokens."""
+    special_end_of_text_kinds: Annotated[
+        tuple[
+            Literal[
+                "ln1.qk", "ln1.v", "attn.q_norm", "attn.k_norm", "ln1_post", "ln2", "ln2_post",
+                "ln_final",
+            ],
+            ...,
+        ]
+        | None,
+        arg(metavar="KIND..."),
+    ] = None  # fmt: skip
+    """Kinds of norm sites at which end-of-text is special, such as ln1.v; default: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What is written while the run goes on."""
+
     checkpoint_every: int = 50
     """Steps between two checkpoints."""
     log_every: int = 10
     """Steps between two measurements of sigma drift and residual norms; 0: none."""
-    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    track: Annotated[
+        tuple[Literal["tensorboard", "wandb"], ...], arg(metavar="{tensorboard,wandb}...")
+    ] = ()
     """Also log to tensorboard or wandb."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalJob(
+    ModelOptions,
+    TextOptions,
+    TrainingOptions,
+    ScheduleOptions,
+    SigmaOptions,
+    SpecialTokenOptions,
+    RecordOptions,
+):
+    """A removal: the model, the recipe and the text by their names. `run.json` keeps it.
+
+    Raises:
+        RecipeError: if there is no such recipe.
+        DataError: if no text is named for a model other than the bundled one.
+    """
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            near = difflib.get_close_matches(self.recipe.lower(), RECIPES, n=1, cutoff=0)
+            raise RecipeError(
+                f"there is no recipe {self.recipe!r}; the nearest is {near[0]}. The recipes are "
+                f"{', '.join(RECIPES)}"
+            )
+        _ = self.text
+
+    @property
+    def text(self) -> str:
+        """The name of the text, given or by default."""
+        return text_for(self.data, self.model, bundled=is_bundled(self.model))

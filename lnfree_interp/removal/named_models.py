@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.loading import load
 from lnfree_interp.checkpoints.source import has_tokenizer
+from lnfree_interp.data.names import is_bundled
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.removal.run import StepRecord
 from lnfree_interp.removal.run_folder import RunFolder
@@ -30,6 +31,11 @@ class NamedModel:
     """The steps of the run."""
     text: str | None = None
     """The text of the run."""
+
+    @property
+    def bundled(self) -> bool:
+        """Whether this is the bundled model, or a run that started from it."""
+        return is_bundled(self.original or self.checkpoint)
 
 
 def find_model(source: str | os.PathLike[str]) -> NamedModel:

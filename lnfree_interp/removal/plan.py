@@ -1,6 +1,6 @@
 """A recipe in words."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, Weight
@@ -12,20 +12,26 @@ _AVERAGES = {
 }
 
 
-def plan(recipe: Recipe, sequence_length: int | None = None) -> str:
+def plan(recipe: Recipe, sequence_length: int | None = None, *, text: str | None = None) -> str:
     """What a recipe will do, line by line.
 
     Args:
         recipe: The recipe.
         sequence_length: Tokens per sequence of text. Default: what the recipe was made for.
+        text: What it is trained on, if that is known.
 
     Returns:
         The lines, joined.
     """
-    rows = list(_rows(recipe, sequence_length or recipe.sequence_length))
+    rows = [] if text is None else [("text", text)]
+    rows += _rows(recipe, sequence_length or recipe.sequence_length)
+    return "\n".join([f"recipe: {recipe.name}", *aligned(rows)])
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of two columns, indented."""
     width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
-    return "\n".join([f"recipe: {recipe.name}", *lines])
+    return [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
 
 
 def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:

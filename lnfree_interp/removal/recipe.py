@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from lnfree_interp.errors import RecipeError
+from lnfree_interp.errors import RecipeError, TooFewStepsError
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal.schedule import (
     Event,
@@ -108,8 +108,13 @@ class Recipe:
             raise RecipeError(f"weight_decay must be 0 or more, not {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"betas must lie in 0..1 (1 excluded), not {self.betas}")
-        if not 0 <= self.warmup < self.steps:
-            raise RecipeError(f"warmup must lie in 0..{self.steps - 1}, not {self.warmup}")
+        if self.warmup < 0:
+            raise RecipeError(f"warmup must be 0 or more, not {self.warmup}")
+        if self.warmup >= self.steps:
+            raise TooFewStepsError(
+                f"the learning rate rises over {self.warmup} steps, and there are {self.steps}",
+                self.warmup + 1,
+            )
         if not 0 <= self.final_lr <= 1:
             raise RecipeError(f"final_lr is a share of lr, in 0..1, not {self.final_lr}")
         if not all(0 <= weight <= 1 for weight in extremes(self.distillation)):
@@ -127,18 +132,25 @@ class Recipe:
 
     def _check_events(self) -> None:
         for event in self.events:
-            if not (event.step >= 0 and event.over >= 0 and event.end < self.steps):
+            if event.step < 0 or event.over < 0:
                 raise RecipeError(
-                    f"{event.site} would be frozen at step {event.end}, outside the {self.steps} "
-                    "steps of training (0 to steps - 1)"
+                    f"{event.site} would be frozen from step {event.step} over {event.over} steps: "
+                    "neither may be negative"
+                )
+            if event.end >= self.steps:
+                raise TooFewStepsError(
+                    f"{event.site} would be frozen at step {event.end}, and the last of "
+                    f"{self.steps} steps is {self.steps - 1}",
+                    self.removed_at + 1,
                 )
         sites = [event.site for event in self.events]
         if twice := [str(site) for site in sites if sites.count(site) > 1]:
             raise RecipeError(f"{twice[0]} would be frozen twice: give one event per site")
         if self.events and self.special.until >= self.steps:
-            raise RecipeError(
-                f"tokens would be special until step {self.special.until}, beyond the "
-                f"{self.steps} steps of training"
+            raise TooFewStepsError(
+                f"tokens would be special until step {self.special.until}, and the last of "
+                f"{self.steps} steps is {self.steps - 1}",
+                self.removed_at + 1,
             )
 
     @property

@@ -6,7 +6,7 @@ and keys, `ln1` for values, `ln_final`. Not repeated here: dropout, bfloat16 mas
 end-of-text targets, a special sigma on channel 0 (docs/removal.md).
 """
 
-from lnfree_interp.errors import RecipeError
+from lnfree_interp.errors import TooFewStepsError
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Sites,
@@ -268,7 +268,7 @@ def _scaled_gaps(model: Sites, steps: int) -> tuple[int, tuple[int, int, int]]:
     """Start and gaps of the published order, stretched so that events take a quarter of a run."""
     sites = sites_of(model)
     if steps < len(sites):
-        raise RecipeError(f"{steps} steps are too few for {len(sites)} norm sites: give more steps")
+        raise TooFewStepsError(f"{steps} steps are too few for {len(sites)} norm sites", len(sites))
     start = min(steps // 30, steps - len(sites))
     one = published_order(sites, start=0, ln2_gap=2, qk_gap=2, v_gap=3)
     unit = (steps // 4 - start) // max(1, one[-1].step)
@@ -291,7 +291,8 @@ def published_style(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         A `Recipe` for every norm site of the model.
 
     Raises:
-        RecipeError: if there are fewer steps than norm sites, or no norm sites.
+        TooFewStepsError: if there are fewer steps than norm sites.
+        RecipeError: if there are no norm sites.
 
     Source:
         arXiv 2507.02559; that it scales to any model and number of steps is ours.
@@ -337,7 +338,8 @@ def distilled(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         A `Recipe` for every norm site of the model.
 
     Raises:
-        RecipeError: if there are fewer steps than norm sites, or no norm sites.
+        TooFewStepsError: if there are fewer steps than norm sites.
+        RecipeError: if there are no norm sites.
 
     Source:
         Ours: distillation (arXiv 1503.02531) in the order of arXiv 2507.02559, so that the model is
@@ -380,7 +382,8 @@ def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         A `Recipe` for every norm site of the model.
 
     Raises:
-        RecipeError: if there are fewer than ten steps, or no norm sites.
+        TooFewStepsError: if there are fewer than ten steps.
+        RecipeError: if there are no norm sites.
 
     Source:
         arXiv 2602.10408
@@ -391,7 +394,7 @@ def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         (10, 50)
     """
     if steps < 10:
-        raise RecipeError(f"{steps} steps are too few for a taper: give at least 10")
+        raise TooFewStepsError(f"{steps} steps are too few for a taper", 10)
     return Recipe(
         name="taper",
         events=taper(model, start=steps // 10, over=steps // 2 - steps // 10),

@@ -1,7 +1,7 @@
 """Runs a removal job: from the names of a model and a text to a folder with the finished model."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,19 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.exporting import Target, best_target, export
-from lnfree_interp.checkpoints.loading import load_checkpoint
+from lnfree_interp.checkpoints.loading import config_of, load_checkpoint
+from lnfree_interp.data.names import STDLIB
 from lnfree_interp.data.prefetch import Prefetched
 from lnfree_interp.data.sequences import TokenSequences
-from lnfree_interp.data.sources import STDLIB, open_sequences
-from lnfree_interp.errors import CheckpointError, RecipeError
+from lnfree_interp.data.sources import described, open_sequences, open_text, text_column
+from lnfree_interp.data.streams import PackedStream
+from lnfree_interp.errors import CheckpointError, DataError, RecipeError, TooFewStepsError
 from lnfree_interp.files import anywhere, require_writable
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.models.forms import fold
-from lnfree_interp.models.sites import list_norm_sites, live_sites
+from lnfree_interp.models.forms import fold, frozen_form
+from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.models.sites import list_norm_sites, live_sites, norm_at
+from lnfree_interp.models.sites import sites_of as list_sites
 from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.plan import plan
@@ -30,53 +34,76 @@ from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.remove import remove_norms
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.run_folder import RunFolder
+from lnfree_interp.removal.schedule import Sites, moved, sites_of
+from lnfree_interp.removal.settings import Special, Statistics
+from lnfree_interp.removal.trial import try_steps
 
 Say = Callable[[str], None]
 """Shows a line to the user."""
 
 
-def make_recipe(job: RemovalJob, model: HookedTransformer) -> Recipe:
+def make_recipe(job: RemovalJob, model: Sites) -> Recipe:
     """A job's recipe for a model.
 
     Every option of the job that the recipe has too, and that was given, replaces the recipe's.
 
     Args:
         job: Names the recipe and the settings to change.
-        model: The model.
+        model: The model, or its norm sites, which its config gives.
 
     Raises:
-        RecipeError: if there is no such recipe, or it fits neither the settings nor the model.
+        TooFewStepsError: if the recipe does not fit into the steps; the message has the smallest
+            number of steps that works.
+        RecipeError: if the settings do not fit together, or the model has no norm sites.
     """
-    if job.recipe not in BY_NAME:
-        raise RecipeError(f"no recipe {job.recipe!r}; choices: {', '.join(BY_NAME)}")
-    make: Callable[..., Recipe] = BY_NAME[job.recipe]
-    options = {field.name for field in fields(RemovalJob)}
-    changes = {
-        field.name: getattr(job, field.name)
-        for field in fields(Recipe)
-        if field.name in options and getattr(job, field.name) is not None
-    }
-    if job.recipe.startswith("gpt2"):  # made for one size of GPT-2 and a number of steps
-        recipe = make()
-    else:
-        recipe = make(model, **{key: changes.pop(key) for key in ("steps",) if key in changes})
-    recipe = replace(recipe, **changes)
+    sites = sites_of(model)
+    try:
+        recipe = _recipe_in(job, sites, job.steps)
+    except TooFewStepsError as error:
+        raise TooFewStepsError(
+            f"recipe {job.recipe}: {error.why}",
+            _smallest_steps(job, sites, error.smallest),
+        ) from error
     if job.rollback:
         recipe = replace(recipe, guard=replace(recipe.guard, action="rollback"))
-    left = set(list_norm_sites(model)) - {event.site for event in recipe.events}
-    if left and not job.vanilla:
-        raise RecipeError(
-            f"recipe {job.recipe} leaves {len(left)} of the model's norm sites live, such as "
-            f"{min(map(str, left))}: it was made for another model"
-        )
     return recipe.vanilla() if job.vanilla else recipe
+
+
+def _smallest_steps(job: RemovalJob, sites: Sequence[NormSite], steps: int) -> int:
+    """The smallest number of steps that works; a recipe's schedule may grow with its steps."""
+    try:
+        _recipe_in(job, sites, steps)
+    except TooFewStepsError as error:
+        return _smallest_steps(job, sites, error.smallest)
+    return steps
+
+
+def _recipe_in(job: RemovalJob, sites: Sequence[NormSite], steps: int | None) -> Recipe:
+    """A job's recipe in so many steps; None: in as many as the recipe was made for."""
+    make: Callable[..., Recipe] = BY_NAME[job.recipe]
+    given = {} if steps is None else {"steps": steps}
+    # The published ones are made for one size of GPT-2 and a number of steps.
+    recipe = make() if job.recipe.startswith("gpt2") else make(sites, **given)
+    return replace(
+        recipe,
+        **_given(job, Recipe) | given,
+        events=moved(recipe.events, start=job.start, gap=job.gap, over=job.taper),
+        statistics=replace(recipe.statistics, **_given(job, Statistics, "sigma_")),
+        special=replace(recipe.special, **_given(job, Special, "special_")),
+    )
+
+
+def _given(job: RemovalJob, settings: type[Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that the job replaces."""
+    values = {one.name: getattr(job, prefix + one.name, None) for one in fields(settings)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def run_job(
     job: RemovalJob,
     out: str | os.PathLike[str] | None,
     *,
-    recipe_of: Callable[[RemovalJob, HookedTransformer], Recipe] = make_recipe,
+    recipe_of: Callable[[RemovalJob, Sites], Recipe] = make_recipe,
     only_plan: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -88,8 +115,8 @@ def run_job(
         job: What to do.
         out: The folder of the run; `model/` is written into it beside metrics and checkpoints. None
             for a plan.
-        recipe_of: Makes the recipe for the model. Default: the job's own.
-        only_plan: Say what would be done, and stop.
+        recipe_of: Makes the recipe for the model's norm sites. Default: the job's own.
+        only_plan: Say what would be done, time a few steps of it on random tokens, and stop.
         resume: Continue the run in `out`.
         progress: Whether to show progress bars.
         say: Is given a line before and after each stage.
@@ -98,12 +125,31 @@ def run_job(
         The finished run; None for a plan.
 
     Raises:
+        RecipeError: if recipe, settings and model do not fit. Recipe and text are checked before
+            the model's weights are loaded.
+        DataError: if the text cannot be opened, or its sequences are longer than the context.
         LnfreeError: for what loading, `remove_norms`, `fold` and `export` refuse.
     """
     if not (resume or only_plan or out is None):
         require_writable(out)
     source = str(bundled_checkpoint()) if job.model is None else job.model
     shown = "the bundled checkpoint" if job.model is None else source
+    cfg = config_of(source, revision=job.revision)
+    sites = () if cfg.normalization_type is None else list_sites(cfg)
+    recipe = recipe_of(job, sites)
+    _require_made_for(sites, recipe, job)
+    length = job.sequence_length
+    if length is None:
+        length = min(recipe.sequence_length or 1024, cfg.n_ctx)
+    _require_length(length, cfg.n_ctx)
+    say(f"opening {job.text}")
+    documents = open_text(
+        job.text,
+        split=job.split,
+        name=job.data_name,
+        column=job.column,
+        revision=job.data_revision,
+    )
     say(f"loading {shown}")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.device("cpu") if several else None  # else all processes load onto one GPU
@@ -111,15 +157,15 @@ def run_job(
     model = loaded.model
     if loaded.error is not None:
         say(f"    largest logit difference from transformers: {loaded.error}")
-    recipe = recipe_of(job, model)
-    length = job.sequence_length
-    if length is None:
-        length = min(recipe.sequence_length or 1024, model.cfg.n_ctx)
-    say(plan(recipe, length))
+    sites_of(model)  # the config of an LN-free checkpoint may have norms
+    column, _ = text_column(documents, job.column)
+    packed = PackedStream(documents, model.tokenizer, length, column, seed=recipe.seed)
+    say(plan(recipe, length, text=described(job.text, documents)))
     if only_plan or out is None:
+        say("timing a few steps on random tokens")
+        say(str(try_steps(model, recipe, length, heldout=job.heldout)))
         return None
-    say(f"opening {job.data}")
-    with Prefetched(_training_text(job, recipe, model, length)) as text:
+    with Prefetched(packed) as text:
         heldout = _heldout_text(job, recipe, model, length, text)
         run = remove_norms(
             model,
@@ -136,18 +182,26 @@ def run_job(
             copy_weights=False,
         )
     if os.environ.get("RANK", "0") == "0":
-        folded, errors = None, {}
+        finished, errors = None, {}
         if not live_sites(run.model):
-            folded = fold(run.model)
-            errors["folded against frozen norms"] = compare_logits(folded, run.model)
-            say(f"    folded against frozen norms: {errors['folded against frozen norms']}")
-        write_finished(run, folded, Path(out) / "model", source=shown, errors=errors)
+            what, finished = _finished(run.model)
+            errors[f"{what} against frozen norms"] = error = compare_logits(finished, run.model)
+            say(f"    {what} against frozen norms: {error}")
+        write_finished(run, finished, Path(out) / "model", source=shown, errors=errors)
     return run
+
+
+def _finished(model: HookedTransformer) -> tuple[str, HookedTransformer]:
+    """The model without norm sites: folded, or in the frozen form if first tokens stay apart."""
+    if any(norm_at(model, site).first for site in list_norm_sites(model)):
+        return "frozen form", frozen_form(model)
+    return "folded", fold(model)
 
 
 def _from_anywhere(job: RemovalJob) -> dict[str, Any]:
     """The job as plain data, with absolute local paths, so that it is the same in any folder."""
     about = {field.name: getattr(job, field.name) for field in fields(RemovalJob)}
+    about["data"] = job.text
     for key in ("model", "data"):
         if about[key] is not None and about[key] != STDLIB:
             about[key] = anywhere(about[key])
@@ -181,8 +235,11 @@ def resume_job(
             f"{out} was not started on the command line: call remove_norms(..., resume=True)"
         )
     try:
-        job = RemovalJob(**about | {"track": tuple(about["track"])})
-    except (KeyError, TypeError) as error:
+        plain: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in about.items()
+        }
+        job = RemovalJob(**plain)
+    except (AttributeError, TypeError) as error:
         raise CheckpointError(f"{out}/run.json does not describe a job: {error}") from error
     return run_job(
         job, out, recipe_of=lambda job, model: recipe, resume=True, progress=progress, say=say
@@ -191,7 +248,7 @@ def resume_job(
 
 def write_finished(
     run: Run,
-    folded: HookedTransformer | None,
+    finished: HookedTransformer | None,
     folder: str | os.PathLike[str],
     *,
     source: str,
@@ -199,12 +256,12 @@ def write_finished(
 ) -> Target:
     """Write the model of a run.
 
-    It is written for plain transformers; if no class there can hold it, folded and in
+    It is written for plain transformers; if no class there can hold it, without norm sites and in
     TransformerLens' layout.
 
     Args:
         run: A finished removal or control.
-        folded: Its model, folded; None if the norms are live.
+        finished: Its model, folded or in the frozen form; None if the norms are live.
         folder: A new folder.
         source: The name of the original, for the model card.
         errors: What was measured on the way, for the model card.
@@ -212,25 +269,32 @@ def write_finished(
     Returns:
         The layout.
     """
-    target = best_target(run.model if folded is None else folded)
-    model = run.model if folded is None or target == "transformers" else folded
+    target = best_target(run.model if finished is None else finished)
+    model = run.model if finished is None or target == "transformers" else finished
     export(model, folder, target=target, recipe=run.recipe, errors=errors, source=source)
     return target
 
 
-def _training_text(
-    job: RemovalJob, recipe: Recipe, model: HookedTransformer, length: int
-) -> TokenSequences:
-    return open_sequences(
-        job.data,
-        model.tokenizer,
-        length,
-        split=job.split,
-        name=job.data_name,
-        column=job.column,
-        revision=job.data_revision,
-        seed=recipe.seed,
-    )
+def _require_made_for(sites: Sequence[NormSite], recipe: Recipe, job: RemovalJob) -> None:
+    """Refuse a published recipe for a model of another size; a control freezes nothing."""
+    frozen = {event.site for event in recipe.events}
+    if frozen and frozen != set(sites):
+        raise RecipeError(
+            f"recipe {job.recipe} was made for another model: it freezes {len(frozen)} norm sites, "
+            f"and this model has {len(sites)}. distilled, published-style, taper and at-once are "
+            "for any model"
+        )
+
+
+def _require_length(length: int, n_ctx: int) -> None:
+    """Refuse sequences that the model cannot read, or that teach it nothing."""
+    if length < 2:
+        raise RecipeError("a sequence of one token has no next token to learn")
+    if length > n_ctx:
+        raise DataError(
+            f"sequences of {length} tokens are too long: the model's context is {n_ctx} tokens, so "
+            f"give a sequence_length of at most {n_ctx}"
+        )
 
 
 def _heldout_text(
@@ -238,7 +302,6 @@ def _heldout_text(
 ) -> Int[Tensor, "sequence pos"] | None:
     if job.heldout < 1:
         return None
-    if job.data == STDLIB and job.split == "train":
-        other = replace(job, split="heldout")
-        return _training_text(other, recipe, model, length).take(job.heldout)
+    if job.text == STDLIB and job.split == "train":
+        text = open_sequences(STDLIB, model.tokenizer, length, split="heldout", seed=recipe.seed)
     return text.take(job.heldout)

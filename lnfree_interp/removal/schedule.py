@@ -201,6 +201,42 @@ def taper(model: Sites, *, start: int, over: int, gap: int = 0) -> tuple[Event, 
     )
 
 
+def moved(
+    events: Sequence[Event],
+    *,
+    start: int | None = None,
+    gap: int | None = None,
+    over: int | None = None,
+) -> tuple[Event, ...]:
+    """The events with another start, other gaps, or another time to fade.
+
+    Args:
+        events: At least one.
+        start: Step of the first event. Default: as it is.
+        gap: Steps from a site to the next one, site by site in the published order. Default: as
+            they are.
+        over: Steps that each site takes from live to frozen. Default: as they are.
+
+    Raises:
+        RecipeError: if one of them is negative.
+    """
+    if min(start or 0, gap or 0, over or 0) < 0:
+        raise RecipeError(
+            f"start={start}, gap={gap} and taper={over} are numbers of steps: none may be negative"
+        )
+    first = min(event.step for event in events)
+    at = {event.site: event.step - first for event in events}
+    if gap is not None:
+        sites = sorted(at, key=lambda site: site.layer or 0)
+        in_order = published_order(sites, start=0, ln2_gap=0, qk_gap=0, v_gap=0)
+        at = {event.site: index * gap for index, event in enumerate(in_order)}
+    begin = first if start is None else start
+    return tuple(
+        Event(begin + at[event.site], event.site, event.over if over is None else over)
+        for event in events
+    )
+
+
 def later(step: int, done: int, factor: float) -> int:
     """The new number of a step when what remains after `done` steps is spread out by a factor."""
     return step if step < done else done - 1 + math.ceil((step - done + 1) * factor)

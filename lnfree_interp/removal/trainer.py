@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.data.sequences import TokenSequences, share
 from lnfree_interp.errors import CheckpointError, RecipeError, TrainingError
-from lnfree_interp.models.precision import bf16_is_fast
+from lnfree_interp.models.precision import products_dtype
 from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.sites import split_norms, with_norm_sites
 from lnfree_interp.removal import training_state
@@ -94,13 +94,7 @@ class Trainer:
         self.text = self._shared(processes.on_main(self._first_sequences), "sequences for sigma")
         self.heldout = None if heldout is None else self._shared(heldout, "held-out sequences")
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
-        float32 = original.cfg.dtype == torch.float32
-        low = {
-            "auto": float32 and bf16_is_fast(processes.device),
-            "bfloat16": True,
-            "float32": False,
-        }
-        dtype = torch.bfloat16 if low[recipe.precision] else original.cfg.dtype
+        dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
         self.objective = Objective(self.model, teacher, dtype, self.transition.groups)
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)

@@ -10,7 +10,8 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.attribute import attribute_logits
 from lnfree_interp.bundled import bundled_checkpoint
-from lnfree_interp.data.named import evaluation_text
+from lnfree_interp.data.named import NAMED, evaluation_text
+from lnfree_interp.data.names import text_for
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.evaluation.certify import certify
 from lnfree_interp.evaluation.evaluate import evaluate
@@ -48,10 +49,12 @@ def write_report(
 
     Raises:
         OutputError: if the file cannot be written.
+        DataError: if no text is named for a model other than the bundled one.
         LnfreeError: for what loading and the analyses refuse.
     """
     target = require_new_file(out)
     found, models = find_model(job.source), {}
+    text = text_for(job.data, job.source, bundled=found.bundled, also=NAMED)
     original = found.original if job.original is None else find_model(job.original).checkpoint
     for name, where in ((ORIGINAL, original), (MODEL, found.checkpoint)):
         if where is not None:
@@ -69,12 +72,12 @@ def write_report(
             traces[question] = build.traced(model, question)
             attribute_logits(traces[question], question.answer, question.foil)
     length = min(256, *(one.cfg.n_ctx for one in models.values()))
-    tokens = evaluation_text(job.data, model.tokenizer, length, job.sequences)
-    say(f"evaluating on {tokens.numel():,} tokens of {job.data}")
-    if found.text not in (None, job.data, anywhere(job.data)):
+    tokens = evaluation_text(text, model.tokenizer, length, job.sequences)
+    say(f"evaluating on {tokens.numel():,} tokens of {text}")
+    if found.text not in (None, text, anywhere(text)):
         say(f"    the run was trained on {found.text}; --data evaluates on that")
     first = ORIGINAL if ORIGINAL in models else None
-    evaluation = evaluate(models, tokens, original=first, text=job.data, progress=progress)
+    evaluation = evaluate(models, tokens, original=first, text=text, progress=progress)
     sections = [*build.training({named: found.history}), *build.quality(evaluation)]
     for question in asked:
         say(f"explaining what follows {question.prompt!r:.60}")
@@ -85,11 +88,11 @@ def write_report(
             sections.append(Section(f"After “{question.prompt[-60:]}”", f"Not explained: {error}."))
     if not build.holds(model):
         say("checking every identity")
-        text = (
+        about = (
             "Every identity behind the analyses, on random tokens: the largest error, relative to "
             "the largest part."
         )
-        sections.append(build.exactness(text, build.certificates_table(certify(model))))
+        sections.append(build.exactness(about, build.certificates_table(certify(model))))
     norms = "no norms" if not live_sites(model) else f"{len(live_sites(model))} live norms"
     cfg = model.cfg
     content = page(
@@ -99,7 +102,7 @@ def write_report(
         "Sums on this page were checked against the numbers that the model itself computed"
         + (", with what is not affine held." if build.holds(model) else "."),
         sections,
-        footer=f"lnfree_interp; torch {torch.__version__}; {job.data}, {tokens.numel():,} tokens",
+        footer=f"lnfree_interp; torch {torch.__version__}; {text}, {tokens.numel():,} tokens",
     )
     return write_new_file(target, content)
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2LMHea
 
 import lnfree_interp as lf
 from lnfree_interp.checkpoints import architectures, hub
+from lnfree_interp.checkpoints.loading import config_of
 from lnfree_interp.errors import (
     CheckpointError,
     InexactError,
@@ -198,6 +199,9 @@ def test_a_half_downloaded_model_is_not_taken_for_whole(gpt2_folder, tmp_path):
         file.unlink()
     with pytest.raises(CheckpointError, match="cannot be reached"):
         lf.load("someone/small-gpt2", cache_dir=cache)
+    assert (
+        hub.locate("someone/small-gpt2", cache_dir=cache, weights=False) / "config.json"
+    ).is_file()
 
 
 def test_only_what_is_needed_is_downloaded(monkeypatch, gpt2_folder):
@@ -231,6 +235,8 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, gpt2_folder):
     files = [*common, "pytorch_model.bin", "modeling_evil.py"]
     lf.load("someone/gpt2")
     assert asked["files"] == common | {"pytorch_model.bin"}
+    assert config_of("someone/gpt2").n_layers == 3
+    assert asked["files"] == {"config.json"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

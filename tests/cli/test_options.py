@@ -1,20 +1,25 @@
 """What the commands offer: help without heavy imports, and options that fit the calls."""
 
 import inspect
+import re
 import subprocess
 import sys
 import types
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
 import lnfree_interp as lf
+from lnfree_interp import cli
 from lnfree_interp.cli.convert import convert
 from lnfree_interp.evaluation.job import EvaluationJob
-from lnfree_interp.removal.job import RemovalJob
+from lnfree_interp.removal.job import RECIPES, RemovalJob
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME
+from lnfree_interp.removal.settings import Special, Statistics
+from lnfree_interp.report.job import ReportJob
 
 HEAVY = {"torch", "transformers", "transformer_lens", "datasets", "plotly", "pandas", "numpy"}
 HELP = """
@@ -35,12 +40,50 @@ def test_help_imports_nothing_heavy(command):
     assert done.returncode == 0, done.stderr
     shown, _, modules = done.stdout.partition("modules:")
     assert f"usage: lnfree {command}".strip() in shown
+    assert not re.search(r"None|\[STR|default: False", shown)
     assert HEAVY & set(modules.split()) == set()
 
 
-def test_the_recipes_are_those_that_the_help_names():
-    source = inspect.getsource(RemovalJob)
-    assert [name for name in BY_NAME if name not in source] == []
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        ("remove", ["model", "text", "training", "schedule", "sigma", "special token", "record"]),
+        ("evaluate", ["model", "text", "measure", "task"]),
+        ("report", ["model", "text", "prompt"]),
+    ],
+)
+def test_options_are_in_groups(command, groups, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lnfree", command, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert re.findall(r"^\W*(\w[\w ]*) options\W*$", shown, re.MULTILINE) == groups
+    jobs = {"remove": RemovalJob, "evaluate": EvaluationJob, "report": ReportJob}
+    flags = set(re.findall(r"--([\w-]+)", shown))
+    positional = {"model", "models", "source"}
+    names = {field.name.replace("_", "-") for field in fields(jobs[command])}
+    assert names - positional <= flags
+
+
+def test_the_text_of_an_option_has_no_line_breaks_of_the_source(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(sys, "argv", ["lnfree", "convert", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "(the default); frozen, they are in the norms. " in capsys.readouterr().out
+
+
+def test_the_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lnfree", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"lnfree {version('lnfree_interp')}\n"
+
+
+def test_the_recipes_have_their_names_without_an_import():
+    assert tuple(BY_NAME) == RECIPES
+    source = inspect.getsource(RemovalJob.__bases__[0])
+    assert [name for name in RECIPES if name not in source] == []
 
 
 def test_options_of_a_removal_replace_settings_of_the_recipe():
@@ -51,6 +94,16 @@ def test_options_of_a_removal_replace_settings_of_the_recipe():
     for name in shared:
         plain = set(get_args(ours[name])) - {types.NoneType}
         assert plain & {theirs[name], *get_args(theirs[name])}, name
+
+
+@pytest.mark.parametrize(("settings", "prefix"), [(Statistics, "sigma_"), (Special, "special_")])
+def test_every_part_of_sigma_and_of_special_tokens_is_an_option(settings, prefix):
+    theirs, ours = get_type_hints(settings), get_type_hints(RemovalJob)
+    for field in fields(settings):
+        mine = ours[prefix + field.name]
+        assert choices(mine) == choices(theirs[field.name]) - {"ln1"}, field.name  # is two sites
+        if not choices(mine):
+            assert mine == theirs[field.name] | None, field.name
 
 
 def choices(hint: Any) -> set[str]:

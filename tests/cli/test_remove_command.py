@@ -1,6 +1,8 @@
 """`lnfree remove`, end to end: GPT-2, GPT-NeoX and Llama, from files, resumed, and refused."""
 
 import json
+import re
+import shutil
 import sys
 
 import pytest
@@ -12,9 +14,12 @@ from transformers import AutoModelForCausalLM
 import lnfree_interp as lf
 from lnfree_interp import cli
 from lnfree_interp.data.sources import open_sequences
+from lnfree_interp.errors import DataError
 from lnfree_interp.removal.job import RemovalJob
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run_folder import RunFolder
 from lnfree_interp.removal.run_job import make_recipe
+from lnfree_interp.removal.settings import Special, Statistics
 
 
 def lnfree(monkeypatch, *arguments):
@@ -113,12 +118,27 @@ def test_the_control_is_written_with_its_norms(monkeypatch, tmp_path, folder, te
     assert lf.compare_logits(control, lf.load(folder)).relative > 1e-3  # it was trained
 
 
-def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, capsys):
+def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, text, capsys):
     out = tmp_path / "run"
-    lnfree(monkeypatch, "remove", gpt2_folder, "--out", out, "--plan", "--recipe", "taper")
+    lnfree(
+        monkeypatch, "remove", gpt2_folder, "--out", out, "--plan", "--recipe", "taper",
+        "--data", text, "--batch", 6, "--micro-batch", 3,
+    )  # fmt: skip
     printed = capsys.readouterr().out
     assert "recipe: taper" in printed
     assert "each fading over" in printed
+    assert f"{text}, 60 documents" in printed
+    assert "250 of 6 sequences x 48 tokens: 288 a step, 72,000 in all" in printed
+    assert re.search(r"time +about [\d.]+ \w+ for 250 steps", printed)
+    assert "3 micro-batches of 3 x 48 random tokens" in printed
+    assert "without distillation" in printed
+    weights, gradients, adamw = re.search(
+        r"weights ([\d.]+) kB \+ gradients ([\d.]+) kB \+ AdamW ([\d.]+) kB", printed
+    ).groups()
+    assert weights == gradients
+    assert float(adamw) == pytest.approx(2 * float(weights), rel=0.01)
+    assert "activations of 3 sequences" in printed
+    assert "peak" in printed
     assert "nothing was trained" in printed
     assert not out.exists()
 
@@ -126,34 +146,92 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "gpt3"), "no recipe 'gpt3'; choices: distilled"),
-        (("--recipe", "gpt2-small"), "no norm site 'blocks.3.ln2'"),
+        (("--recipe", "destiled"), "no recipe 'destiled'; the nearest is distilled. The recipes"),
+        (("--recipe", "gpt2-small"), "it freezes 37 norm sites, and this model has 10"),
         (("--patience", "0"), "patience must be positive"),
-        (("--steps", "3"), "3 steps are too few for 10 norm sites"),
-        (("--data", "./nothing.jsonl"), "nothing.jsonl"),
+        (("--steps", "3"), "recipe distilled: 3 steps are too few for 10 norm sites: give at le"),
+        (("--steps", "9", "--start", "4"), "for 10 norm sites: give at least 14 steps"),
+        (("--recipe", "taper", "--steps", "9"), "too few for a taper: give at least 10 steps"),
+        (("--gap", "-1"), "start=None, gap=-1 and taper=None are numbers of steps"),
+        (("--sigma-momentum", "1"), "momentum must lie in 0..1"),
+        (("--data", "./nothing.jsonl"), "nothing.jsonl: no such file or folder"),
         (("--column", "body"), "no column 'body'"),
         (("--sequence-length", "4096"), "the model's context is 48"),
         (("--sequence-length", "1"), "a sequence of one token has no next token"),
         (("--distillation", "2"), "distillation must lie in 0..1"),
+    ],
+)
+@pytest.mark.parametrize("plan", [(), ("--plan",)], ids=["run", "plan"])
+def test_wrong_input_is_refused_by_name_before_the_weights_are_loaded(
+    monkeypatch, tmp_path, gpt2_folder, text, capsys, arguments, message, plan
+):
+    folder = tmp_path / "no-weights"
+    shutil.copytree(gpt2_folder, folder)
+    (folder / "model.safetensors").unlink()
+    assert message in refused(monkeypatch, tmp_path, folder, text, capsys, *arguments, *plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (("--track", "tensorboard"), "tensorboard is not installed"),
         (("--checkpoint-every", "0"), "checkpoint_every is 0"),
     ],
 )
-def test_wrong_input_is_refused_by_name(
+def test_wrong_input_is_refused_before_the_run(
     monkeypatch, tmp_path, gpt2_folder, text, capsys, arguments, message
 ):
-    if arguments[0] == "--track":
-        monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: None)
+    assert message in refused(monkeypatch, tmp_path, gpt2_folder, text, capsys, *arguments)
+
+
+def refused(monkeypatch, tmp_path, folder, text, capsys, *arguments):
+    """What the command says, in one line, when it refuses."""
     settings = [] if arguments[0] == "--data" else ["--data", text]
     settings += [] if arguments[0] == "--sequence-length" else ["--sequence-length", 32]
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
-        lnfree(monkeypatch, "remove", gpt2_folder, "--out", out, *settings, *arguments)
+        lnfree(monkeypatch, "remove", folder, "--out", out, *settings, *arguments)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+    return error
+
+
+def test_only_the_bundled_model_has_a_text_by_default(monkeypatch, gpt2_folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        lnfree(monkeypatch, "remove", gpt2_folder, "--plan")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"no text was named for {gpt2_folder}" in error
+    for accepted in ("--data", "stdlib", ".jsonl", "save_to_disk", "data set on the hub"):
+        assert accepted in error
+    with pytest.raises(DataError, match=r"no text was named for gpt2\..*data= in Python"):
+        RemovalJob(model="gpt2")
+    assert RemovalJob(model="gpt2", data="stdlib").text == "stdlib"
+    for model in (None, str(lf.bundled_checkpoint()), f"{lf.bundled_checkpoint()}/"):
+        assert RemovalJob(model=model).text == "stdlib"
+
+
+def test_settings_of_the_recipe_on_the_command_line(monkeypatch, tmp_path, gpt2_folder, text):
+    out = tmp_path / "run"
+    lnfree(
+        monkeypatch, "remove", gpt2_folder, "--out", out, "--data", text, *QUICK, "--start", 2,
+        "--gap", 0, "--taper", 5, "--sigma-source", "ema", "--sigma-average", "rms",
+        "--sigma-tokens", "ordinary", "--sigma-share-ln1", "--special-first-until", 9,
+        "--special-end-of-text-until", 8, "--special-end-of-text-kinds", "ln1.v", "ln2",
+    )  # fmt: skip
+    recipe = Recipe.from_json(json.loads((out / "run.json").read_text())["recipe"])
+    assert {(event.step, event.over) for event in recipe.events} == {(2, 5)}
+    assert recipe.statistics == Statistics(
+        source="ema", average="rms", tokens="ordinary", share_ln1=True
+    )
+    assert recipe.special == Special(
+        first_until=9, end_of_text_until=8, end_of_text_kinds=("ln1.v", "ln2")
+    )
+    about = json.loads((out / "run.json").read_text())["about"]
+    assert about["data"] == str(text)
 
 
 def test_resuming_what_is_no_run(monkeypatch, tmp_path, capsys):

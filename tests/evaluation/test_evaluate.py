@@ -19,10 +19,11 @@ from lnfree_interp.data import named
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.confidence_neurons import confidence_scores
+from lnfree_interp.evaluation.job import EvaluationJob
 from lnfree_interp.evaluation.loss import CrossEntropy
 from lnfree_interp.evaluation.patching import corrupted_pairs, patch_residual
 from lnfree_interp.evaluation.results import _shown
-from lnfree_interp.evaluation.run_job import require_same_tokenizer
+from lnfree_interp.evaluation.run_job import require_same_tokenizer, run_job
 from lnfree_interp.evaluation.summaries import (
     calibration_error,
     distribution,
@@ -376,6 +377,7 @@ def test_the_command(gpt2_folder, tmp_path):
     lf.export(freeze_all(lf.load(gpt2_folder)), folder)
     command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(folder)]
     command += ["--original", str(gpt2_folder), "--sequences", "6", "--pairs", "2"]
+    command += ["--data", "stdlib"]
     out = tmp_path / "evaluation.json"
     run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True)
     plain = json.loads(out.read_text())
@@ -398,6 +400,18 @@ def test_the_command(gpt2_folder, tmp_path):
     again = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert again.returncode == 2
     assert "already exists" in again.stderr
+
+
+def test_only_the_bundled_model_has_a_text_by_default(gpt2_folder):
+    with pytest.raises(DataError, match=r"no text was named for .*give --data.*; pile-10k; .*stdl"):
+        run_job(EvaluationJob(models=(str(gpt2_folder),)))
+    bundled = str(lf.bundled_checkpoint())
+    with pytest.raises(DataError, match=f"no text was named for {gpt2_folder}"):
+        run_job(EvaluationJob(models=(bundled,), original=str(gpt2_folder)))
+    quick = {"sequences": 2, "effects": False, "neurons": 0, "pairs": 0}
+    for models, data in (((bundled,), None), ((str(gpt2_folder),), "stdlib")):
+        evaluation = run_job(EvaluationJob(models=models, data=data, **quick), progress=False)
+        assert evaluation.text == "stdlib"
 
 
 def test_prompts_about_an_indirect_object():

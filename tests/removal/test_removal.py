@@ -57,14 +57,15 @@ def small_recipe(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 6}, "would be frozen at step 6, outside the 6 steps"),
-        ({"events": (Event(-1, NormSite("ln_final")),)}, "would be frozen at step -1"),
+        ({"steps": 6}, "the last of 6 steps is 5: give at least"),
+        ({"events": (Event(-1, NormSite("ln_final")),)}, "would be frozen from step -1"),
         ({"events": (Event(1, NormSite("ln_final")),) * 2}, "ln_final would be frozen twice"),
         ({"micro_batch": 0}, "micro_batch must be positive"),
         ({"distillation": 1.5}, "distillation must lie"),
         ({"batch": 0}, "batch must be positive"),
         ({"lr": -1.0}, "lr must be positive"),
-        ({"warmup": 16}, "warmup must lie in"),
+        ({"warmup": -1}, "warmup must be 0 or more"),
+        ({"warmup": 16}, "rises over 16 steps, and there are 16: give at least 17 steps"),
     ],
 )
 def test_impossible_recipes_are_refused(changes, message):

@@ -1,0 +1,183 @@
+"""From a job to a recipe: settings that are replaced, and steps that are too few."""
+
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from support.models import make_gpt2
+
+import lnfree_interp as lf
+from lnfree_interp.checkpoints.loading import config_of
+from lnfree_interp.errors import CheckpointError, RecipeError, TooFewStepsError
+from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.models.sites import sites_of
+from lnfree_interp.removal.job import RemovalJob
+from lnfree_interp.removal.recipes import BY_NAME
+from lnfree_interp.removal.run_job import make_recipe
+from lnfree_interp.removal.schedule import Event, Ramp, moved, sequential_sites
+from lnfree_interp.removal.trial import Trial, distils_at, try_steps
+
+SITES = sequential_sites(4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"recipe": "published-style"},
+        {"recipe": "taper"},
+        {"recipe": "at-once"},
+        {"start": 40},
+        {"start": 3, "taper": 20},
+        {"recipe": "taper", "gap": 4},
+        {"recipe": "at-once", "gap": 2, "special_first_until": 60},
+        {"special_end_of_text_until": 90},
+        {"vanilla": True},
+    ],
+    ids=str,
+)
+def test_the_smallest_number_of_steps_is_the_smallest_that_works(settings):
+    job = RemovalJob(steps=1, **settings)
+
+    def works(steps):
+        try:
+            make_recipe(replace(job, steps=steps), SITES)
+        except RecipeError:
+            return False
+        return True
+
+    smallest = next(steps for steps in count(1) if works(steps))
+    if smallest == 1:
+        assert settings["recipe"] == "at-once"
+        return
+    for steps in {1, smallest - 1}:
+        with pytest.raises(
+            TooFewStepsError, match=rf"recipe .* at least {smallest} steps"
+        ) as found:
+            make_recipe(replace(job, steps=steps), SITES)
+        assert found.value.smallest == smallest
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "smallest"),
+    [("gpt2-small", 12, 105), ("gpt2-xl", 48, 723), ("gpt2-small-2024", 12, 1161)],
+)
+def test_a_published_schedule_does_not_shrink(name, layers, smallest):
+    job = RemovalJob(recipe=name)
+    sites = sequential_sites(layers)
+    for steps in (5, smallest - 1):
+        with pytest.raises(TooFewStepsError, match=f"give at least {smallest} steps"):
+            make_recipe(replace(job, steps=steps), sites)
+    assert make_recipe(replace(job, steps=smallest), sites).steps == smallest
+    assert make_recipe(job, sites) == BY_NAME[name]()
+
+
+def test_a_default_number_of_steps_can_be_too_few():
+    with pytest.raises(TooFewStepsError, match="250 steps are too few for 301 norm sites"):
+        make_recipe(RemovalJob(), sequential_sites(100))
+
+
+def test_events_move():
+    site = [NormSite("ln2", 0), NormSite("ln2", 1), NormSite("ln_final")]
+    events = (Event(4, site[0]), Event(6, site[1]), Event(9, site[2]))
+    assert moved(events) == events
+    assert [e.step for e in moved(events, start=1)] == [1, 3, 6]
+    assert [(e.step, e.over) for e in moved(events, gap=5, over=2)] == [(4, 2), (9, 2), (14, 2)]
+    # Sites that are frozen together are told apart, in the published order.
+    together = moved([replace(event, step=7) for event in reversed(events)], start=0, gap=3)
+    assert {event.site: event.step for event in together} == dict(zip(site, (0, 3, 6), strict=True))
+    for wrong in ({"start": -1}, {"gap": -1}, {"over": -1}):
+        with pytest.raises(RecipeError, match="none may be negative"):
+            moved(events, **wrong)
+
+
+def test_options_replace_parts_of_the_settings():
+    job = RemovalJob(
+        recipe="published-style", sigma_share_ln1=False, sigma_sequences=8, special_first_until=0,
+        lr=1e-5, steps=300,
+    )  # fmt: skip
+    recipe, before = make_recipe(job, SITES), BY_NAME["published-style"](SITES, steps=300)
+    assert recipe.statistics == replace(before.statistics, share_ln1=False, sequences=8)
+    assert recipe.special.first_until == 0
+    assert (recipe.lr, recipe.steps) == (1e-5, 300)
+    assert recipe.events == before.events
+
+
+def test_a_config_has_the_sites_of_its_model(gpt2_folder, tmp_path):
+    model = lf.load(gpt2_folder)
+    assert sites_of(config_of(gpt2_folder)) == lf.list_norm_sites(model)
+    lf.export(lf.to_rms(model).model, tmp_path / "rms", target="transformer_lens")
+    assert config_of(tmp_path / "rms").normalization_type == "RMSPre"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        config_of(tmp_path / "empty")
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(CheckpointError, match="lnfree convert"):
+        config_of(tmp_path / "ckpt.pt")
+
+
+def ticks(step):
+    """A clock on which every reading is later by as much."""
+    return (step * i for i in count()).__next__
+
+
+def test_a_trial_counts_micro_batches_optimiser_and_forward_passes():
+    recipe = replace(
+        BY_NAME["distilled"](SITES, steps=100), batch=8, micro_batch=4, evaluate_every=30,
+        distillation=Ramp(1.0, 0.0, 0, 60),
+    )  # fmt: skip
+    trial = Trial(
+        recipe=recipe, sequences=2, sequence_length=16, heldout=6,
+        micro_batch={True: 3.0, False: 1.0}, optimizer=0.5, forward=0.25, weights=10, gradients=10,
+        activations=7_000, peak="", machine="",
+    )  # fmt: skip
+    assert sum(distils_at(recipe, step) for step in range(100)) == 60
+    measured = len({event.step for event in recipe.events}) * 64  # each at its event
+    passes = 0.25 * (measured + 6 * 4) / 2
+    assert trial.seconds == 4 * (60 * 3.0 + 40 * 1.0) + 100 * 0.5 + passes
+    control = replace(trial, recipe=recipe.vanilla(), micro_batch={False: 1.0})
+    assert control.seconds == 4 * 100 + 100 * 0.5 + 0.25 * 24 / 2
+    shown = str(trial)
+    assert "3 s with distillation, 1 s without distillation" in shown
+    assert "activations of 4 sequences 14 kB" in shown
+    assert "original" in shown
+    assert "original" not in str(control)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 1.0, Ramp(0.0, 1.0, 4, 9)], ids=str)
+def test_a_trial_runs_the_recipes_own_steps(distillation):
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    recipe = replace(
+        BY_NAME["distilled"](model, steps=20), distillation=distillation, precision="float32"
+    )
+    kinds = {0.0: {False}, 1.0: {True}}.get(distillation, {True, False})
+    n = sum(W.numel() for W in model.parameters())
+    trial = try_steps(model, recipe, 24, clock=ticks(0.01))
+    assert trial.sequences == recipe.micro_batch == 4
+    assert set(trial.micro_batch) == kinds
+    assert trial.micro_batch[max(kinds)] == pytest.approx(0.01)
+    # The embedding is tied, as in a run.
+    assert 4 * n > trial.weights == trial.gradients > 2 * n
+    # Each block keeps its input, and more, of every token.
+    assert trial.activations > 2 * 4 * (4 * 24 * model.cfg.d_model)
+
+
+def test_a_slow_machine_is_given_smaller_micro_batches():
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    recipe = replace(BY_NAME["distilled"](model, steps=20), micro_batch=8)
+    trial = try_steps(model, recipe, 24, clock=ticks(2.0))
+    assert trial.sequences == 2
+    assert "2 x 24 random tokens" in str(trial)
+    assert "activations of 8 sequences" in str(trial)
+
+
+def test_a_trial_that_does_not_fit_says_what_to_do(monkeypatch):
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+
+    def out_of_memory(*_args, **_more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lnfree_interp.removal.trial.Objective.forward", out_of_memory)
+    with pytest.raises(RecipeError, match=r"4 x 24 tokens does not fit .* smaller micro_batch"):
+        try_steps(model, BY_NAME["distilled"](model, steps=20), 24)
