@@ -1,5 +1,6 @@
 """Freeze the norms that a question reads through, and say what that costs."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,9 @@ def freeze_for(
     first: bool = True,
     lr: float = 2e-5,
     batch: int = 8,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool = True,
-    **training: Any,
 ) -> FrozenFor:
     """Make one question exact: freeze the norms that it reads through, and measure the price.
 
@@ -116,8 +118,9 @@ def freeze_for(
             and often saves most of the price; such a site cannot be folded.
         lr: Peak learning rate of the training.
         batch: Sequences per step of the training.
+        out: A new folder for metrics and checkpoints of the training. Default: nothing is written.
+        resume: Continue the training in `out`.
         progress: Whether to show progress bars.
-        **training: Further arguments of `lf.remove_norms`, such as `out="folder"` and `resume`.
 
     Returns:
         A `FrozenFor`; its repr says what was frozen, and the price in nats, KL and top-1 agreement.
@@ -157,8 +160,9 @@ def freeze_for(
     if steps and sites:
         recipe = _recipe(sites, steps, lr, batch, first)
         run = remove_norms(
-            model, recipe, tokens, heldout=heldout[:MEASURED], progress=progress, **training
-        )
+            model, recipe, tokens, heldout=heldout[:MEASURED], out=out, resume=resume,
+            progress=progress,
+        )  # fmt: skip
         frozen = run.model
     else:
         frozen = with_norm_sites(model)

@@ -177,14 +177,14 @@ def site_sensitivity(
     """What each norm costs: loss and KL divergence when its site is frozen, without training.
 
     Each site is frozen alone, and all together in the order of cost. Constants are the means of the
-    tokens' own scales on the first half of the text; the costs are measured on the second half.
+    tokens' own scales on the first quarter of the text; the costs are measured on the rest.
 
     Args:
         model: A model with live norms. It does not change, but the costs are kept with it, so that
             refusals can name them.
-        text: Token ids [sequence, pos], such as `pack(...)`, at least two sequences. The first half
-            runs in one batch; the second half's log-probabilities are kept, 4 bytes for each token
-            and entry of the vocabulary.
+        text: Token ids [sequence, pos], such as `pack(...)`, at least two sequences. It runs in
+            one batch, and the log-probabilities of the part that costs are measured on are kept, 4
+            bytes for each token and entry of the vocabulary.
         sites: The sites to measure. Default: all that are live.
         stop_above: Stop freezing together when so many nats per token have been added.
         progress: Whether to show a progress bar.
@@ -212,14 +212,14 @@ def site_sensitivity(
     tokens = read_sequences(model, text, packed=True)
     if len(tokens) < 2:
         raise DataError(
-            "a text of one sequence was given: give at least two, of which the first half measures "
-            "the constants and the second half the costs"
+            "a text of one sequence was given: give at least two, of which the first quarter "
+            "measures the constants and the rest the costs"
         )
     sited = with_norm_sites(model, copy_weights=False)
     chosen = _live(sited, sites)
-    half = len(tokens) // 2
+    measured = max(1, len(tokens) // 4)
     with restored(get_norm(sited, site) for site in list_norm_sites(sited)):
-        found = _measure(sited, tokens, half, chosen, stop_above, progress)
+        found = _measure(sited, tokens, measured, chosen, stop_above, progress)
     setattr(model, SITE_COSTS, {str(site): cost.loss for site, cost in found.first_apart.items()})
     return found
 
@@ -240,7 +240,7 @@ def _live(model: HookedTransformer, sites: Iterable[NormSite | str] | None) -> l
 def _measure(
     model: HookedTransformer,
     tokens: Int[Tensor, "sequence pos"],
-    half: int,
+    measured: int,
     sites: list[NormSite],
     stop_above: float,
     progress: bool,
@@ -253,14 +253,14 @@ def _measure(
         def measure(x: Tensor) -> None:
             r = get_norm(model, site).token_sigma(x)
             for apart, found in constants.items():
-                found[str(site)] = measure_constants(r[:half], apart)
+                found[str(site)] = measure_constants(r[:measured], apart)
             outliers[site] = find_outliers(r)[:, 1:].double().mean().item()
 
         return measure
 
     looks = {f"{site}.hook_in": measuring(site) for site in sites}
     normalised, streams = final_input(model, tokens, looks, places)
-    text = _Text(model, tokens[half:], normalised[half:])
+    text = _Text(model, tokens[measured:], normalised[measured:])
 
     def start(site: NormSite) -> int:
         return model.cfg.n_layers if site.layer is None else site.layer
@@ -269,7 +269,7 @@ def _measure(
         freezing = Freezing(model, [site], apart, known=constants[apart])
         layer = start(site)
         with restored([get_norm(model, site)]):
-            stream = streams[places[layer]][half:]
+            stream = streams[places[layer]][measured:]
             return text.cost(final_input(model, stream, freezing.edits, (), layer)[0])
 
     costs: dict[Apart, dict[NormSite, Cost]] = {apart: {} for apart in constants}
@@ -287,12 +287,12 @@ def _measure(
             frozen.append(site)
             layer = start(site)
             behind = [one for one in frozen if start(one) >= layer]
-            freezing = Freezing(model, behind, "first", measured=half)
+            freezing = Freezing(model, behind, "first", measured=measured)
             normalised, found = final_input(
                 model, streams[places[layer]], freezing.edits, places[layer + 1 :], layer
             )
             streams |= found
-            together[site] = text.cost(normalised[half:])
+            together[site] = text.cost(normalised[measured:])
             bar.update()
             if not together[site].loss <= stop_above:
                 break
