@@ -1,4 +1,4 @@
-"""The command line: `lnfree demo`, `remove`, `convert`, `evaluate`, `report`.
+"""The command line: `lnfree demo`, `remove`, `freeze`, `convert`, `evaluate`, `report`.
 
 Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
@@ -12,6 +12,7 @@ import tyro
 from lnfree_interp.cli.convert import convert
 from lnfree_interp.cli.demo import demo
 from lnfree_interp.cli.evaluate import evaluate
+from lnfree_interp.cli.freeze import freeze
 from lnfree_interp.cli.options import CONFIG, REGISTRY
 from lnfree_interp.cli.remove import remove
 from lnfree_interp.cli.report import report
@@ -28,6 +29,7 @@ def main() -> None:
             {
                 "demo": demo,
                 "remove": remove,
+                "freeze": freeze,
                 "convert": convert,
                 "evaluate": evaluate,
                 "report": report,

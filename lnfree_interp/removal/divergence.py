@@ -1,9 +1,17 @@
-"""Notices when a run diverges."""
+"""Notices when a run diverges, and finds where."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from lnfree_interp.models.norms import Norm
 from lnfree_interp.removal.settings import Guard
+from lnfree_interp.removal.statistics import Hooks
 
 
 class DivergenceWatch:
@@ -38,3 +46,50 @@ class DivergenceWatch:
             if not 1 / self.guard.sigma_factor < ratio < self.guard.sigma_factor:
                 return f"the inputs of {site} have {ratio:.3g} times its constant sigma"
         return None
+
+
+@torch.no_grad()
+def find_runaway(
+    model: HookedTransformer,
+    norms: Mapping[str, Norm],
+    tokens: Int[Tensor, "sequence pos"],
+    hooks: Hooks,
+    factor: float,
+    forward: Callable[[Tensor], object],
+) -> str | None:
+    """Where activations ran away, in words: the first frozen site that a token enters far above its
+    constant.
+
+    Args:
+        model: With norm sites.
+        norms: The norms at its sites, by name.
+        tokens: The text on which the run diverged.
+        hooks: The hooks of the step.
+        factor: How many times the constant counts as far.
+        forward: Runs the model on the text.
+
+    Returns:
+        The site, the token and by how much; None if every token is near the constants.
+    """
+    found: list[str] = []
+
+    def look(x: Tensor, hook: HookPoint) -> None:
+        assert hook.name is not None
+        name = hook.name.removesuffix(".hook_in")
+        if found or norms[name].live:
+            return
+        ratio = norms[name].token_sigma(x).flatten(2).amax(2) / norms[name].constant
+        ratio = torch.where(ratio.isfinite(), ratio, torch.inf)
+        if ratio.max() > factor:
+            row, pos = divmod(int(ratio.argmax()), ratio.shape[1])
+            token = int(tokens[row, pos])
+            text = repr(model.tokenizer.decode([token])) if model.tokenizer else f"token {token}"
+            found.append(
+                f"it began at {name}, where {text} at position {pos} of sequence {row} has "
+                f"{ratio.max().item():.3g} times the constant"
+            )
+
+    looking = [(f"{name}.hook_in", look) for name in norms]
+    with model.hooks(fwd_hooks=[*hooks, *looking]):
+        forward(tokens)
+    return found[0] if found else None

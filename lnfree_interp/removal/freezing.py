@@ -19,12 +19,11 @@ from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.running import Edit, run_and_keep, watched
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import get_norm
+from lnfree_interp.removal.settings import OUTLIER
 
 Apart = Literal["none", "first", "outliers"]
 """Which tokens a frozen site divides by numbers of their own: none; the first of each sequence, by
 a constant; or that, and each other whose scale is `OUTLIER` times their mean, by its own scale."""
-
-OUTLIER = 5.0
 
 
 @dataclass(frozen=True)

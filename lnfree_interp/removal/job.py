@@ -138,6 +138,8 @@ class SpecialTokenOptions:
     """Step at which position 0 gets the common sigma; 0: it always has it."""
     special_keep_first: bool | None = None
     """Whether position 0 keeps its sigma in the finished model, which is then not folded."""
+    special_outliers_until: int | None = None
+    """Step at which tokens far above the others get the common sigma; 0: they always have it."""
     special_end_of_text_until: int | None = None
     """The same for end-of-text tokens."""
     special_end_of_text_kinds: Annotated[

@@ -118,6 +118,11 @@ def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "position 0", f"has a sigma of its own until step {special.first_until}"
     if special.keep_first:
         yield "position 0", "keeps a sigma of its own, in the finished model too"
+    if special.outliers_until:
+        yield (
+            "outliers",
+            f"have a share of the live norm that falls to 0 at step {special.outliers_until}",
+        )
     if special.end_of_text_until:
         kinds = special.end_of_text_kinds
         where = "" if kinds is None else f" at {', '.join(kinds)}"

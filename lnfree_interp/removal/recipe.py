@@ -194,7 +194,7 @@ class Recipe:
 
         special = {
             name: until if until is None else later(until, done, factor)
-            for name in ("first_until", "end_of_text_until")
+            for name in ("first_until", "end_of_text_until", "outliers_until")
             for until in [getattr(self.special, name)]
         }
         if self.removed_at < done or not self.events:

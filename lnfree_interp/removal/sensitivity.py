@@ -7,9 +7,8 @@ from typing import SupportsIndex
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
@@ -17,7 +16,7 @@ from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.analysis.results import read_top
 from lnfree_interp.analysis.view import SITE_COSTS, Place
 from lnfree_interp.errors import DataError, NormSiteError
-from lnfree_interp.models.loss import loss_of
+from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import Edit
 from lnfree_interp.models.site_names import NormSite, name_sites
 from lnfree_interp.models.sites import get_norm, list_norm_sites, live_sites, with_norm_sites
@@ -142,27 +141,35 @@ class _Text:
 
     def __init__(self, model: HookedTransformer, tokens: Tensor, normalised: Tensor):
         self.model, self.targets = model, tokens[:, 1:].flatten().to(normalised.device)
-        pieces = list(self._log_p(normalised))
-        self.live = [piece.clone() for piece in pieces]
-        self.best = torch.cat([piece.argmax(-1) for piece in pieces])
-        self.loss = loss_of(torch.cat(pieces), self.targets).double().mean().item()
+        self.live, self.best, entropies, losses = [], [], [], []
+        for logits, targets in self._pieces(normalised):
+            log_p = logits.log_softmax(-1)
+            losses.append(loss_of(log_p, targets))
+            entropies.append(entropy_of(log_p))
+            self.live.append(log_p.exp())
+            self.best.append(log_p.argmax(-1))
+        self.loss = torch.cat(losses).double().mean().item()
+        self.entropy = torch.cat(entropies).double().mean().item()
 
-    def _log_p(self, normalised: Tensor) -> Iterator[Float[Tensor, "token d_vocab"]]:
-        cap = self.model.cfg.output_logits_soft_cap
-        for some in normalised[:, :-1].flatten(0, 1).split(_POSITIONS):
-            logits = self.model.unembed(some[None])[0]
-            yield soft_cap(logits, cap).float().log_softmax(-1)
+    def _pieces(self, normalised: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits of a few predictions at a time, [token, d_vocab], and what they predict."""
+        cap, every = self.model.cfg.output_logits_soft_cap, normalised[:, :-1].flatten(0, 1)
+        for some, targets in zip(
+            every.split(_POSITIONS), self.targets.split(_POSITIONS), strict=True
+        ):
+            yield soft_cap(self.model.unembed(some[None])[0], cap).float(), targets
 
     def cost(self, normalised: Tensor) -> Cost:
         """What predictions from another input of the unembedding cost."""
-        loss, divergence, agrees, start = 0.0, 0.0, 0, 0
-        for log_p, live in zip(self._log_p(normalised), self.live, strict=True):
-            some = slice(start, start + len(log_p))
-            start += len(log_p)
-            loss += loss_of(log_p, self.targets[some]).double().sum().item()
-            divergence += F.kl_div(log_p, live, reduction="sum", log_target=True).item()
-            agrees += int((log_p.argmax(-1) == self.best[some]).sum())
-        return Cost(loss / start - self.loss, divergence / start, agrees / start)
+        loss, crossed, agrees, n = 0.0, 0.0, 0, len(self.targets)
+        for (logits, targets), live, best in zip(
+            self._pieces(normalised), self.live, self.best, strict=True
+        ):
+            total = logits.logsumexp(-1)  # log p = logits - total, without a table of them
+            loss += (total - logits.gather(-1, targets[:, None])[:, 0]).double().sum().item()
+            crossed += (total - torch.linalg.vecdot(live, logits)).double().sum().item()
+            agrees += int((logits.argmax(-1) == best).sum())
+        return Cost(loss / n - self.loss, crossed / n - self.entropy, agrees / n)
 
 
 @torch.no_grad()
@@ -183,7 +190,7 @@ def site_sensitivity(
         model: A model with live norms. It does not change, but the costs are kept with it, so that
             refusals can name them.
         text: Token ids [sequence, pos], such as `pack(...)`, at least two sequences. It runs in
-            one batch, and the log-probabilities of the part that costs are measured on are kept, 4
+            one batch, and the probabilities of the part that costs are measured on are kept, 4
             bytes for each token and entry of the vocabulary.
         sites: The sites to measure. Default: all that are live.
         stop_above: Stop freezing together when so many nats per token have been added.

@@ -62,17 +62,24 @@ class Statistics:
             raise RecipeError(f"momentum must lie in 0..1 (1 excluded), not {self.momentum}")
 
 
+OUTLIER = 5.0
+"""A token is an outlier at a site where its own scale is so many times what it is divided by."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Special:
     """Tokens that a frozen site divides by a sigma of their own during the transition.
 
-    The residual norms of position 0 and of end-of-text differ much from those of other tokens.
+    The residual norms of position 0 and of end-of-text differ much from those of other tokens, and
+    in many models those of a few other tokens do: massive activations. A frozen site that divides
+    such a token by the ordinary constant lets it grow from layer to layer.
 
     Raises:
         RecipeError: if a step is negative.
 
     Source:
-        arXiv 2409.13710
+        arXiv 2409.13710; massive activations: arXiv 2402.17762; outliers wherever they stand, and
+        position 0 apart in the finished model: ours.
 
     Examples:
         >>> from dataclasses import replace
@@ -89,11 +96,15 @@ class Special:
     keep_first: bool = False
     """Whether position 0 keeps a sigma of its own in the finished model, which then cannot be
     folded; the frozen form holds it."""
+    outliers_until: int | None = None
+    """The step at which outliers get the common sigma: tokens, wherever they stand, whose own scale
+    is `OUTLIER` times what the site would divide them by. Until then the live norm has a share in
+    what they are divided by, which falls linearly from 1 at step 0. None: they always have it."""
     end_of_text_kinds: tuple[SiteKind, ...] | None = None
     """The kinds of sites at which end-of-text is special; None: all."""
 
     def __post_init__(self) -> None:
-        for step in (self.first_until, self.end_of_text_until):
+        for step in (self.first_until, self.end_of_text_until, self.outliers_until):
             if step is not None and step < 0:
                 raise RecipeError(f"tokens cannot be special until step {step}: it is negative")
         if self.keep_first and self.first_until is not None:
@@ -105,7 +116,7 @@ class Special:
     @property
     def until(self) -> int:
         """The first step at which no token is special."""
-        return max(self.first_until or 0, self.end_of_text_until or 0)
+        return max(self.first_until or 0, self.end_of_text_until or 0, self.outliers_until or 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ The loop is `Trainer.run`. What it calls is in files of its own: the state of th
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -22,7 +23,7 @@ from lnfree_interp.models.precision import products_dtype
 from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.sites import split_norms, with_norm_sites
 from lnfree_interp.removal import training_state
-from lnfree_interp.removal.divergence import DivergenceWatch
+from lnfree_interp.removal.divergence import DivergenceWatch, find_runaway
 from lnfree_interp.removal.losses import Objective, require_terms
 from lnfree_interp.removal.optimizer import adamw
 from lnfree_interp.removal.probes import ResidualProbe
@@ -234,8 +235,10 @@ class Trainer:
                 sums += part * torch.stack(terms)
         gradient = self.processes.clip(list(self.objective.parameters()), recipe.clip)
         means = (self.processes.sum(sums) / self.processes.world).tolist()
-        self.stepper.step()
+        if math.isfinite(gradient):  # else the weights stay, to find where it came from
+            self.stepper.step()
         self.stepper.zero_grad()
+        self._last_batch = batch
         measured = self.transition.after()
         probes = {}
         if probing:
@@ -278,8 +281,20 @@ class Trainer:
     def _roll_back(self, record: StepRecord, wrong: str) -> None:
         """Go back to the last good checkpoint with wider gaps, or end the run."""
         guard, where = self.recipe.guard, f"at step {record.step}: {wrong}"
+        began = find_runaway(
+            self.model, self.transition.norms, self._last_batch.to(self.processes.device),
+            [*self.fwd_hooks, *self.transition.hooks()], guard.sigma_factor, self._run_model,
+        )  # fmt: skip
+        self.transition.meter.sums = {}
+        where += "" if began is None else f"; {began}"
         if guard.action == "stop" or self.folder is None:
-            raise TrainingError(f"the run diverged {where}; lower lr, or widen the gaps")
+            advice = "lower lr, or widen the gaps"
+            if began is not None:
+                advice = (
+                    "freeze that site later, or keep such tokens apart for longer (outliers_until "
+                    "of Special)"
+                )
+            raise TrainingError(f"the run diverged {where}; {advice}")
         if self.divergence.rollbacks >= guard.rollbacks:
             raise TrainingError(
                 f"the run diverged {where}; {guard.rollbacks} rollbacks did not help"

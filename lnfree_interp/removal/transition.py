@@ -14,6 +14,7 @@ from lnfree_interp.models.site_names import NormSite, sites_in, whole_norm
 from lnfree_interp.models.sites import get_norm
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, last_step
+from lnfree_interp.removal.settings import OUTLIER
 from lnfree_interp.removal.statistics import (
     GROUPS,
     Forward,
@@ -71,6 +72,7 @@ class Transition:
         self.scales: dict[str, dict[Group, float]] = {}
         self.meter = SigmaMeter(model, self.norms, self.groups)
         self.step = 0
+        self._own: dict[str, Tensor] = {}
 
     def follow(self, recipe: Recipe) -> None:
         """Follow the schedule of a recipe, which a rollback may have widened."""
@@ -115,9 +117,12 @@ class Transition:
             metering: Measure every site, for the probes.
         """
         hooks: list[tuple[str, Callable[..., Any]]] = []
+        sites = [name for name, norm in self.norms.items() if not norm.live]
         if self.step < self.special.until:
-            sites = [name for name, norm in self.norms.items() if not norm.live]
             hooks += [(f"{name}.hook_sigma", self._special_scale) for name in sites]
+        if self.step < (self.special.outliers_until or 0):
+            hooks += [(f"{name}.hook_in", self._see_scale) for name in sites]
+            hooks += [(f"{name}.hook_sigma", self._outlier_scale) for name in sites]
         if metering or self._moving:
             hooks += self.meter.hooks
         return hooks
@@ -227,6 +232,21 @@ class Transition:
                 tokens = tokens.view(*tokens.shape, *[1] * (sigma.ndim - 2))
                 sigma = torch.where(tokens, scale, sigma)
         return sigma
+
+    def _see_scale(self, x: Float[Tensor, "batch pos *head d"], hook: HookPoint) -> None:
+        assert hook.name is not None
+        name = hook.name.removesuffix(".hook_in")
+        self._own[name] = self.norms[name].token_sigma(x.detach())
+
+    def _outlier_scale(
+        self, sigma: Float[Tensor, "batch pos *head one"], hook: HookPoint
+    ) -> Float[Tensor, "batch pos *head one"]:
+        """A hook on a site's `hook_sigma`, behind those of other special tokens."""
+        assert hook.name is not None
+        r = self._own.pop(hook.name.removesuffix(".hook_sigma"))
+        assert self.special.outliers_until is not None
+        live = 1 - self.step / self.special.outliers_until
+        return torch.where(r > OUTLIER * sigma, 1 / (live / r + (1 - live) / sigma), sigma)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data. The constants and gates themselves are buffers of the model."""

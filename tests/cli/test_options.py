@@ -31,9 +31,10 @@ try:
 finally:
     print("modules:", *sys.modules)
 """
+COMMANDS = ["", "demo", "remove", "freeze", "convert", "evaluate", "report"]
 
 
-@pytest.mark.parametrize("command", ["", "demo", "remove", "convert", "evaluate", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_heavy(command):
     arguments = [sys.executable, "-c", HELP, *([command] if command else [])]
     done = subprocess.run(arguments, capture_output=True, text=True)
@@ -48,6 +49,7 @@ def test_help_imports_nothing_heavy(command):
     ("command", "groups"),
     [
         ("remove", ["model", "text", "training", "schedule", "sigma", "special token", "record"]),
+        ("freeze", ["model", "text", "freezing"]),
         ("evaluate", ["model", "text", "measure", "task"]),
         ("report", ["model", "text", "prompt"]),
     ],

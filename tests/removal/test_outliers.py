@@ -1,0 +1,126 @@
+"""Tokens whose scale is far above all others: apart for a while, and named when they run away."""
+
+import dataclasses
+
+import pytest
+import torch
+from support.architectures import make_model
+from support.models import make_tokenizer
+
+import lnfree_interp as lf
+from lnfree_interp.errors import RecipeError, TrainingError
+from lnfree_interp.removal.settings import OUTLIER
+from lnfree_interp.removal.transition import Transition
+
+TEXT = torch.randint(20, 300, (16, 24), generator=torch.Generator().manual_seed(2))
+LARGE = 7
+"""A token whose embedding is many times as long as any other."""
+
+
+@pytest.fixture
+def model():
+    live = lf.load(make_model("llama-grouped"), tokenizer=make_tokenizer(), check=False)
+    with torch.no_grad():
+        live.embed.W_E[LARGE] *= 200
+    return live
+
+
+def recipe_for(model, special, steps=20, **more):
+    recipe = lf.recipes.at_once(model, steps=steps)
+    plain = {"batch": 4, "micro_batch": 4, "special": special, "precision": "float32"}
+    plain |= {"statistics": lf.Statistics(tokens="ordinary", source="start", sequences=8)}
+    return dataclasses.replace(recipe, **plain | more)
+
+
+def test_outliers_are_divided_by_a_blend_that_fades(model):
+    sited = lf.with_norm_sites(model)
+    text = TEXT.clone()
+    text[1, 5] = LARGE
+    special = lf.Special(outliers_until=10, keep_first=True)
+    recipe = recipe_for(model, special)
+    transition = Transition(sited, recipe, TEXT[:8])
+    step = recipe.events[0].step
+    name = "blocks.0.ln2"
+    for now in (max(step, 4), 12):
+        transition.before(now)
+        transition.groups.mark(text)
+        norm = lf.get_norm(sited, name)
+        with sited.hooks(fwd_hooks=transition.hooks()):
+            _, cache = sited.run_with_cache(text)
+        r = norm.token_sigma(cache[f"{name}.hook_in"])
+        scale = cache[f"{name}.hook_scale"]
+        live = max(0.0, 1 - now / 10)
+        expected = 1 / (live / r[1, 5] + (1 - live) / norm.constant)
+        if live == 0:
+            expected = torch.full_like(r[1, 5], norm.constant)
+        assert r[1, 5] > OUTLIER * norm.constant
+        torch.testing.assert_close(scale[1, 5], expected.to(scale), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(scale[0, 3].item(), norm.constant, rtol=1e-5, atol=1e-6)
+        assert norm.first is not None
+        torch.testing.assert_close(scale[0, 0].item(), norm.first, rtol=1e-5, atol=1e-6)
+    assert transition._own == {}
+
+
+def test_the_guard_names_the_site_and_the_token_where_activations_ran_away(model):
+    text = TEXT.clone()
+    text[:, 1] = LARGE
+    recipe = recipe_for(model, lf.Special(), guard=lf.Guard(above_best=1.0, sigma_factor=30.0))
+    statistics = dataclasses.replace(recipe.statistics, average="least_squares", sequences=16)
+    recipe = dataclasses.replace(recipe, statistics=statistics)
+    # Constants of a text without the large token: the run then meets it.
+    both = torch.cat([TEXT, text])
+    with pytest.raises(TrainingError) as error:
+        lf.remove_norms(
+            model, dataclasses.replace(recipe, lr=1e-3), FirstOrdinary(both, 16), progress=False,
+            log_every=1,
+        )  # fmt: skip
+    said = str(error.value)
+    token = repr(model.tokenizer.decode([LARGE]))
+    assert f"where {token} at position 1 of sequence" in said
+    assert "it began at blocks.0." in said
+    assert "outliers_until" in said
+    assert "lower lr" not in said
+
+
+class FirstOrdinary:
+    """A text whose first sequences, on which sigma is measured, are ordinary."""
+
+    def __init__(self, tokens, n):
+        self.tokens, self.n, self.at = tokens, n, 0
+
+    sequence_length, epoch = 24, 0
+
+    def take(self, n):
+        if self.at == 0 and n == self.n:
+            return self.tokens[:n]
+        self.at += n
+        rows = torch.arange(self.at, self.at + n) % self.n + self.n
+        return self.tokens[rows]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+    def fingerprint(self):
+        return "a text of two halves"
+
+
+def test_a_run_without_runaways_says_what_it_said(model):
+    recipe = recipe_for(model, lf.Special(), guard=lf.Guard(above_best=1e-9, sigma_factor=1e9))
+    with pytest.raises(TrainingError, match="lower lr, or widen the gaps"):
+        lf.remove_norms(model, dataclasses.replace(recipe, lr=1e-4), TEXT, progress=False)
+
+
+def test_settings_and_words(model):
+    with pytest.raises(RecipeError, match="negative"):
+        lf.Special(outliers_until=-1)
+    recipe = recipe_for(model, lf.Special(outliers_until=15))
+    assert recipe.removed_at == 15
+    assert lf.Recipe.from_json(recipe.to_json()) == recipe
+    widened = recipe.widened(5, 2.0)
+    assert widened.special.outliers_until == widened.removed_at > 15
+    from lnfree_interp.removal.plan import plan
+
+    assert "which falls to 0 at step 15" in plan(recipe)
