@@ -15,6 +15,7 @@ import lnfree_interp as lf
 from lnfree_interp import cli
 from lnfree_interp.cli.convert import convert
 from lnfree_interp.evaluation.job import EvaluationJob
+from lnfree_interp.removal.freeze_options import FreezeJob
 from lnfree_interp.removal.job import RECIPES, RemovalJob
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME
@@ -61,7 +62,9 @@ def test_options_are_in_groups(command, groups, monkeypatch, capsys):
     assert not stopped.value.code
     shown = capsys.readouterr().out
     assert re.findall(r"^\W*(\w[\w ]*) options\W*$", shown, re.MULTILINE) == groups
-    jobs = {"remove": RemovalJob, "evaluate": EvaluationJob, "report": ReportJob}
+    jobs = {
+        "remove": RemovalJob, "freeze": FreezeJob, "evaluate": EvaluationJob, "report": ReportJob,
+    }  # fmt: skip
     flags = set(re.findall(r"--([\w-]+)", shown))
     positional = {"model", "models", "source"}
     names = {field.name.replace("_", "-") for field in fields(jobs[command])}

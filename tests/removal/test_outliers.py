@@ -123,4 +123,4 @@ def test_settings_and_words(model):
     assert widened.special.outliers_until == widened.removed_at > 15
     from lnfree_interp.removal.plan import plan
 
-    assert "which falls to 0 at step 15" in plan(recipe)
+    assert "falls to 0 at step 15" in plan(recipe)
