@@ -39,10 +39,10 @@ Part = Literal["costs", "prices", "speed"]
 
 
 def read(model: HookedTransformer, file: Path, sequences: int, skip: int) -> torch.Tensor:
-    """Sequences of the documents behind the first `skip`."""
-    lines = file.read_text(encoding="utf-8").splitlines()[skip : skip + sequences]
-    documents = [json.loads(line)["text"] for line in lines]
-    return lf.pack(documents, model.tokenizer, LENGTH)[:sequences]
+    """Sequences from all over 400 documents, behind the first `skip`."""
+    lines = file.read_text(encoding="utf-8").splitlines()[skip : skip + 400]
+    tokens = lf.pack([json.loads(line)["text"] for line in lines], model.tokenizer, LENGTH)
+    return tokens[torch.arange(sequences) * len(tokens) // sequences]
 
 
 def costs(model: HookedTransformer, file: Path) -> None:

@@ -36,9 +36,11 @@ def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
     if len(groups) > 1:
         fields = tuple(StructFieldSpec(_title(one), _group(one), MISSING) for one in groups)
         return StructConstructorSpec(_from_groups(made), fields)
+    declared = reversed(made.__mro__[:-1]) if inspect.isclass(made) else (made,)
     texts = {
         found.arg_name: " ".join((found.description or "").split())
-        for found in docstring_parser.parse_from_object(made).params
+        for one in declared
+        for found in docstring_parser.parse_from_object(one).params
     }
     hints = get_type_hints(made, include_extras=True)
     parameters = inspect.signature(made).parameters

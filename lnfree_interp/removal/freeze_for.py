@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.norms_read import Question, norms_read
 from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.analysis.targets import Target
+from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError, NormSiteError, RecipeError
 from lnfree_interp.evaluation.text_pass import measure_text
 from lnfree_interp.models.site_names import NormSite, name_sites
@@ -23,8 +24,8 @@ from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.schedule import Event
 from lnfree_interp.removal.settings import Special, Statistics
 
-MEASURED = 32
-"""How many sequences constants are measured on."""
+MEASURED = 8192
+"""How many tokens constants are measured on, in one batch, spread over the text."""
 HELD_OUT = 0.25
 """The share of a text that the price is measured on, if no other text is given for it."""
 
@@ -156,17 +157,17 @@ def freeze_for(
         heldout = read_sequences(model, heldout, packed=True).cpu()
     wanted = _sites(model, question, tokens)
     sites = tuple(site for site in wanted if site in live_sites(model))
-    run = None
+    run, few = None, max(1, min(len(tokens), MEASURED // tokens.shape[1]))
     if steps and sites:
-        recipe = _recipe(sites, steps, lr, batch, first)
+        recipe = _recipe(sites, steps, lr, batch, first, few)
         run = remove_norms(
-            model, recipe, tokens, heldout=heldout[:MEASURED], out=out, resume=resume,
+            model, recipe, tokens, heldout=heldout[:few], out=out, resume=resume,
             progress=progress,
         )  # fmt: skip
         frozen = run.model
     else:
         frozen = with_norm_sites(model)
-        freeze_in_one_pass(frozen, sites, tokens[:MEASURED], first=first)
+        freeze_in_one_pass(frozen, sites, spread(tokens, few), first=first)
     price = measure_price(frozen, model, heldout, progress=progress)
     return FrozenFor(frozen, sites, _constants(frozen, sites), price, run)
 
@@ -200,7 +201,7 @@ def _recipe(sites: tuple[NormSite, ...], steps: int, lr: float, batch: int, firs
         final_lr=0.1,
         distillation=1.0,
         scale_anchor=0.0,
-        statistics=Statistics(tokens="ordinary", sequences=MEASURED),
+        statistics=Statistics(tokens="ordinary", sequences=measured),
         special=Special(keep_first=first),
     )
 

@@ -56,7 +56,7 @@ def run_job(
     source = str(bundled_checkpoint()) if job.model is None else job.model
     say(f"loading {'the bundled checkpoint' if job.model is None else source}")
     model = load(source, revision=job.revision)
-    length = job.sequence_length or min(256, model.cfg.n_ctx)
+    length = job.sequence_length or min(1024, model.cfg.n_ctx)
     say(f"opening {job.text}")
     tokens = evaluation_text(
         job.text, model.tokenizer, length, job.sequences, split=job.split, name=job.data_name,

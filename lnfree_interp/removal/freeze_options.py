@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lnfree_interp.data.names import is_bundled, text_for
+from lnfree_interp.evaluation import job as evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,28 +25,12 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class TextOptions(evaluation.TextOptions):
     """What constants are measured on, and the price."""
 
-    data: str | None = None
-    """The text: stdlib, the source of Python's standard library; a .txt, .jsonl, .json, .parquet,
-    .arrow or .csv file; a folder or a pattern of such files; a folder that save_to_disk wrote; or a
-    data set on the hub. Default: stdlib for the model that ships with the package; any other model
-    needs it."""
-    sequences: int = 128
+    sequences: int | None = 128
     """How many sequences of text. The price is measured on the last quarter, which nothing else
     sees."""
-    sequence_length: int | None = None
-    """Tokens per sequence. Default: the model's context, up to 256."""
-    split: str | None = None
-    """Split of the text. Default: heldout of stdlib, train of others."""
-    data_name: str | None = None
-    """Configuration of a data set on the hub."""
-    column: str | None = None
-    """Column of the text, or of token ids. Default: text, content, input_ids or tokens, the first
-    that exists; else the only column of strings."""
-    data_revision: str | None = None
-    """Branch, tag or commit of the data set on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)

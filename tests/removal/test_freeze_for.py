@@ -20,6 +20,8 @@ from lnfree_interp.removal.freezing import freeze_in_one_pass
 TEXT = torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(2))
 PROMPT = torch.tensor([7, 4, 9, 31, 2, 15])
 TARGET = lf.LogitDifference(3, 5)
+# Of eight sequences the first and the fifth measure constants, the others costs.
+MEASURED, PRICED = TEXT[[0, 4]], TEXT[[1, 2, 3, 5, 6, 7]]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "neox", "llama-grouped"])
@@ -129,7 +131,7 @@ def frozen_by_hand(model, site, tokens, measured, apart):
 def test_costs_are_those_of_sites_frozen_by_hand(model):
     with_outliers(model)
     found = lf.site_sensitivity(model, TEXT, progress=False)
-    measured, tokens = TEXT[:2], TEXT[2:]
+    measured, tokens = MEASURED, PRICED
     live = losses(model, tokens)
     assert found.loss == pytest.approx(live, abs=1e-6)
     assert found.n_tokens == 6 * 23
@@ -152,11 +154,11 @@ def test_together_every_constant_is_measured_behind_the_freezes_before_it(model)
     assert list(found.together) == list(found.order)
     by_cost = [found.first_apart[site].loss for site in found.order]
     assert by_cost == sorted(by_cost)
-    live = losses(model, TEXT[2:])
+    live = losses(model, PRICED)
     for n in (1, 4, len(found.order)):
         sited = lf.with_norm_sites(model)
-        freeze_in_one_pass(sited, found.order[:n], TEXT[:2])
-        expected = losses(sited, TEXT[2:]) - live
+        freeze_in_one_pass(sited, found.order[:n], MEASURED)
+        expected = losses(sited, PRICED) - live
         assert found.together[found.order[n - 1]].loss == pytest.approx(expected, abs=1e-5)
 
 
