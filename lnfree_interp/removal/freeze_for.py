@@ -187,7 +187,9 @@ def _sites(model: HookedTransformer, question: Any, tokens: Tensor) -> tuple[Nor
     return tuple(sorted(dict.fromkeys(sites), key=lambda site: site.order))
 
 
-def _recipe(sites: tuple[NormSite, ...], steps: int, lr: float, batch: int, first: bool) -> Recipe:
+def _recipe(
+    sites: tuple[NormSite, ...], steps: int, lr: float, batch: int, first: bool, measured: int
+) -> Recipe:
     """Freeze at once, then distil."""
     if steps < 2:
         raise RecipeError(f"steps={steps}: give 0 for no training, or at least 2")
