@@ -26,8 +26,9 @@ ROW = 14
 """The least height of a heatmap's row, in pixels."""
 _UPRIGHT = 11
 """The least distance of upright labels, in pixels."""
-_ABOVE = 18
-"""What is left free above a title, in pixels."""
+_ABOVE, _LINE = 18, 22
+"""What is left free above a title, and the height of its lines, in pixels; plotly moves a title up
+by half a line for each line."""
 _TITLE, _SUBTITLE = 9.6, 7.0
 """The mean width of a letter in pixels, in the widest of the usual fonts."""
 
@@ -151,21 +152,32 @@ def fit_titles(figure: go.Figure, width: int) -> go.Figure:
     """
     layout: Any = figure.layout
     more = 0
-    for title, letter, line in ((layout.title, _TITLE, 22), (layout.title.subtitle, _SUBTITLE, 16)):
+    for title, letter, line in (
+        (layout.title, _TITLE, _LINE),
+        (layout.title.subtitle, _SUBTITLE, 16),
+    ):
         text = title.text or ""
         if re.search("<(?!br>)", text):
             continue
-        old = text.split("<br>")
-        new = [one for whole in old for one in textwrap.wrap(
-            whole, int((width - 20) / letter), break_long_words=False, break_on_hyphens=False
-        ) or [""]]  # fmt: skip
+        old, longest = text.split("<br>"), int((width - 20) / letter)
+        new = [line for one in old for line in _wrapped(one, longest)]
         if len(new) > len(old):
             title.text = "<br>".join(new)
             more += line * (len(new) - len(old))
     if more:
         height = (layout.height or 450) + more
+        above = _ABOVE + _LINE // 2 * (layout.title.text or "").count("<br>")
         figure.update_layout(
             margin_t=(layout.margin.t or 100) + more, height=height,
-            title={"y": 1 - _ABOVE / height, "yref": "container", "yanchor": "top"},
+            title={"y": 1 - above / height, "yref": "container", "yanchor": "top"},
         )  # fmt: skip
     return figure
+
+
+def _wrapped(line: str, longest: int) -> list[str]:
+    """A line of a title in lines of so many letters; an escaped letter is one."""
+    shown = html.unescape(line)
+    if len(shown) <= longest:
+        return [line]
+    lines = textwrap.wrap(shown, longest, break_long_words=False, break_on_hyphens=False)
+    return [html.escape(one, quote=False) for one in lines]

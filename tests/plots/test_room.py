@@ -1,5 +1,6 @@
 """Figures of deep models, many tokens and long titles keep room for what is written on them."""
 
+import html
 from itertools import pairwise
 
 import plotly.graph_objects as go
@@ -125,7 +126,7 @@ def too_long(figure, width):
         line
         for what, one in (("title", title), ("subtitle", title.subtitle))
         for line in one.text.split("<br>")
-        if len(line) * DEJAVU[what] > width
+        if len(html.unescape(line)) * DEJAVU[what] > width
     ]
 
 
@@ -138,7 +139,16 @@ def test_no_line_of_a_title_is_wider_than_the_picture():
     grown = long.layout.height - short.layout.height
     assert grown == long.layout.margin.t - short.layout.margin.t > 0  # bars keep their room
     for figure in (short, long):
-        assert (1 - figure.layout.title.y) * figure.layout.height == pytest.approx(18)
+        above = 18 + 11 * figure.layout.title.text.count("<br>")  # plotly moves lines up
+        assert (1 - figure.layout.title.y) * figure.layout.height == pytest.approx(above)
+
+
+def test_an_escaped_letter_counts_once():
+    prompts = (("<|im_start|>", "The Eiffel Tower is in"),)
+    one = result(3, of=("' Paris' - ' London'",), prompts=prompts)
+    title = lf.plots.attribution(one).layout.title
+    assert title.text.endswith("after “&lt;|im_start|&gt;The Eiffel Tower is in”")
+    assert "<br>" not in title.text
 
 
 def test_a_narrow_picture_has_more_lines(tmp_path, monkeypatch):
