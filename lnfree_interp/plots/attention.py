@@ -3,6 +3,7 @@
 import html
 
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 
 from lnfree_interp.analysis.counterfactual import CounterfactualPattern
@@ -11,12 +12,17 @@ from lnfree_interp.analysis.scores import ScoreAttribution
 from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import (
     diverging,
+    row_ticks,
     rows_height,
     show_held,
     show_token,
     show_tokens,
     styled,
+    ticks,
 )
+
+_PANEL = 240
+"""The width of each of three panels, in pixels."""
 
 
 def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> go.Figure:
@@ -56,17 +62,21 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
     grid[:-1, -1] = values[rows].sum(1) - grid[:-1, :-1].sum(1)
     grid[-1, :-1] = values[:, columns].sum(0) - grid[:-1, :-1].sum(0)
     grid[-1, -1] = values.sum() - grid.sum()
+    x = [*(result.key_components[i].label for i in columns), "others"]
+    y = [*(result.query_components[i].label for i in rows), "others"]
     figure = go.Figure(
         go.Heatmap(
             **diverging(grid, "score"),
-            x=[*(result.key_components[i].label for i in columns), "others"],
-            y=[*(result.query_components[i].label for i in rows), "others"],
+            x=x,
+            y=y,
             hovertemplate="query %{y}, key %{x}: %{z:.4f}<extra></extra>",
         )
     )
     at_query, at_key = (show_token(result.prompts[0][i]) for i in (result.query[0], position))
-    figure.update_xaxes(title=f"at the key, {position} {at_key}", tickangle=-45)
-    figure.update_yaxes(title=f"at the query, {result.query[0]} {at_query}", autorange="reversed")
+    figure.update_xaxes(title=f"at the key, {position} {at_key}", **ticks(x))
+    figure.update_yaxes(
+        title=f"at the query, {result.query[0]} {at_query}", autorange="reversed", **row_ticks(y)
+    )
     return styled(
         figure,
         f"Why {result.head.label} looks from {at_query} to {at_key}: its score by pairs",
@@ -116,6 +126,7 @@ def pattern(result: CounterfactualPattern, start: int = 0, stop: int | None = No
         shared_yaxes=True,
     )
     panels = (result.original, result.pattern, result.pattern - result.original)
+    read = torch.stack(panels[:2])[:, at, at].amax((0, 1)).tolist()
     for column, weights in enumerate(panels, start=1):
         seen = weights[at, at].double()
         colours = (
@@ -132,14 +143,14 @@ def pattern(result: CounterfactualPattern, start: int = 0, stop: int | None = No
             row=1,
             col=column,
         )
-        figure.update_xaxes(title="key", tickangle=-60, row=1, col=column)
-    figure.update_yaxes(autorange="reversed")
+        figure.update_xaxes(title="key", **ticks(labels, read, _PANEL), row=1, col=column)
+    figure.update_yaxes(autorange="reversed", **row_ticks(labels))
     figure.update_yaxes(title="query", row=1, col=1)
-    figure = styled(
+    return styled(
         figure,
         f"Attention pattern of {result.head.label} without {without}",
         f"{html.escape(result.certificate.identity)}: {result.error}"
         f"{show_held(result.certificate)}",
         height=rows_height(len(labels), 320),
+        above=30,
     )
-    return figure.update_layout(margin_t=120)

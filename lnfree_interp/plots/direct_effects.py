@@ -75,10 +75,10 @@ def direct_effects(
         figure.update_xaxes(title="measured effect (logit)", row=1, col=column)
     figure.update_yaxes(title="attribution (logit)", row=1, col=1)
     figure.update_layout(showlegend=False)
-    figure = styled(
+    return styled(
         figure,
         "Does direct logit attribution predict what removing a head does?",
         "one point: one head at one token, on the true next token",
         height=460,
+        above=60,
     )
-    return figure.update_layout(margin_t=150)

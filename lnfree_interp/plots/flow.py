@@ -19,12 +19,11 @@ from lnfree_interp.plots.style import (
     show_prompt,
     show_tokens,
     styled,
+    ticks,
 )
 
 _NAMES = 16
 """How many nodes have their name beside them; the others show it on hover."""
-_LABELS = 40
-"""How many positions have a label, those of the largest nodes."""
 _EDGES = 150
 """How many lines are drawn; the thinnest are left out."""
 
@@ -100,15 +99,13 @@ def flow(result: FlowGraph) -> go.Figure:
         showlegend=False,
     )
     labels = show_tokens(tokens)
-    width = dict.fromkeys(range(len(labels)), 0.0)
+    width = [0.0] * len(labels)
     for node in nodes:
         if node.pos is not None:
             width[node.pos] = max(width[node.pos], abs(node.flow))
-    marked = sorted(sorted(width, key=lambda pos: -width[pos])[:_LABELS])
     figure.update_xaxes(
-        tickvals=marked, ticktext=[labels[pos] for pos in marked],
-        tickangle=-45, title="position", range=[-0.9, len(tokens) - 0.1], zeroline=False,
-    )  # fmt: skip
+        **ticks(labels, width), title="position", range=[-0.9, len(tokens) - 0.1], zeroline=False
+    )
     figure.update_yaxes(
         tickvals=[-0.5, *(layer + 0.5 for layer in range(n_layers)), n_layers + 0.4],
         ticktext=["embeddings", *(f"layer {layer}" for layer in range(n_layers)), result.unit],

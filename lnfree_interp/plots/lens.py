@@ -6,11 +6,13 @@ from lnfree_interp.analysis.lens import Lens
 from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import (
     diverging,
+    row_ticks,
     rows_height,
     show_held,
     show_token,
     show_tokens,
     styled,
+    ticks,
 )
 
 _SHOWN = 24
@@ -56,11 +58,13 @@ def lens(
     tokens = result.prompts[prompt]
     ids = result.targets[prompt, start:stop].tolist()
     wanted = [show_token(result.names[token]) for token in ids]
+    x = show_tokens(tokens[start:stop], start)
+    y = ["embeddings", *(f"after block {i}" for i in range(len(values) - 1))]
     figure = go.Figure(
         go.Heatmap(
             **diverging(values),
-            x=show_tokens(tokens[start:stop], start),
-            y=["embeddings", *(f"after block {i}" for i in range(len(values) - 1))],
+            x=x,
+            y=y,
             text=words,
             texttemplate="%{text}",
             textfont={"size": 10},
@@ -69,8 +73,8 @@ def lens(
             "most likely %{text}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="position", tickangle=-45)
-    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(title="position", **ticks(x, values.abs().amax(0).tolist()))
+    figure.update_yaxes(autorange="reversed", **row_ticks(y))
     return styled(
         figure,
         "Logit lens: the true next token's logit by layer",

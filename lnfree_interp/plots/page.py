@@ -45,8 +45,10 @@ def _figure(figure: go.Figure) -> str:
     plot = shown.to_html(
         full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
     )
-    note = f'<p class="note">{title.subtitle.text}</p>' if title.subtitle.text else ""
-    return f"<figure><h3>{title.text}</h3>{note}{plot}</figure>"
+    heading, below = (one.text.replace("<br>", " ") if one.text else "" for one in
+                      (title, title.subtitle))  # fmt: skip
+    note = f'<p class="note">{below}</p>' if below else ""
+    return f"<figure><h3>{heading}</h3>{note}{plot}</figure>"
 
 
 def page(title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:

@@ -52,14 +52,14 @@ def site_sensitivity(result: SiteSensitivity) -> go.Figure:
     figure.update_xaxes(title=f"layer ({last}: ln_final)", row=1, **ticks)
     figure.update_xaxes(title="sites frozen", row=2)
     figure.update_layout(legend={"orientation": "h", "y": -0.14}, showlegend=True)
-    styled(
+    return styled(
         figure,
         "What each norm costs without training",
         f"loss of the live model {result.loss:.3f}; {result.n_tokens:,} tokens; costs below "
         f"{LEAST:g} are drawn at {LEAST:g}",
         height=760,
+        above=40,
     )
-    return figure.update_layout(margin_t=130)
 
 
 def _line(

