@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import pandas as pd
 import torch
@@ -82,19 +82,20 @@ class DeletionCheck(CertifiedResult):
         dtype: torch.dtype,
     ) -> "DeletionCheck":  # fmt: skip
         """The result of some rows, with the largest error of any kind as its certificate."""
-        columns = dict(zip(Deletion._fields, zip(*rows, strict=True), strict=True))
-        numbers = {x: torch.tensor(columns.pop(x), dtype=torch.float64) for x in _NUMBERS}
+        columns: dict[str, Any] = dict(zip(Deletion._fields, zip(*rows, strict=True), strict=True))
+        for name in _NUMBERS:
+            columns[name] = torch.tensor(columns[name], dtype=torch.float64)
         errors = []
         for kind in dict.fromkeys(columns["kind"]):
             its = torch.tensor([row.kind == kind for row in rows])
-            before, predicted, measured = (x[its] for x in numbers.values())
+            before, predicted, measured = (columns[name][its] for name in _NUMBERS)
             size = max(before.abs().max().item(), predicted.abs().max().item())
             errors.append(measure_error(predicted, measured, size))
         worst = max(errors, key=lambda error: (math.isnan(error.relative), error.relative))
         certificate = Certificate(
             "predicted = measured changes by deletions", replace(worst, dtype=dtype), held
         )
-        return cls(**columns, **numbers, level=level, seed=seed, certificate=certificate)
+        return cls(**columns, level=level, seed=seed, certificate=certificate)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per deletion and number: the columns are those of this result; `held` where
@@ -120,10 +121,11 @@ class DeletionCheck(CertifiedResult):
         frame = self.to_frame()
         if unknown := [name for name in per if name not in _LABELS]:
             raise DataError(f"there is no column {unknown[0]!r}: there are {', '.join(_LABELS)}")
-        rows = []
+        rows: list[dict[str, Any]] = []
         for values, some in frame.groupby(list(per), sort=False):
             found = agreement(*(torch.tensor(some[x].to_numpy()) for x in _NUMBERS[1:]))
-            rows.append(dict(zip(per, values, strict=True)) | {"n": len(some)} | found)
+            group = zip(per, cast(tuple[Any, ...], values), strict=True)
+            rows.append({**dict(group), "n": len(some), **found})
         if "kind" in per:
             rows.sort(key=lambda row: KINDS.index(row["kind"]))
         return pd.DataFrame(rows)
@@ -135,10 +137,12 @@ class DeletionCheck(CertifiedResult):
         Raises:
             DataError: if k is less than one.
         """
-        frame = self.to_frame()
-        size = frame["measured"].abs().groupby(frame["kind"]).transform("max")
-        missed = (frame["predicted"] - frame["measured"]) / size.where(size > 0, 1.0)
-        return largest_rows(frame.assign(missed=missed), "missed", k)
+        kinds = torch.tensor([KINDS.index(kind) for kind in self.kind])
+        largest = torch.ones(len(KINDS), dtype=self.measured.dtype)
+        for kind in kinds.unique():
+            largest[kind] = self.measured[kinds == kind].abs().max()
+        missed = (self.predicted - self.measured) / largest[kinds].clamp(min=1e-300)
+        return largest_rows(self.to_frame().assign(missed=missed.tolist()), "missed", k)
 
     def __repr__(self) -> str:
         found = ", ".join(

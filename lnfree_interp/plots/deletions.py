@@ -1,6 +1,7 @@
 """A figure of predicted against measured deletions."""
 
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 
 from lnfree_interp.evaluation.deletion_results import KINDS, DeletionCheck
@@ -26,49 +27,47 @@ def deletions(result: DeletionCheck, points: int = 1500) -> go.Figure:
         >>> [panel.text.split("<br>")[0] for panel in lf.plots.deletions(check).layout.annotations]
         ['score at query', 'score at key', 'pattern', 'logit']
     """
-    frame, summary = result.to_frame(), result.summary(["kind"]).set_index("kind")
-    kinds = list(summary.index)
-    titles = [
-        f"{kind}<br>r = {row['correlation']:.3f}, slope {row['slope']:.2f}, n = {row['n']:,.0f}"
-        for kind, row in summary.iterrows()
-    ]
-    rows = (len(kinds) + 1) // 2
+    summary = result.summary(["kind"]).to_dict("records")
+    rows = (len(summary) + 1) // 2
     figure = make_subplots(
-        rows=rows, cols=2, subplot_titles=titles, vertical_spacing=0.24 / rows,
-        horizontal_spacing=0.12,
+        rows=rows, cols=2, vertical_spacing=0.24 / rows, horizontal_spacing=0.12,
+        subplot_titles=[
+            f"{of['kind']}<br>r = {of['correlation']:.3f}, slope {of['slope']:.2f}, n = {of['n']:,}"
+            for of in summary
+        ],
     )  # fmt: skip
-    for number, kind in enumerate(kinds):
-        place = {"row": number // 2 + 1, "col": number % 2 + 1}
-        some = frame[frame["kind"] == kind]
-        ends = [
-            some[["predicted", "measured"]].min().min(),
-            some[["predicted", "measured"]].max().max(),
-        ]
+    generator = torch.Generator().manual_seed(0)
+    for number, of in enumerate(summary):
+        row, col = number // 2 + 1, number % 2 + 1
+        its = [i for i, kind in enumerate(result.kind) if kind == of["kind"]]
+        both = torch.cat([result.predicted[its], result.measured[its]])
+        ends = [both.min().item(), both.max().item()]
         figure.add_scatter(
             x=ends, y=ends, mode="lines", line={"color": "#999999", "width": 1}, showlegend=False,
-            hoverinfo="skip", **place,
+            hoverinfo="skip", row=row, col=col,
         )  # fmt: skip
         for chosen, colour in zip(("random", "top"), OTHER_COLOURS[1::-1], strict=True):
-            of = some[some["chosen"] == chosen]
-            of = of.sample(min(points, len(of)), random_state=0)
+            some = torch.tensor([i for i in its if result.chosen[i] == chosen], dtype=torch.long)
+            some = some[torch.randperm(len(some), generator=generator)[:points]].tolist()
             figure.add_scatter(
-                x=of["predicted"].tolist(),
-                y=of["measured"].tolist(),
+                x=result.predicted[some].tolist(),
+                y=result.measured[some].tolist(),
                 mode="markers",
-                name={"top": "largest shares", "random": "random"}[chosen],
+                name="largest shares" if chosen == "top" else "random",
                 legendgroup=chosen,
                 showlegend=number == 0,
                 marker={"size": 5, "opacity": 0.5, "color": colour},
                 text=[
-                    f"{row.head} prompt {row.prompt}: without {row.deleted}".strip()
-                    for row in of.itertuples()
+                    f"{result.head[i]} prompt {result.prompt[i]}: without {result.deleted[i]}"
+                    for i in some
                 ],
                 hovertemplate="%{text}<br>predicted %{x:.4g}, measured %{y:.4g}<extra></extra>",
-                **place,
+                row=row,
+                col=col,
             )
-        unit = _UNITS[kind]
-        figure.update_xaxes(title=f"predicted change ({unit})", **place)
-        figure.update_yaxes(title=f"measured change ({unit})", **place)
+        unit = _UNITS[of["kind"]]
+        figure.update_xaxes(title=f"predicted change ({unit})", row=row, col=col)
+        figure.update_yaxes(title=f"measured change ({unit})", row=row, col=col)
     figure.update_layout(legend={"orientation": "h", "y": -0.1})
     styled(
         figure,
