@@ -74,6 +74,8 @@ if TYPE_CHECKING:
         ablate_neurons,
         find_confidence_neurons,
     )
+    from lnfree_interp.evaluation.deletion import deletion_check
+    from lnfree_interp.evaluation.deletion_results import DeletionCheck
     from lnfree_interp.evaluation.direct_effects import (
         Additivity,
         DirectEffects,
@@ -180,6 +182,8 @@ _HOME = {
     "NeuronAblation": "lnfree_interp.evaluation.confidence_neurons",
     "ablate_neurons": "lnfree_interp.evaluation.confidence_neurons",
     "find_confidence_neurons": "lnfree_interp.evaluation.confidence_neurons",
+    "deletion_check": "lnfree_interp.evaluation.deletion",
+    "DeletionCheck": "lnfree_interp.evaluation.deletion_results",
     "Additivity": "lnfree_interp.evaluation.direct_effects",
     "direct_effect_additivity": "lnfree_interp.evaluation.direct_effects",
     "DirectEffects": "lnfree_interp.evaluation.direct_effects",

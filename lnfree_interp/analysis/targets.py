@@ -442,16 +442,24 @@ class ScoreParts:
     def again(self, side: Side, at: Positions, stream: Stream) -> Float[Tensor, "batch query key"]:
         """The scores if one side reads another stream at some positions, and the other side does
         not."""
-        trace, hook = self.trace, get_act_name("attn_scores", self.layer)
+        return self.attention_again(side, at, stream)[0]
+
+    def attention_again(
+        self, side: Side, at: Positions, stream: Stream
+    ) -> tuple[Float[Tensor, "batch query key"], Float[Tensor, "batch query key"]]:
+        """As `again`, and the pattern, by the model's own block."""
+        trace = self.trace
+        hooks = [get_act_name(name, self.layer) for name in ("attn_scores", "pattern")]
         kept = self.hook("k" if side == "query" else "q")
         place = Place(self.layer)
         where = at.numbers(trace.n_pos, trace.batch).to(stream.device)
         changed = trace.stream(place).scatter(1, where[..., None].expand(stream.shape), stream)
         _, found = trace.view.run(
-            changed, [hook], start=self.layer, stop=self.layer + 1,
+            changed, hooks, start=self.layer, stop=self.layer + 1,
             edits={kept: lambda x: trace[kept]},
         )  # fmt: skip
-        return found[hook][:, self.head]
+        scores, pattern = (found[hook][:, self.head] for hook in hooks)
+        return scores, pattern
 
 
 @dataclass(frozen=True)

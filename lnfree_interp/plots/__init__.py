@@ -3,6 +3,7 @@
 from lnfree_interp.plots import circuits
 from lnfree_interp.plots.attention import pattern, scores
 from lnfree_interp.plots.attribution import attribution
+from lnfree_interp.plots.deletions import deletions
 from lnfree_interp.plots.direct_effects import direct_effects
 from lnfree_interp.plots.evaluation import loss_by_position, residual_norms
 from lnfree_interp.plots.flow import flow, paths
@@ -14,6 +15,7 @@ from lnfree_interp.plots.training import sigma_drift, training_curve
 __all__ = [
     "attribution",
     "circuits",
+    "deletions",
     "direct_effects",
     "flow",
     "lens",
