@@ -31,12 +31,12 @@ SEQUENCES = 40
 KS = (1, 2, 4, 8)
 
 
-def draw_heads(model: HookedTransformer, first_layer: int, each: int, seed: int) -> list[str]:
-    """So many heads of each layer from one on."""
+def draw_heads(model: HookedTransformer, layers: range, each: int, seed: int) -> list[str]:
+    """So many heads of each layer."""
     generator = torch.Generator().manual_seed(seed)
     return [
         f"L{layer}H{head}"
-        for layer in range(first_layer, model.cfg.n_layers)
+        for layer in layers
         for head in torch.randperm(model.cfg.n_heads, generator=generator)[:each].tolist()
     ]
 
@@ -61,36 +61,41 @@ def say(line: str) -> None:
 
 
 def smollm2(text: Path, prompts: int, first_layer: int, seed: int) -> list[str]:
-    """Both rows of SmolLM2; what to say about them."""
+    """The rows of SmolLM2; what to say about them."""
     model = lf.load(lf.smollm2())
     clean, _, answers, foils = lf.ioi_pairs(model, prompts, seed=seed)
-    heads = draw_heads(model, first_layer, 1, seed)
-    layers = sorted({int(head[1:].split("H")[0]) for head in heads})
+    late = range(first_layer, model.cfg.n_layers)
+    heads, early = (draw_heads(model, x, 1, seed) for x in (late, range(1, first_layer)))
     with text.open(encoding="utf-8") as lines:
         documents = [json.loads(line)["text"] for line in islice(lines, DOCUMENTS)]
     tokens = lf.pack(documents, model.tokenizer, LENGTH)[:SEQUENCES]
-    sites = [*(f"blocks.{layer}.ln1.qk" for layer in layers), "ln_final"]
+    sites = [*(f"blocks.{layer}.ln1.qk" for layer in late), "ln_final"]
     frozen = lf.freeze_for(model, sites, tokens[:32], heldout=tokens[32:], progress=False)
     say(repr(frozen))
-    for name, one in (("SmolLM2, as it is", model), ("SmolLM2, frozen", frozen.model)):
+    for name, one, asked in (
+        ("SmolLM2, early layers, as it is", model, early),
+        ("SmolLM2, as it is", model, heads),
+        ("SmolLM2, frozen", frozen.model, heads),
+    ):
         began = time.monotonic()
         check = lf.deletion_check(
-            one, clean, heads, k=KS, seed=seed, answers=answers, foils=foils, progress=False
+            one, clean, asked, k=KS, seed=seed, answers=answers, foils=foils, progress=False
         )
         say(f"{check!r}, {time.monotonic() - began:.0f} s")
         show(name, check)
     return [
         f"SmolLM2: {len(clean)} prompts of {clean.shape[1]} tokens x {len(heads)} heads, one of "
-        f"each layer from {first_layer}; frozen: {len(sites)} norms, {frozen.price}"
+        f"each layer from {first_layer} ({len(early)} heads before it); "
+        f"frozen: {len(sites)} norms, {frozen.price}"
     ]
 
 
 def bundled(free: Path, prompts: int, seed: int) -> list[str]:
-    """Both rows of the bundled model; what to say about them."""
+    """The rows of the bundled model; what to say about them."""
     model = lf.load(lf.bundled_checkpoint())
     tokens = lf.pack(lf.stdlib_corpus("heldout"), model.tokenizer, LENGTH)
     clean, _, answers = lf.corrupted_pairs(tokens, n=prompts, length=16, seed=seed)
-    heads = draw_heads(model, 1, model.cfg.n_heads, seed)
+    heads = draw_heads(model, range(1, model.cfg.n_layers), model.cfg.n_heads, seed)
     for name, one in (("bundled, as it is", model), ("bundled, LN-free", lf.load(free))):
         check = lf.deletion_check(
             one, clean, heads, k=KS, seed=seed, answers=answers, progress=False
@@ -116,7 +121,7 @@ def main(
         text: One JSON object with a field `text` on each line, of English.
         free: The LN-free model that was made of the bundled one.
         prompts: Prompts of each model.
-        first_layer: The first layer of SmolLM2 that heads are drawn from.
+        first_layer: The first layer of SmolLM2 whose norms are frozen; before it they cost most.
         seed: Of prompts, heads and random components.
     """
     began = time.monotonic()
