@@ -61,7 +61,7 @@ def test_virtual_weights_refuse_what_cannot_be():
     with pytest.raises(DataError, match="no component is called"):
         lf.virtual_weights(model, "head 3", "L2H1", "Q")
     live = lf.load(make_gpt2(), check=False)
-    with pytest.raises(InexactError, match="remove the norms"):
+    with pytest.raises(InexactError, match="freeze_for"):
         lf.bigram_table(live)
 
 

@@ -302,7 +302,7 @@ def test_the_figure_shows_the_numbers(model):
     summary = found.summary(["kind"])
     for title, row in zip(titles, summary.to_dict("records"), strict=True):
         assert title.startswith(f"{row['kind']}<br>r = {row['correlation']:.3f}, slope")
-    assert "NOT exact" in figure.layout.title.subtitle.text
+    assert "NOT exact" in figure.layout.title.subtitle.text.replace("<br>", " ")
     assert figure.layout.xaxis3.title.text == "predicted change (attention weight)"
     points = [line for line in figure.data if line.mode == "markers"]
     assert [len(line.x) for line in points] == [5] * 8
