@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from resident_memory import forget_peak, resident
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedTransformer
 
@@ -55,14 +56,6 @@ def make_model(n_layers: int = 12, n_ctx: int = 1024) -> HookedTransformer:
     return model.eval().requires_grad_(False)
 
 
-def resident(field: str) -> float:
-    """A field of this process's status, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1e3
-    raise KeyError(field)
-
-
 def measure(
     what: str, how: str, call: Callable[[], Any], size: Callable[[Any], Tensor], repeats: int
 ) -> tuple[Row, Any]:
@@ -76,7 +69,7 @@ def measure(
         seconds.append(time.perf_counter() - began)
         del result
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    forget_peak()
     before = resident("VmRSS")
     result = call()
     peak = resident("VmHWM") - before
@@ -322,7 +315,7 @@ def streaming(prompts: int) -> None:
 
     run(text[:40])
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     run(text[:40])
     few = resident("VmHWM")
     run(text)

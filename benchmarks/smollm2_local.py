@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from resident_memory import forget_peak, resident
 from transformer_lens import HookedTransformer
 from tyro.conf import Positional
 
@@ -125,18 +126,10 @@ def measured(call: Callable[[], Any]) -> tuple[float, float]:
             call()
             seconds.append(time.perf_counter() - began)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        forget_peak()
         before = resident("VmRSS")
         call()
     return statistics.median(seconds), resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """A field of this process's status, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1e3
-    raise KeyError(field)
 
 
 def main(

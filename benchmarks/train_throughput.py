@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from resident_memory import resident
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
@@ -195,14 +196,6 @@ class Server:
                 seconds, peak = json.loads(line)
                 return seconds, peak
         raise RuntimeError(f"{self.process.args} stopped with {self.process.wait()}")
-
-
-def resident(field: str) -> float:
-    """A field of this process's status, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1e3
-    raise KeyError(field)
 
 
 def main(

@@ -290,9 +290,10 @@ class Trace:
         return tuple(found)
 
     def _refusal(self, found: list[str]) -> str:
+        how = self.view.how_to_freeze(found)
         return (
             f"{name_sites(found)} {'is' if len(found) == 1 else 'are'} not affine, so no part of "
-            f"the stream has a share of its own: {self.view.how_to_freeze(found)}; or hold "
+            f"the stream has a share of its own{how}{'; or hold' if how else ': hold'} "
             f"{'it at the value it' if len(found) == 1 else 'them at the values they'} had with "
             "lf.trace(model, prompt, hold=True): the result then says by how much its parts miss "
             "what the model does"

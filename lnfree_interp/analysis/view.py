@@ -381,17 +381,20 @@ class View(ABC):
         return [site for site in sites if not self.is_affine(site)] + caps
 
     def how_to_freeze(self, found: Collection[str]) -> str:
-        """What to do about what is not affine, and what that costs where it was measured."""
+        """What to do about the norms in what is not affine, and what that costs where it was
+        measured; nothing to say about soft caps, which stay."""
         sites = [site for site in found if site not in (LOGIT_CAP, SCORE_CAP)]
         costs: Mapping[str, float] = getattr(self.model, SITE_COSTS, {})
+        if not sites:
+            return ""
         it, known = "it" if len(sites) == 1 else "them", ""
-        if sites and all(site in costs for site in sites):
+        if all(site in costs for site in sites):
             added = ", ".join(f"{costs[site]:+.3f}" for site in sites[:4])
             added += ", ..." * (len(sites) > 4)
             each = "it adds" if len(sites) == 1 else "each alone adds"
             known = f"; untrained, {each} {added} nats per token on the text of site_sensitivity"
         return (
-            f"freeze {it} with lf.freeze_for(model, question, text), which measures the price"
+            f": freeze {it} with lf.freeze_for(model, question, text), which measures the price"
             f"{known}"
         )
 
@@ -405,7 +408,7 @@ class View(ABC):
         if found := self.not_affine([site], logits):
             raise InexactError(
                 f"{' and '.join(found)} depends on the input, so products of weights are not what "
-                f"the model computes: {self.how_to_freeze(found)}"
+                f"the model computes{self.how_to_freeze(found)}"
             )
         live = None if self.is_affine(site) else torch.ones(1)  # only where reads are noted
         return self.read(site, live)

@@ -29,6 +29,7 @@ from lnfree_interp.models.norm_conversions import is_crms
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.site_names import whole_norm
 from lnfree_interp.models.sites import (
+    first_constants,
     has_norm_sites,
     is_frozen_form,
     list_norm_sites,
@@ -85,8 +86,7 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
             f"{len(live)} of {len(list_norm_sites(model))} norm sites are live, which no class of "
             "transformers can hold: export it with target='transformer_lens', or freeze them too"
         )
-    firsts = [str(site) for site in list_norm_sites(model) if norm_at(model, site).first]
-    if firsts:
+    if firsts := [*first_constants(model)]:
         raise UnsupportedModelError(
             f"{firsts[0]} and {len(firsts) - 1} more divide the first token of a prompt by a "
             "constant of its own, which no class of transformers can hold: export the model with "
@@ -212,11 +212,7 @@ def _sidecar(
     return Sidecar(
         form=form_of(model),
         sigma=sigma,
-        sigma_first={
-            str(site): first
-            for site in list_norm_sites(model)
-            if (first := norm_at(model, site).first) is not None
-        },
+        sigma_first=first_constants(model),
         epsilon=epsilon_of(model),
         recipe=None if recipe is None else recipe.to_json(),
         errors={
@@ -261,8 +257,7 @@ def best_target(model: HookedTransformer) -> Target:
     """The layout that can hold a model: that of transformers if it has a class for it."""
     architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
     form = form_of(model)
-    firsts = any(norm_at(model, site).first for site in list_norm_sites(model))
-    if architecture is None or form in ("rms", "crms", "partial") or firsts:
+    if architecture is None or form in ("rms", "crms", "partial") or first_constants(model):
         return "transformer_lens"
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"

@@ -21,6 +21,9 @@ from lnfree_interp.errors import NormSiteError
 _ARGUMENTS = ("resid_pre", "shortformer_pos_embed", "past_kv_cache_entry", "attention_mask")
 """Of `TransformerBlock.forward`, in order."""
 
+_CARRIED = "_lnfree_first_tokens"
+"""Attribute of the stream that a block returns, where position 0 may not be the first token."""
+
 # Each thread has its own value.
 _told: ContextVar[Bool[Tensor, "batch pos"] | None] = ContextVar("first tokens", default=None)
 
@@ -48,7 +51,7 @@ def first_tokens(x: Float[Tensor, "*batch d"]) -> Bool[Tensor, "batch pos *ones"
         )
     first = _told.get()
     if first is None:
-        first = getattr(x, "lnfree_first", None)
+        first = getattr(x, _CARRIED, None)
     if first is None:
         first = (torch.arange(x.shape[1], device=x.device) == 0).expand(x.shape[:2])
     return first.to(x.device)[(...,) + (None,) * (x.ndim - 2)]
@@ -78,4 +81,4 @@ def _leave(block: nn.Module, args: Any, output: Any) -> None:
     if first is not None:
         _told.set(None)
         if isinstance(output, Tensor):
-            output.lnfree_first = first  # type: ignore[attr-defined]
+            setattr(output, _CARRIED, first)

@@ -56,7 +56,7 @@ def fold_weights(
         norms: An affine norm for every site.
         form: In the frozen form readers keep a factor sigma, which `FrozenNorm` divides by.
     """
-    scales = {} if form == "folded" else frozen_scales(norms)
+    scales = frozen_scales(norms) if form == "frozen" else {}
     # The largest first: while there are few others, its copy is no peak.
     for name in sorted(weights, key=lambda name: -weights[name].numel()):
         prefix, _, leaf = name.rpartition(".")

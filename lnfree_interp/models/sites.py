@@ -211,6 +211,12 @@ def _copied(model: HookedTransformer, copy_weights: bool) -> HookedTransformer:
     return copied
 
 
+def first_constants(model: HookedTransformer) -> dict[str, float]:
+    """The constants of norms that keep one for the first token of a prompt, by site."""
+    norms = {str(site): norm_at(model, site) for site in list_norm_sites(model)}
+    return {name: norm.first for name, norm in norms.items() if norm.first is not None}
+
+
 def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:
     """The module at a site.
 

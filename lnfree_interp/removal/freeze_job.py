@@ -1,13 +1,13 @@
 """Runs `lnfree freeze`: from names to a folder with a model on which questions are exact."""
 
 import os
-import re
 from collections.abc import Callable
 
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.flow import flow_graph
 from lnfree_interp.analysis.norms_read import Question, norms_read
 from lnfree_interp.analysis.paths import expand_paths
@@ -16,7 +16,7 @@ from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.exporting import export
 from lnfree_interp.checkpoints.loading import load
 from lnfree_interp.data.named import evaluation_text
-from lnfree_interp.errors import DataError, NormSiteError
+from lnfree_interp.errors import DataError, LnfreeError
 from lnfree_interp.files import require_writable
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal.freeze_for import FrozenFor, freeze_for
@@ -81,16 +81,23 @@ def read_question(word: str) -> Question | NormSite:
     """
     if word in _NAMED:
         return _NAMED[word]
-    if match := re.fullmatch(r"L(\d+)([HN])(\d+)", word):
-        layer, index = int(match[1]), int(match[3])
-        return Score(layer, index) if match[2] == "H" else Neuron(layer, index)
     try:
-        return NormSite.parse(word)
-    except NormSiteError as error:
+        return _read_label(word)
+    except LnfreeError as error:
         raise DataError(
             f"{word!r} is no question: give {', '.join(_NAMED)}, a head such as L23H3, a neuron "
             "such as L5N310, or a norm site such as ln_final or blocks.23.ln1.qk"
         ) from error
+
+
+def _read_label(word: str) -> Question | NormSite:
+    if not word.startswith("L"):
+        return NormSite.parse(word)
+    one = Component.parse(word)
+    kinds = {"head": Score, "neuron": Neuron}
+    if one.kind not in kinds or one.pos is not None or one.through:
+        raise DataError(f"{word} is neither a head nor a neuron")
+    return kinds[one.kind](one.layer, one.index)
 
 
 def _sites(

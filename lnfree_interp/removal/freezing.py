@@ -64,7 +64,6 @@ class Freezing:
 
     Attributes:
         edits: The edits of a pass, by hook name, for `models.running`.
-        found: What each site was frozen with, once a pass has reached it.
     """
 
     def __init__(
@@ -89,14 +88,12 @@ class Freezing:
         Raises:
             NormSiteError: if the model has no such site.
         """
-        self.norms = {str(site): get_norm(model, site) for site in sites}
-        self.found: dict[str, Constants] = {}
         self._apart: Apart = apart
         self._measured, self._known = measured, known or {}
         self._own: dict[str, tuple[Tensor, Tensor]] = {}
         self.edits: dict[str, Edit] = {}
-        for name, norm in self.norms.items():
-            self.edits[f"{name}.hook_in"] = partial(self._freeze, name, norm)
+        for name in map(str, sites):
+            self.edits[f"{name}.hook_in"] = partial(self._freeze, name, get_norm(model, name))
             if apart == "outliers":
                 self.edits[f"{name}.hook_sigma"] = partial(self._with_own, name)
 
@@ -105,7 +102,6 @@ class Freezing:
         if found is None:
             found = measure_constants(r[: self._measured], self._apart)
         norm.freeze(found.sigma, first=found.first)
-        self.found[name] = found
         if self._apart == "outliers":
             self._own[name] = find_outliers(r), r
 
@@ -134,7 +130,7 @@ def freeze_in_one_pass(
     tokens: Int[Tensor, "sequence pos"],
     *,
     first: bool = True,
-) -> Mapping[str, Constants]:
+) -> None:
     """Freeze sites at the means of the tokens' own scales, each measured behind those before it.
 
     Args:
@@ -143,15 +139,11 @@ def freeze_in_one_pass(
         tokens: The text to measure on, which runs as one batch.
         first: Whether the first token of a prompt keeps a constant of its own.
 
-    Returns:
-        What each site was frozen with.
-
     Raises:
         NormSiteError: if the model has no such site, or a measured constant is not finite.
     """
     freezing = Freezing(model, sites, "first" if first else "none")
     final_input(model, tokens.to(model.W_E.device), freezing.edits)
-    return freezing.found
 
 
 def final_input(

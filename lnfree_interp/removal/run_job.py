@@ -24,7 +24,7 @@ from lnfree_interp.files import anywhere, require_writable
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.forms import fold, frozen_form
 from lnfree_interp.models.site_names import NormSite
-from lnfree_interp.models.sites import list_norm_sites, live_sites, norm_at
+from lnfree_interp.models.sites import first_constants, live_sites
 from lnfree_interp.models.sites import sites_of as list_sites
 from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.removal.job import RemovalJob
@@ -193,7 +193,7 @@ def run_job(
 
 def _finished(model: HookedTransformer) -> tuple[str, HookedTransformer]:
     """The model without norm sites: folded, or in the frozen form if first tokens stay apart."""
-    if any(norm_at(model, site).first for site in list_norm_sites(model)):
+    if first_constants(model):
         return "frozen form", frozen_form(model)
     return "folded", fold(model)
 

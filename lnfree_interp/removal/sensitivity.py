@@ -15,11 +15,12 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.analysis.results import read_top
 from lnfree_interp.analysis.view import SITE_COSTS, Place
+from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError, NormSiteError
 from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import Edit
 from lnfree_interp.models.site_names import NormSite, name_sites
-from lnfree_interp.models.sites import get_norm, list_norm_sites, live_sites, with_norm_sites
+from lnfree_interp.models.sites import get_norm, live_sites, with_norm_sites
 from lnfree_interp.numerics import soft_cap
 from lnfree_interp.removal.freezing import (
     Apart,
@@ -225,10 +226,9 @@ def site_sensitivity(
     sited = with_norm_sites(model, copy_weights=False)
     chosen = _live(sited, sites)
     measured = max(1, len(tokens) // 4)
-    rows = set((torch.arange(measured) * len(tokens) // measured).tolist())
+    rows = set(spread(torch.arange(len(tokens))[:, None], measured).flatten().tolist())
     tokens = tokens[sorted(range(len(tokens)), key=lambda row: row not in rows)]
-    with restored(get_norm(sited, site) for site in list_norm_sites(sited)):
-        found = _measure(sited, tokens, measured, chosen, stop_above, progress)
+    found = _measure(sited, tokens, measured, chosen, stop_above, progress)
     setattr(model, SITE_COSTS, {str(site): cost.loss for site, cost in found.first_apart.items()})
     return found
 

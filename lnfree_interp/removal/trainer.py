@@ -102,6 +102,7 @@ class Trainer:
         self.residual = ResidualProbe(self.model)
         self.divergence = DivergenceWatch(recipe.guard)
         self.next_step = 0
+        self.last_batch = self.text[:0]
         self.history: list[StepRecord] = []
         self.saved: dict[int, bool] = {}  # checkpoints, and whether the step after one went well
         self.heldout_best, self.heldout_since = float("inf"), 0
@@ -238,7 +239,7 @@ class Trainer:
         if math.isfinite(gradient):  # else the weights stay, to find where it came from
             self.stepper.step()
         self.stepper.zero_grad()
-        self._last_batch = batch
+        self.last_batch = batch
         measured = self.transition.after()
         probes = {}
         if probing:
@@ -282,7 +283,7 @@ class Trainer:
         """Go back to the last good checkpoint with wider gaps, or end the run."""
         guard, where = self.recipe.guard, f"at step {record.step}: {wrong}"
         began = find_runaway(
-            self.model, self.transition.norms, self._last_batch.to(self.processes.device),
+            self.model, self.transition.norms, self.last_batch.to(self.processes.device),
             [*self.fwd_hooks, *self.transition.hooks()], guard.sigma_factor, self._run_model,
         )  # fmt: skip
         self.transition.meter.sums = {}

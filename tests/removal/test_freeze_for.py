@@ -86,6 +86,16 @@ def test_soft_caps_are_no_norms():
     assert lf.norms_read(free, PROMPT, lf.Logit(3)) == (lf.NormSite("ln_final"),)
 
 
+def test_a_soft_cap_is_held_and_no_advice_is_given_to_freeze_it():
+    capped = lf.fold(freeze_all(lf.load(make_model("gemma2"), check=False)))
+    assert lf.norms_read(capped, PROMPT, lf.Logit(3)) == (lf.NormSite("ln_final"),)
+    with pytest.raises(InexactError, match="the soft cap on the logits is not affine") as error:
+        lf.attribute_logits(capped, PROMPT, 3)
+    assert "freeze" not in str(error.value)
+    assert "share of its own: hold it at the value it had" in str(error.value)
+    lf.attribute_logits(lf.trace(capped, PROMPT, hold=True), 3)
+
+
 @pytest.mark.parametrize("of", [3, "ln_final", None])
 def test_what_is_no_question_is_refused(model, of):
     with pytest.raises((DataError, jaxtyping.TypeCheckError), match=r"is no question|parameter"):
@@ -271,7 +281,10 @@ def test_several_questions_one_after_the_other(model):
 
 def test_training_lowers_the_price_and_the_question_stays_exact():
     model = lf.load(make_model("gpt2"), dtype=torch.float32, check=False)
-    flow = lambda trace: lf.flow_graph(trace, 3)  # noqa: E731
+
+    def flow(trace):
+        return lf.flow_graph(trace, 3)
+
     bare = lf.freeze_for(model, flow, TEXT, progress=False)
     text = torch.cat([TEXT[:6]] * 4)
     trained = lf.freeze_for(
