@@ -57,28 +57,32 @@ def find_runaway(
     factor: float,
     forward: Callable[[Tensor], object],
 ) -> str | None:
-    """Where activations ran away, in words: the first frozen site that a token enters far above its
-    constant.
+    """Where activations ran away, in words: the first frozen site at which a token is far above
+    what it is divided by.
 
     Args:
         model: With norm sites.
         norms: The norms at its sites, by name.
         tokens: The text on which the run diverged.
         hooks: The hooks of the step.
-        factor: How many times the constant counts as far.
+        factor: How many times that counts as far.
         forward: Runs the model on the text.
 
     Returns:
-        The site, the token and by how much; None if every token is near the constants.
+        The site, the token and by how much; None if every token is near.
     """
     found: list[str] = []
+    own: dict[str, Tensor] = {}
 
-    def look(x: Tensor, hook: HookPoint) -> None:
-        assert hook.name is not None
-        name = hook.name.removesuffix(".hook_in")
+    def see(x: Tensor, hook: HookPoint) -> None:
+        name, _, _ = str(hook.name).rpartition(".")
+        own[name] = norms[name].token_sigma(x)
+
+    def compare(scale: Tensor, hook: HookPoint) -> None:
+        name, _, _ = str(hook.name).rpartition(".")
         if found or norms[name].live:
             return
-        ratio = norms[name].token_sigma(x).flatten(2).amax(2) / norms[name].constant
+        ratio = (own[name] / scale).flatten(2).amax(2)
         ratio = torch.where(ratio.isfinite(), ratio, torch.inf)
         if ratio.max() > factor:
             row, pos = divmod(int(ratio.argmax()), ratio.shape[1])
@@ -86,10 +90,11 @@ def find_runaway(
             text = repr(model.tokenizer.decode([token])) if model.tokenizer else f"token {token}"
             found.append(
                 f"it began at {name}, where {text} at position {pos} of sequence {row} has "
-                f"{ratio.max().item():.3g} times the constant"
+                f"{ratio.max().item():.3g} times the scale that it is divided by"
             )
 
-    looking = [(f"{name}.hook_in", look) for name in norms]
-    with model.hooks(fwd_hooks=[*hooks, *looking]):
+    looking = [(f"{name}.hook_in", see) for name in norms]
+    comparing = [(f"{name}.hook_scale", compare) for name in norms]
+    with model.hooks(fwd_hooks=[*hooks, *looking, *comparing]):
         forward(tokens)
     return found[0] if found else None

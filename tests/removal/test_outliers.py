@@ -9,6 +9,8 @@ from support.models import make_tokenizer
 
 import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
+from lnfree_interp.removal.divergence import find_runaway
+from lnfree_interp.removal.freezing import freeze_in_one_pass
 from lnfree_interp.removal.settings import OUTLIER
 from lnfree_interp.removal.transition import Transition
 
@@ -105,6 +107,21 @@ class FirstOrdinary:
 
     def fingerprint(self):
         return "a text of two halves"
+
+
+def test_a_first_token_with_a_constant_of_its_own_is_no_runaway(model):
+    text = TEXT.clone()
+    text[:, 0] = LARGE
+    sited = lf.with_norm_sites(model)
+    freeze_in_one_pass(sited, lf.list_norm_sites(sited), text)
+    norms = {str(site): lf.get_norm(sited, site) for site in lf.list_norm_sites(sited)}
+    ratio = max(norm.first / norm.constant for norm in norms.values())
+    assert ratio > 50
+    assert find_runaway(sited, norms, text, (), 50.0, sited) is None
+    elsewhere = TEXT.clone()
+    elsewhere[3, 5] = LARGE
+    said = find_runaway(sited, norms, elsewhere, (), 50.0, sited)
+    assert "at position 5 of sequence 3" in str(said)
 
 
 def test_a_run_without_runaways_says_what_it_said(model):
