@@ -111,7 +111,7 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.run import Run
     from lnfree_interp.removal.schedule import Event, Ramp
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
-    from lnfree_interp.removal.settings import Guard, Special, Statistics
+    from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait
 
 # Where each public name lives; the imports above are the same table for type checkers.
 _HOME = {
@@ -216,6 +216,7 @@ _HOME = {
     "Recipe": "lnfree_interp.removal.recipe",
     "Special": "lnfree_interp.removal.settings",
     "Statistics": "lnfree_interp.removal.settings",
+    "Wait": "lnfree_interp.removal.settings",
     "Run": "lnfree_interp.removal.run",
     "Event": "lnfree_interp.removal.schedule",
     "Ramp": "lnfree_interp.removal.schedule",

@@ -132,6 +132,8 @@ def pack(
     tokenizer: PreTrainedTokenizerBase | None,
     sequence_length: int,
     column: str = "text",
+    *,
+    prepend_bos: bool = False,
 ) -> Int[Tensor, "sequence pos"]:
     """Put documents one after the other and cut them into sequences of one length.
 
@@ -145,14 +147,16 @@ def pack(
             its vocabulary.
         sequence_length: Tokens per sequence, at most the model's `n_ctx`.
         column: The column of rows that holds the text or the token ids.
+        prepend_bos: Whether each sequence begins with the tokenizer's beginning-of-text token, as
+            TransformerLens' prompts do; the text fills the other positions.
 
     Returns:
         Token ids [sequence, pos], on the CPU.
 
     Raises:
         DataError: if there are no documents, a row lacks the column, a document is neither text nor
-            token ids of the vocabulary, the tokenizer has no end-of-text token, or the text does
-            not fill one sequence.
+            token ids of the vocabulary, the tokenizer has no end-of-text token or not the
+            beginning-of-text token that is asked for, or the text does not fill one sequence.
 
     Examples:
         >>> lf.pack(["import os", "import sys"], model.tokenizer, sequence_length=4).shape
@@ -162,14 +166,46 @@ def pack(
         torch.Size([..., 128])
     """
     check_length(sequence_length)
+    bos = bos_token(tokenizer, sequence_length) if prepend_bos else None
     stream = token_stream(documents, tokenizer, column)
-    n_sequences = len(stream) // sequence_length
+    of_text = text_length(sequence_length, bos)
+    n_sequences = len(stream) // of_text
     if n_sequences == 0:
         raise DataError(
             f"the text has {len(stream)} tokens, too few for one sequence of {sequence_length}: "
             "give more text or a smaller sequence_length"
         )
-    return stream[: n_sequences * sequence_length].view(n_sequences, sequence_length)
+    return behind_bos(stream[: n_sequences * of_text].view(n_sequences, of_text), bos)
+
+
+def bos_token(tokenizer: PreTrainedTokenizerBase | None, sequence_length: int) -> int:
+    """The token that sequences begin with.
+
+    Raises:
+        DataError: if the tokenizer has none, or it leaves no place for text.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        raise DataError(
+            "the tokenizer has no beginning-of-text token to prepend: set its bos_token, or leave "
+            "prepend_bos"
+        )
+    if sequence_length < 2:
+        raise DataError(
+            f"a beginning-of-text token fills sequences of length {sequence_length}: make them "
+            "longer"
+        )
+    return bos
+
+
+def text_length(sequence_length: int, bos: int | None) -> int:
+    """How many tokens of a sequence are text."""
+    return sequence_length - (bos is not None)
+
+
+def behind_bos(text: Int[Tensor, "sequence text"], bos: int | None) -> Int[Tensor, "sequence pos"]:
+    """Sequences of text with the token in front, if there is one."""
+    return text if bos is None else torch.nn.functional.pad(text, (1, 0), value=bos)
 
 
 def check_length(sequence_length: int) -> None:

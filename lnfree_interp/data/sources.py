@@ -104,6 +104,7 @@ def open_sequences(
     revision: str | None = None,
     seed: int = 0,
     streaming: bool = True,
+    prepend_bos: bool = False,
 ) -> PackedStream:
     """Packed sequences of a text, without end: for `remove_norms`, or to take some of them.
 
@@ -118,6 +119,7 @@ def open_sequences(
         seed: The random seed of the documents' order, if they are not streamed.
         streaming: Whether a data set on the hub is read as it is needed instead of downloaded
             whole.
+        prepend_bos: Whether each sequence begins with the tokenizer's beginning-of-text token.
 
     Returns:
         A `PackedStream`; its `.take(n)` returns the next sequences, [n, pos].
@@ -132,7 +134,9 @@ def open_sequences(
     """
     documents = _open(source, split, name, revision, streaming)
     chosen, _ = text_column(documents, column)
-    return PackedStream(documents, tokenizer, sequence_length, chosen, seed=seed)
+    return PackedStream(
+        documents, tokenizer, sequence_length, chosen, seed=seed, prepend_bos=prepend_bos
+    )
 
 
 def text_column(documents: Dataset | IterableDataset, column: str | None) -> tuple[str, bool]:

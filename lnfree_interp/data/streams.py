@@ -19,9 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lnfree_interp.data.packing import (
     DOCUMENTS_PER_CALL,
+    behind_bos,
+    bos_token,
     check_length,
     column_values,
     encode_documents,
+    text_length,
 )
 from lnfree_interp.data.sequences import check_take, epoch_order
 from lnfree_interp.errors import DataError
@@ -44,6 +47,7 @@ class PackedStream:
         sequence_length: Tokens per sequence, at most the model's `n_ctx`.
         column: The column of strings, or of lists of token ids, to which no token is added.
         seed: The random seed of the order of a `Dataset`'s documents.
+        prepend_bos: Whether each sequence begins with the tokenizer's beginning-of-text token.
 
     Raises:
         DataError: if there are no documents, the column is missing, or the first document cannot be
@@ -59,9 +63,12 @@ class PackedStream:
         column: str = "text",
         *,
         seed: int = 0,
+        prepend_bos: bool = False,
     ) -> None:
         check_length(sequence_length)
+        self._bos = bos_token(tokenizer, sequence_length) if prepend_bos else None
         self.sequence_length = sequence_length
+        self._of_text = text_length(sequence_length, self._bos)
         self._tokenizer = tokenizer
         if isinstance(documents, IterableDataset):
             # Data sets made from one another share what counts the rows that were read.
@@ -80,6 +87,8 @@ class PackedStream:
         settings: list[Any] = [*self._documents.settings(), column, sequence_length]
         if isinstance(sample[0], str) and tokenizer is not None:
             settings += [tokenizer.eos_token_id, sorted(tokenizer.get_vocab().items())]
+        if self._bos is not None:
+            settings.append(["bos", self._bos])
         digest = hashlib.sha256(json.dumps(settings).encode())
         for value in sample:
             digest.update(json.dumps(value, default=str).encode())
@@ -96,15 +105,15 @@ class PackedStream:
         """The next n sequences, int64, on the CPU."""
         check_take(n)
         # One token more than is taken, so that the epoch of the next sequence is known.
-        self._read_ahead(n * self.sequence_length + 1)
-        missing, parts = n * self.sequence_length, []
+        missing, parts = n * self._of_text, []
+        self._read_ahead(missing + 1)
         while missing:
             tokens = self._chunks[0][1][self._used : self._used + missing]
             parts.append(tokens)
             missing -= len(tokens)
             self._used += len(tokens)
             self._drop_used()
-        return torch.cat(parts).view(n, self.sequence_length)
+        return behind_bos(torch.cat(parts).view(n, self._of_text), self._bos)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last take."""

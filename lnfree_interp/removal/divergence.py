@@ -18,12 +18,17 @@ class DivergenceWatch:
     """Decides after each step whether the run has diverged.
 
     Attributes:
-        best: The lowest cross-entropy of a step so far, in nats per token.
+        what: The loss that is watched, in words: the KL divergence from the original if the recipe
+            distils at every step, because the text of a batch does not move it; else cross-entropy.
+        term: Its name in `StepRecord.losses`.
+        best: The lowest of a step so far, in nats per token.
         rollbacks: How often the run has gone back to a checkpoint.
     """
 
-    def __init__(self, guard: Guard):
+    def __init__(self, guard: Guard, *, distils: bool = False):
         self.guard = guard
+        self.term = "distillation" if distils else "cross_entropy"
+        self.what = "KL divergence from the original" if distils else "cross-entropy"
         self.best = math.inf
         self.rollbacks = 0
 
@@ -33,14 +38,14 @@ class DivergenceWatch:
         """Why the run has diverged, in words; None if it has not.
 
         Args:
-            loss: The step's cross-entropy.
+            loss: The step's loss that is watched.
             gradient: The norm of its gradient.
             drift: By frozen site, the sigma of its inputs over its constant, if it was measured.
         """
         if not (math.isfinite(loss) and math.isfinite(gradient)):
-            return f"loss {loss:.4g}, gradient norm {gradient:.4g}"
+            return f"{self.what} {loss:.4g}, gradient norm {gradient:.4g}"
         if loss > self.best + self.guard.above_best:
-            return f"loss {loss:.4g}, {loss - self.best:.3g} above the lowest so far"
+            return f"{self.what} {loss:.4g}, {loss - self.best:.3g} above the lowest so far"
         self.best = min(self.best, loss)
         for site, ratio in (drift or {}).items():
             if not 1 / self.guard.sigma_factor < ratio < self.guard.sigma_factor:

@@ -15,6 +15,7 @@ from lnfree_interp.data.names import is_bundled, text_for
 from lnfree_interp.errors import RecipeError
 
 RECIPES = (
+    "measured",
     "distilled",
     "published-style",
     "taper",
@@ -27,6 +28,17 @@ RECIPES = (
 )
 """The names of the recipes in `removal.recipes.BY_NAME`."""
 
+MEASURED = RECIPES[0]
+"""The recipe that needs a measurement."""
+
+
+Kind = Literal[
+    "ln1.qk", "ln1.v", "attn.q_norm", "attn.k_norm", "ln1_post", "ln2", "ln2_post", "ln_final"
+]
+"""The kinds of norm sites that a removal knows."""
+
+Kinds = Annotated[tuple[Kind, ...] | None, arg(metavar="KIND...")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -36,9 +48,13 @@ class ModelOptions:
     """Hub id or local Hugging Face folder. Default: the small GPT-2 that ships with the package."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
-    recipe: str = "distilled"
-    """distilled, published-style, taper or at-once; for GPT-2 itself gpt2-small, gpt2-medium,
-    gpt2-large, gpt2-xl or gpt2-small-2024."""
+    recipe: str = MEASURED
+    """measured, distilled, published-style, taper or at-once; for GPT-2 itself gpt2-small,
+    gpt2-medium, gpt2-large, gpt2-xl or gpt2-small-2024. measured measures what each norm costs
+    before the first step, and orders and paces the removal by it."""
+    kinds: Kinds = None
+    """Kinds of norm sites to remove, such as ln1.qk ln1.v ln_final; the others stay live. Default:
+    all."""
     vanilla: bool = False
     """Run the control instead: the same steps, text and learning rates, but the norms stay."""
 
@@ -61,6 +77,9 @@ class TextOptions:
     that exists; else the only column of strings."""
     data_revision: str | None = None
     """Branch, tag or commit of the data set on the hub."""
+    prepend_bos: bool | None = None
+    """Whether each sequence begins with the beginning-of-text token. Default: if the measurement of
+    the recipe measured finds that position 0 needs a sigma of its own; else not."""
     heldout: int = 64
     """Sequences of text to evaluate on; 0: none. Of stdlib they are from its held-out modules; of
     another text they are the first ones, which the first epoch leaves out."""
@@ -123,7 +142,7 @@ class SigmaOptions:
     sigma_momentum: float | None = None
     """Share of the old average that a step of ema keeps."""
     sigma_tokens: Literal["all", "ordinary"] | None = None
-    """Which tokens count. ordinary: all but position 0 and end-of-text, the outliers."""
+    """Which tokens count. ordinary: all but position 0, end-of-text and outliers."""
     sigma_share_ln1: bool | None = None
     """Whether ln1.qk and ln1.v have one sigma."""
     sigma_follow_frozen: bool | None = None
@@ -139,20 +158,13 @@ class SpecialTokenOptions:
     special_keep_first: bool | None = None
     """Whether position 0 keeps its sigma in the finished model, which is then not folded."""
     special_outliers_until: int | None = None
-    """Step at which tokens far above the others get the common sigma; 0: they always have it."""
+    """Step at which tokens far above the others get the common sigma; until then a cap on how large
+    they may come out rises. 0: there is no cap."""
+    special_outliers_from: int | None = None
+    """Step from which that cap rises."""
     special_end_of_text_until: int | None = None
     """The same for end-of-text tokens."""
-    special_end_of_text_kinds: Annotated[
-        tuple[
-            Literal[
-                "ln1.qk", "ln1.v", "attn.q_norm", "attn.k_norm", "ln1_post", "ln2", "ln2_post",
-                "ln_final",
-            ],
-            ...,
-        ]
-        | None,
-        arg(metavar="KIND..."),
-    ] = None  # fmt: skip
+    special_end_of_text_kinds: Kinds = None
     """Kinds of norm sites at which end-of-text is special, such as ln1.v; default: all."""
 
 

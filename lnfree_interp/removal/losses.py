@@ -6,7 +6,7 @@ A new term is a function of a `ForwardPass` and a line in `TERMS`; a recipe give
 Cross-entropy and distillation are computed together, because both need the logits.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,11 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.loss import next_token_loss
+from lnfree_interp.models.running import watched
 from lnfree_interp.models.sites import norm_at
 from lnfree_interp.numerics import soft_cap
 from lnfree_interp.removal.chunked_loss import LazyLogits, logits_loss
-from lnfree_interp.removal.statistics import TokenGroups
+from lnfree_interp.removal.statistics import TokenGroups, find_outliers
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,24 @@ class ForwardPass:
     """The model in training, with norm sites."""
     tokens: Int[Tensor, "batch pos"]
     """The text."""
-    resid: Float[Tensor, "batch pos d_model"]
-    """The final residual stream, which ln_final reads."""
-    original_resid: Float[Tensor, "batch pos d_model"] | None
+    streams: Sequence[Float[Tensor, "batch pos d_model"]]
+    """The residual stream behind each block; the last is the final one, which ln_final reads."""
+    original_streams: Sequence[Float[Tensor, "batch pos d_model"]] | None
     """The original model's, if the recipe distils at this step."""
     ordinary: Bool[Tensor, "batch pos"]
     """False at position 0 and at end-of-text tokens."""
     anchor_target: float | None = None
     """The scale to which `scale_anchor` holds the stream, if it is fixed."""
+
+    @property
+    def resid(self) -> Float[Tensor, "batch pos d_model"]:
+        """The final residual stream."""
+        return self.streams[-1]
+
+    @property
+    def original_resid(self) -> Float[Tensor, "batch pos d_model"] | None:
+        """The original model's."""
+        return None if self.original_streams is None else self.original_streams[-1]
 
 
 Term = Callable[[ForwardPass], Float[Tensor, ""]]
@@ -95,7 +106,53 @@ def scale_anchor(seen: ForwardPass) -> Float[Tensor, ""]:
     return scale_anchor_loss(seen.resid, seen.ordinary, seen.anchor_target, centred)
 
 
-TERMS: dict[str, Term] = {"scale_anchor": scale_anchor}
+def stream_distance(seen: ForwardPass) -> Float[Tensor, ""]:
+    """How far the residual stream is from the original's: squared distance over the original's
+    square, its mean over blocks and tokens plus that over blocks and first tokens.
+
+    First tokens count for themselves, because all heads with nothing to do look at them. Other
+    tokens that are outliers in the original's stream do not count.
+
+    Raises:
+        RecipeError: if the recipe does not distil at this step.
+    """
+    if seen.original_streams is None:
+        raise RecipeError(
+            "the loss term stream compares with the original model, which the recipe does not run "
+            "at this step: give it a distillation above 0"
+        )
+    found = []
+    for ours, theirs in zip(seen.streams, seen.original_streams, strict=True):
+        square = theirs.float().pow(2).sum(-1)
+        far = find_outliers(square.sqrt(), seen.ordinary)
+        apart = (ours.float() - theirs).pow(2).sum(-1) / square.clamp(min=1e-12)
+        found.append(apart[:, 1:][~far[:, 1:]].mean() + apart[:, 0].mean())
+    return torch.stack(found).mean()
+
+
+def outlier_scale(seen: ForwardPass) -> Float[Tensor, ""]:
+    """How far outliers stand above the other tokens: the mean over blocks and tokens but the first
+    of  max(0, log(scale / (`NEAR` * median scale)))^2.
+
+    The scale is the root mean square of the residual stream. Position 0 is left alone: it may be
+    an outlier, because its place is known.
+    """
+    found = []
+    for stream in seen.streams:
+        scale = (stream[:, 1:].float().pow(2).mean(-1) + 1e-12).sqrt()
+        above = (scale / (NEAR * scale.detach().median())).log().clamp(min=0)
+        found.append(above.pow(2).mean())
+    return torch.stack(found).mean()
+
+
+NEAR = 2.0
+"""Tokens up to so many times the median scale are left alone by the term `outliers`."""
+
+TERMS: dict[str, Term] = {
+    "scale_anchor": scale_anchor,
+    "stream": stream_distance,
+    "outliers": outlier_scale,
+}
 """The terms of the loss by name, beside `cross_entropy` and `distillation`."""
 
 
@@ -170,16 +227,17 @@ class Objective(nn.Module):
             self.model(tokens, return_type=None)
             return None
         share = weights.get("distillation", 0.0)
-        resid = self._residual(self.model, tokens)
+        streams = self._streams(self.model, tokens)
         original = self.original if share else None
         with torch.no_grad():
-            taught = None if original is None else self._residual(original, tokens)
-        total, ce, kl = self._logits_loss(resid, taught, tokens, share)
+            taught = None if original is None else self._streams(original, tokens)
+        final = None if taught is None else taught[-1]
+        total, ce, kl = self._logits_loss(streams[-1], final, tokens, share)
         found = {"cross_entropy": ce.detach()}
         if "distillation" in weights:
             found["distillation"] = kl.detach()
         ordinary = self.groups.of["ordinary"]
-        seen = ForwardPass(self.model, tokens, resid, taught, ordinary, self.anchor_target)
+        seen = ForwardPass(self.model, tokens, streams, taught, ordinary, self.anchor_target)
         for name, weight in weights.items():
             if name in found:
                 continue
@@ -190,10 +248,12 @@ class Objective(nn.Module):
             found[name] = value.detach()
         return Losses(total, found)
 
-    def _residual(self, model: HookedTransformer, tokens: Tensor) -> Tensor:
-        """The final residual stream, before `ln_final`."""
-        with self._autocast():
-            return model(tokens, stop_at_layer=model.cfg.n_layers)
+    def _streams(self, model: HookedTransformer, tokens: Tensor) -> list[Tensor]:
+        """The residual stream behind each block."""
+        names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+        with self._autocast(), watched(model, names) as found:
+            final = model(tokens, stop_at_layer=model.cfg.n_layers)
+        return [*(found[name] for name in names[:-1]), final]
 
     def _autocast(self) -> torch.autocast:
         device = self.model.W_E.device.type

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.schedule import Event, Weight
+from lnfree_interp.removal.schedule import Event, Weight, extremes
+from lnfree_interp.removal.settings import CAPS
 
 _AVERAGES = {
     "mean": "mean of the tokens' standard deviations",
@@ -63,14 +64,22 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
     action = (
         "then stop"
         if guard.action == "stop"
-        else f"then back to a checkpoint, gaps {guard.widen:g} times as wide"
+        else f"then back to a checkpoint, gaps {guard.widen:g} times as wide, learning rate "
+        f"{guard.slower:g} times as high"
     )
+    watched = "KL divergence" if extremes(recipe.distillation)[0] > 0 else "cross-entropy"
     yield (
         "diverging",
-        f"loss {guard.above_best:g} above the lowest, or a site's inputs {guard.sigma_factor:g} "
-        f"times its sigma; {action}",
+        f"{watched} {guard.above_best:g} above the lowest, or a site's inputs "
+        f"{guard.sigma_factor:g} times its sigma; {action}",
     )
     yield "norms", f"{len(recipe.events)} sites; all gone at step {recipe.removed_at}"
+    if recipe.wait is not None:
+        yield (
+            "waiting",
+            f"up to {recipe.wait.steps} steps, one after each step whose KL divergence is above "
+            f"{recipe.wait.above:g} nats",
+        )
     for phase in _phases(recipe.events):
         yield _phase(phase)
     yield from _special(recipe)
@@ -107,9 +116,9 @@ def _sigma(recipe: Recipe) -> str:
     }[statistics.source]
     text = f"{_AVERAGES[statistics.average]}, over {where}"
     if statistics.tokens == "ordinary":
-        text += ", position 0 and end-of-text apart"
+        text += ", position 0, end-of-text and outliers apart"
     text += "; one for ln1.qk and ln1.v" if statistics.share_ln1 else ""
-    return text + ("; follows until the last event" if statistics.follow_frozen else "")
+    return text + ("; follows until all are frozen" if statistics.follow_frozen else "")
 
 
 def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -119,9 +128,12 @@ def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if special.keep_first:
         yield "position 0", "keeps a sigma of its own, in the finished model too"
     if special.outliers_until:
+        first, last = CAPS
         yield (
             "outliers",
-            f"have a share of the live norm that falls to 0 at step {special.outliers_until}",
+            f"no token comes out more than {first:g} times as large as from a live norm; this cap "
+            f"rises from step {special.outliers_from} and is gone at step "
+            f"{special.outliers_until}, at {last:g}",
         )
     if special.end_of_text_until:
         kinds = special.end_of_text_kinds

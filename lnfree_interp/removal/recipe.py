@@ -17,7 +17,7 @@ from lnfree_interp.removal.schedule import (
     weight_at,
     widened,
 )
-from lnfree_interp.removal.settings import Guard, Special, Statistics, check_choices
+from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait, check_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,8 @@ class Recipe:
     """How the constants sigma are measured."""
     special: Special = field(default_factory=Special)
     """Tokens that have a sigma of their own for some steps. Default: none."""
+    wait: Wait | None = None
+    """When the schedule waits for the model. Default: never."""
     guard: Guard = field(default_factory=Guard)
     """When the run counts as diverging. Default: it stops then."""
     evaluate_every: int = 50
@@ -137,26 +139,40 @@ class Recipe:
                     f"{event.site} would be frozen from step {event.step} over {event.over} steps: "
                     "neither may be negative"
                 )
-            if event.end >= self.steps:
+            if event.end + self._may_wait >= self.steps:
                 raise TooFewStepsError(
-                    f"{event.site} would be frozen at step {event.end}, and the last of "
-                    f"{self.steps} steps is {self.steps - 1}",
-                    self.removed_at + 1,
+                    f"{event.site} would be frozen at step {event.end + self._may_wait}, and the "
+                    f"last of {self.steps} steps is {self.steps - 1}",
+                    self.removed_by + 1,
                 )
         sites = [event.site for event in self.events]
         if twice := [str(site) for site in sites if sites.count(site) > 1]:
             raise RecipeError(f"{twice[0]} would be frozen twice: give one event per site")
-        if self.events and self.special.until >= self.steps:
+        if self.events and self.special.until + self._may_wait >= self.steps:
             raise TooFewStepsError(
-                f"tokens would be special until step {self.special.until}, and the last of "
-                f"{self.steps} steps is {self.steps - 1}",
-                self.removed_at + 1,
+                f"tokens would be special until step {self.special.until + self._may_wait}, and "
+                f"the last of {self.steps} steps is {self.steps - 1}",
+                self.removed_by + 1,
+            )
+        if self.wait is not None and extremes(self.distillation)[0] == 0:
+            raise RecipeError(
+                "the schedule waits for the KL divergence from the original, which is measured "
+                "only with a distillation above 0 at every step"
             )
 
     @property
     def removed_at(self) -> int:
-        """The first step at which every norm is frozen and no token is special."""
+        """The first step at which every norm is frozen and no token is special, unless it waits."""
         return max(last_step(self.events), self.special.until if self.events else 0)
+
+    @property
+    def removed_by(self) -> int:
+        """The same if the schedule waits for as long as it may."""
+        return self.removed_at + self._may_wait
+
+    @property
+    def _may_wait(self) -> int:
+        return 0 if self.wait is None else self.wait.steps
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """The weight of each term of the loss at a step, by name."""
@@ -176,6 +192,7 @@ class Recipe:
             distillation=0.0,
             losses={},
             special=Special(),
+            wait=None,
             patience=None,
         )
 
@@ -194,7 +211,7 @@ class Recipe:
 
         special = {
             name: until if until is None else later(until, done, factor)
-            for name in ("first_until", "end_of_text_until", "outliers_until")
+            for name in ("first_until", "end_of_text_until", "outliers_from", "outliers_until")
             for until in [getattr(self.special, name)]
         }
         if self.removed_at < done or not self.events:
@@ -242,6 +259,7 @@ class Recipe:
                 "statistics": Statistics(**fields["statistics"]),
                 "special": Special(**special),
                 "guard": Guard(**fields["guard"]),
+                "wait": Wait(**fields["wait"]) if fields.get("wait") else None,
             }
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:

@@ -6,17 +6,22 @@ and keys, `ln1` for values, `ln_final`. Not repeated here: dropout, bfloat16 mas
 end-of-text targets, a special sigma on channel 0 (docs/removal.md).
 """
 
+from collections.abc import Mapping
+
 from lnfree_interp.errors import TooFewStepsError
+from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Sites,
     all_at_once,
+    paced,
     published_order,
     sequential_sites,
     sites_of,
     taper,
 )
-from lnfree_interp.removal.settings import Guard, Special, Statistics
+from lnfree_interp.removal.sensitivity import SiteSensitivity
+from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait
 
 __all__ = [
     "BY_NAME",
@@ -28,6 +33,7 @@ __all__ = [
     "gpt2_small",
     "gpt2_small_2024",
     "gpt2_xl",
+    "measured",
     "published_style",
     "tapered",
 ]
@@ -366,6 +372,101 @@ def distilled(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     )
 
 
+def measured(costs: SiteSensitivity | Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
+    """This project's recipe for any model, from a measurement of what each of its norms costs.
+
+    The cheapest sites go first, and an expensive one has more time. The loss is the KL divergence
+    from the original and the distance from its residual stream in every layer.
+
+    If the measurement finds massive activations, norms go slowly. What ends a removal then is a
+    token that a frozen norm makes too large: it grows from layer to layer, because a gated MLP
+    answers with the square. So there is a cap on how large a token may come out, which rises once
+    all sites are frozen, until it is gone; sigma follows the text until then; a term of the loss
+    pulls outliers down; and the schedule waits while the model is far from the original. First
+    tokens keep a constant of their own if they need one; such a model is exact, but cannot be
+    folded.
+
+    Args:
+        costs: `lf.site_sensitivity(model, text)`. A model or its sites: without a measurement every
+            site is taken to cost the same, and activations to be ordinary.
+        steps: Optimiser steps.
+        seed: The random seed of the order of the text.
+
+    Returns:
+        A `Recipe` for every site that was measured.
+
+    Raises:
+        TooFewStepsError: if there are fewer than eight steps.
+        RecipeError: if there are no norm sites.
+
+    Source:
+        Ours, with distillation (arXiv 1503.02531); massive activations: arXiv 2402.17762. What the
+        parts bring: docs/benchmarks.md.
+
+    Examples:
+        >>> costs = lf.site_sensitivity(model, tokens, progress=False)
+        >>> recipe = lf.recipes.measured(costs, steps=100)
+        >>> recipe.events[0].site == min(
+        ...     costs.first_apart, key=lambda site: costs.first_apart[site].divergence
+        ... )
+        True
+        >>> recipe.losses
+        {'stream': 1.0}
+    """
+    if steps < 8:
+        raise TooFewStepsError(f"{steps} steps are too few to let norms go one by one", 8)
+    if not isinstance(costs, SiteSensitivity):
+        return _at_pace(dict.fromkeys(sites_of(costs), 0.0), steps, seed)
+    by_site = {site: cost.divergence for site, cost in costs.first_apart.items()}
+    if not (costs.first_matters or any(costs.outliers.values())):
+        return _at_pace(by_site, steps, seed)
+    return _slowly(by_site, steps, seed, keep_first=costs.first_matters)
+
+
+def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
+    """Events in the first quarter; then the model recovers."""
+    start = steps // 30
+    return Recipe(
+        name="measured",
+        events=paced(costs, start=start, over=steps // 4 - start),
+        steps=steps,
+        batch=8,
+        lr=4e-4,
+        warmup=min(20, steps // 10),
+        final_lr=0.5,
+        distillation=1.0,
+        losses={"stream": 1.0},
+        seed=seed,
+    )
+
+
+def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_first: bool) -> Recipe:
+    """Every site fades, under a cap that rises afterwards; a fifth of the steps is for waiting."""
+    wait = max(1, steps // 5)
+    scheduled = steps - wait
+    start, fade, frozen = scheduled // 30, round(0.25 * scheduled), round(0.4 * scheduled)
+    return Recipe(
+        name="measured",
+        events=paced(costs, start=start, over=frozen - fade - start, fade=fade),
+        steps=steps,
+        batch=8,
+        lr=1e-4,
+        warmup=min(20, steps // 10),
+        final_lr=0.1,
+        distillation=1.0,
+        scale_anchor=0.0,
+        losses={"stream": 1.0, "outliers": 0.3},
+        statistics=Statistics(source="ema", tokens="ordinary", sequences=8, follow_frozen=True),
+        special=Special(
+            keep_first=keep_first,
+            outliers_from=frozen,
+            outliers_until=round(0.85 * scheduled),
+        ),
+        wait=Wait(above=0.3, steps=wait),
+        seed=seed,
+    )
+
+
 def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     """TaperNorm's schedule: one gate for all sites, live for a tenth of the steps, closed at half.
 
@@ -451,6 +552,7 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
 
 
 BY_NAME = {
+    "measured": measured,
     "distilled": distilled,
     "published-style": published_style,
     "taper": tapered,

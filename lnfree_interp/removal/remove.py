@@ -90,12 +90,7 @@ def remove_norms(
     require_hooked(model)
     if out is None and (resume or recipe.guard.action == "rollback"):
         raise RecipeError("resuming and rolling back need the run's folder: give out=...")
-    if checkpoint_every < 1 or log_every < 0:
-        raise RecipeError(
-            f"checkpoint_every is {checkpoint_every} and log_every {log_every}: the first must be "
-            "1 or more, the second 0 or more"
-        )
-    require_trackers(trackers)
+    require_records(checkpoint_every, log_every, trackers)
     _require_sound(model, recipe, data, heldout)
     source = _source(data, recipe)
     processes = Processes(model.W_E.device)
@@ -134,6 +129,20 @@ def remove_norms(
             processes.on_main(lambda: folder.create(run | {"about": dict(about or {})}))
     with trainer.progress:
         return trainer.run(resume)
+
+
+def require_records(checkpoint_every: int, log_every: int, trackers: Sequence[str]) -> None:
+    """Refuse what cannot be recorded as `remove_norms` is asked to.
+
+    Raises:
+        RecipeError: if a number of steps is not allowed, or a tracker is not installed.
+    """
+    if checkpoint_every < 1 or log_every < 0:
+        raise RecipeError(
+            f"checkpoint_every is {checkpoint_every} and log_every {log_every}: the first must be "
+            "1 or more, the second 0 or more"
+        )
+    require_trackers(trackers)
 
 
 def _require_sound(
@@ -179,9 +188,13 @@ def _source(data: TokenSequences | Tensor, recipe: Recipe) -> TokenSequences:
 
 
 def _require_same_run(folder: RunFolder, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    def known(what: str, value: Any) -> Any:
+        # An older run.json lacks the settings that came later: they have their defaults.
+        return Recipe.from_json(value) if what == "recipe" and value else value
+
     now = json.loads(json.dumps(run))  # tuples become lists
     for what in ("model", "data", "recipe"):
-        if before.get(what) != now[what]:
+        if known(what, before.get(what)) != known(what, now[what]):
             raise RecipeError(
                 f"{folder.path} is a run with another {what}: resume it with the same one"
             )

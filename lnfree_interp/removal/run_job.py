@@ -27,63 +27,72 @@ from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import first_constants, live_sites
 from lnfree_interp.models.sites import sites_of as list_sites
 from lnfree_interp.numerics import MeasuredError
-from lnfree_interp.removal.job import RemovalJob
+from lnfree_interp.removal.job import MEASURED, RemovalJob
 from lnfree_interp.removal.plan import plan
+from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.recipes import BY_NAME
-from lnfree_interp.removal.remove import remove_norms
+from lnfree_interp.removal.remove import remove_norms, require_records
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.run_folder import RunFolder
 from lnfree_interp.removal.schedule import Sites, moved, sites_of
+from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
 from lnfree_interp.removal.settings import Special, Statistics
 from lnfree_interp.removal.trial import try_steps
+
+_MEASURED_SEQUENCES = 4
+_MEASURED_LENGTH = 256
+"""The text on which costs are measured: one forward pass of it for each site, three times."""
 
 Say = Callable[[str], None]
 """Shows a line to the user."""
 
 
-def make_recipe(job: RemovalJob, model: Sites) -> Recipe:
+def make_recipe(job: RemovalJob, model: Sites | SiteSensitivity) -> Recipe:
     """A job's recipe for a model.
 
     Every option of the job that the recipe has too, and that was given, replaces the recipe's.
 
     Args:
         job: Names the recipe and the settings to change.
-        model: The model, or its norm sites, which its config gives.
+        model: The model, or its norm sites, which its config gives; or what they cost.
 
     Raises:
         TooFewStepsError: if the recipe does not fit into the steps; the message has the smallest
             number of steps that works.
         RecipeError: if the settings do not fit together, or the model has no norm sites.
     """
-    sites = sites_of(model)
+    about = model if isinstance(model, SiteSensitivity) else sites_of(model)
     try:
-        recipe = _recipe_in(job, sites, job.steps)
+        recipe = _recipe_in(job, about, job.steps)
     except TooFewStepsError as error:
         raise TooFewStepsError(
             f"recipe {job.recipe}: {error.why}",
-            _smallest_steps(job, sites, error.smallest),
+            _smallest_steps(job, about, error.smallest),
         ) from error
     if job.rollback:
         recipe = replace(recipe, guard=replace(recipe.guard, action="rollback"))
     return recipe.vanilla() if job.vanilla else recipe
 
 
-def _smallest_steps(job: RemovalJob, sites: Sequence[NormSite], steps: int) -> int:
+def _smallest_steps(job: RemovalJob, model: Sites | SiteSensitivity, steps: int) -> int:
     """The smallest number of steps that works; a recipe's schedule may grow with its steps."""
     try:
-        _recipe_in(job, sites, steps)
+        _recipe_in(job, model, steps)
     except TooFewStepsError as error:
-        return _smallest_steps(job, sites, error.smallest)
+        return _smallest_steps(job, model, error.smallest)
     return steps
 
 
-def _recipe_in(job: RemovalJob, sites: Sequence[NormSite], steps: int | None) -> Recipe:
+def _recipe_in(job: RemovalJob, model: Sites | SiteSensitivity, steps: int | None) -> Recipe:
     """A job's recipe in so many steps; None: in as many as the recipe was made for."""
     make: Callable[..., Recipe] = BY_NAME[job.recipe]
     given = {} if steps is None else {"steps": steps}
     # The published ones are made for one size of GPT-2 and a number of steps.
-    recipe = make() if job.recipe.startswith("gpt2") else make(sites, **given)
+    recipe = make() if job.recipe.startswith("gpt2") else make(model, **given)
+    if job.kinds is not None:
+        events = tuple(event for event in recipe.events if event.site.kind in job.kinds)
+        recipe = replace(recipe, events=events)
     return replace(
         recipe,
         **_given(job, Recipe) | given,
@@ -103,7 +112,7 @@ def run_job(
     job: RemovalJob,
     out: str | os.PathLike[str] | None,
     *,
-    recipe_of: Callable[[RemovalJob, Sites], Recipe] = make_recipe,
+    recipe_of: Callable[[RemovalJob, Sites | SiteSensitivity], Recipe] = make_recipe,
     only_plan: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -115,7 +124,8 @@ def run_job(
         job: What to do.
         out: The folder of the run; `model/` is written into it beside metrics and checkpoints. None
             for a plan.
-        recipe_of: Makes the recipe for the model's norm sites. Default: the job's own.
+        recipe_of: Makes the recipe for the model's norm sites, or from what they cost. Default:
+            the job's own.
         only_plan: Say what would be done, time a few steps of it on random tokens, and stop.
         resume: Continue the run in `out`.
         progress: Whether to show progress bars.
@@ -132,10 +142,11 @@ def run_job(
     """
     if not (resume or only_plan or out is None):
         require_writable(out)
+    require_records(job.checkpoint_every, job.log_every, job.track)
     source = str(bundled_checkpoint()) if job.model is None else job.model
     shown = "the bundled checkpoint" if job.model is None else source
     cfg = config_of(source, revision=job.revision)
-    sites = () if cfg.normalization_type is None else list_sites(cfg)
+    sites = () if cfg.normalization_type is None else _chosen(list_sites(cfg), job)
     recipe = recipe_of(job, sites)
     _require_made_for(sites, recipe, job)
     length = job.sequence_length
@@ -159,13 +170,33 @@ def run_job(
         say(f"    largest logit difference from transformers: {loaded.error}")
     sites_of(model)  # the config of an LN-free checkpoint may have norms
     column, _ = text_column(documents, job.column)
-    packed = PackedStream(documents, model.tokenizer, length, column, seed=recipe.seed)
-    say(plan(recipe, length, text=described(job.text, documents)))
+
+    def packed(length: int, prepend_bos: bool) -> PackedStream:
+        return PackedStream(
+            documents, model.tokenizer, length, column, seed=recipe.seed, prepend_bos=prepend_bos
+        )
+
     if only_plan or out is None:
+        say(plan(recipe, length, text=described(job.text, documents)))
+        if job.recipe == MEASURED:
+            say("order, pace and position 0: by a measurement before the first step")
         say("timing a few steps on random tokens")
         say(str(try_steps(model, recipe, length, heldout=job.heldout)))
         return None
-    with Prefetched(packed) as text:
+    if job.recipe == MEASURED and not (resume or job.vanilla):
+        say("measuring what each norm costs")
+        shorter = min(length, _MEASURED_LENGTH)
+        sample = packed(shorter, bool(job.prepend_bos)).take(_MEASURED_SEQUENCES)
+        costs = Processes(model.W_E.device).on_main(
+            lambda: site_sensitivity(model, sample, sites, stop_above=0.1, progress=progress)
+        )
+        say(f"    {costs}")
+        recipe = recipe_of(job, costs)
+    if job.prepend_bos is None:
+        bos = model.tokenizer is not None and model.tokenizer.bos_token_id is not None
+        job = replace(job, prepend_bos=recipe.special.keep_first and bos)
+    say(plan(recipe, length, text=described(job.text, documents)))
+    with Prefetched(packed(length, bool(job.prepend_bos))) as text:
         heldout = _heldout_text(job, recipe, model, length, text)
         run = remove_norms(
             model,
@@ -275,14 +306,26 @@ def write_finished(
     return target
 
 
+def _chosen(sites: Sequence[NormSite], job: RemovalJob) -> tuple[NormSite, ...]:
+    """The sites to remove."""
+    if job.kinds is None:
+        return tuple(sites)
+    here = dict.fromkeys(site.kind for site in sites)
+    if wrong := [kind for kind in job.kinds if kind not in here]:
+        raise RecipeError(
+            f"the model has no norm site of the kind {wrong[0]}; it has {', '.join(here)}"
+        )
+    return tuple(site for site in sites if site.kind in job.kinds)
+
+
 def _require_made_for(sites: Sequence[NormSite], recipe: Recipe, job: RemovalJob) -> None:
     """Refuse a published recipe for a model of another size; a control freezes nothing."""
     frozen = {event.site for event in recipe.events}
     if frozen and frozen != set(sites):
         raise RecipeError(
             f"recipe {job.recipe} was made for another model: it freezes {len(frozen)} norm sites, "
-            f"and this model has {len(sites)}. distilled, published-style, taper and at-once are "
-            "for any model"
+            f"and this model has {len(sites)}. measured, distilled, published-style, taper and "
+            "at-once are for any model"
         )
 
 
@@ -303,5 +346,8 @@ def _heldout_text(
     if job.heldout < 1:
         return None
     if job.text == STDLIB and job.split == "train":
-        text = open_sequences(STDLIB, model.tokenizer, length, split="heldout", seed=recipe.seed)
+        text = open_sequences(
+            STDLIB, model.tokenizer, length, split="heldout", seed=recipe.seed,
+            prepend_bos=bool(job.prepend_bos),
+        )  # fmt: skip
     return text.take(job.heldout)

@@ -1,7 +1,7 @@
 """When each norm site goes from live to frozen, as plain data, and functions that make it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -199,6 +199,45 @@ def taper(model: Sites, *, start: int, over: int, gap: int = 0) -> tuple[Event, 
     return tuple(
         Event(start + index * gap, event.site, over) for index, event in enumerate(in_order)
     )
+
+
+def paced(
+    costs: Mapping[NormSite, float], *, start: int, over: int, fade: int = 0
+) -> tuple[Event, ...]:
+    """The cheapest site first, and the more time for a site the more it costs.
+
+    A site's share of the time is proportional to the root of its cost: it fades over that many
+    steps and `fade` more. Several cheap ones begin at the same step.
+
+    Args:
+        costs: By site, what freezing it alone costs, in any unit; what is not finite is taken to be
+            twice the largest finite cost.
+        start: Step of the first event.
+        over: Steps over which the sites begin.
+        fade: Steps that every site takes from live to frozen, beside its share of `over`.
+
+    Raises:
+        RecipeError: if start, over or fade is negative, or there are no sites.
+    """
+    if min(start, over, fade) < 0:
+        raise RecipeError("start, over and fade of a removal schedule cannot be negative")
+    if not costs:
+        raise RecipeError("there are no norm sites: is the model LN-free already?")
+    largest = max([cost for cost in costs.values() if math.isfinite(cost)] + [0.0]) or 1.0
+    shares = {
+        site: math.sqrt(max(cost, _FREE * largest) if math.isfinite(cost) else 2 * largest)
+        for site, cost in costs.items()
+    }
+    unit, at, events = over / sum(shares.values()), float(start), []
+    for site, share in sorted(shares.items(), key=lambda item: item[1]):
+        step, at = int(at + 1e-6), at + unit * share
+        fades = int(at + 1e-6) - step
+        events.append(Event(step, site, fade + (fades if fades > 1 else 0)))
+    return tuple(events)
+
+
+_FREE = 1e-4
+"""Sites that cost less than this share of the most expensive one have equal time."""
 
 
 def moved(

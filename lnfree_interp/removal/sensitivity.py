@@ -32,6 +32,9 @@ from lnfree_interp.removal.freezing import (
     restored,
 )
 
+_MATTERS = 0.1
+"""In nats per token."""
+
 _POSITIONS = 256
 """Positions whose logits are computed at once."""
 
@@ -76,6 +79,15 @@ class SiteSensitivity:
     def order(self) -> tuple[NormSite, ...]:
         """The sites, the cheapest first, by what they cost alone with the first token apart."""
         return _by_cost(self.first_apart)
+
+    @property
+    def first_matters(self) -> bool:
+        """Whether first tokens need a constant of their own: at some site it saves 0.1 nats of KL
+        divergence or more."""
+        return any(
+            not cost.divergence - self.first_apart[site].divergence < _MATTERS
+            for site, cost in self.alone.items()
+        )
 
     def cheapest(self, budget: float) -> tuple[NormSite, ...]:
         """As many sites as can be frozen together within a budget, in the order of cost.

@@ -16,6 +16,13 @@ def check_choices(settings: Any) -> None:
             raise RecipeError(f"{name} is {getattr(settings, name)!r}; choices: {choices}")
 
 
+OUTLIER = 5.0
+"""A token is an outlier where its own scale is so many times the median of the others."""
+
+CAPS = (1.25, 10.0)
+"""The cap on outliers at first, and at the end (`Special.outliers_until`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """How sigma is measured: the constant that a frozen norm divides by.
@@ -47,12 +54,13 @@ class Statistics:
     momentum: float = 0.9
     """The share of the old average that a step of `"ema"` keeps."""
     tokens: Literal["all", "ordinary"] = "all"
-    """Which tokens count: all, or all but position 0 and end-of-text."""
+    """Which tokens count: all; or all but position 0, end-of-text and, at each site, tokens whose
+    scale is `OUTLIER` times the median of the others."""
     share_ln1: bool = False
     """Whether `ln1.qk` and `ln1.v` have one sigma. It moves until both are frozen."""
     follow_frozen: bool = False
-    """Whether `"ema"` and `"batch"` continue to move the sigma of a frozen site until the last
-    event."""
+    """Whether `"ema"` and `"batch"` continue to move the sigma of a frozen site until every site is
+    frozen and no token is special."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -60,10 +68,6 @@ class Statistics:
             raise RecipeError(f"sigma needs at least one sequence of text, not {self.sequences}")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"momentum must lie in 0..1 (1 excluded), not {self.momentum}")
-
-
-OUTLIER = 5.0
-"""A token is an outlier at a site where its own scale is so many times what it is divided by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,26 +101,81 @@ class Special:
     """Whether position 0 keeps a sigma of its own in the finished model, which then cannot be
     folded; the frozen form holds it."""
     outliers_until: int | None = None
-    """The step at which outliers get the common sigma: tokens, wherever they stand, whose own scale
-    is `OUTLIER` times what the site would divide them by. Until then the live norm has a share in
-    what they are divided by, which falls linearly from 1 at step 0. None: they always have it."""
+    """The step at which every token gets the common sigma, however large it is. Until then a frozen
+    site divides a token by at least its own scale over a cap, so that no token comes out larger
+    than the cap times what the live norm makes of it; the largest tokens lose the live norm last.
+    None: there is no cap."""
+    outliers_from: int = 0
+    """The last step with the first of the two `CAPS`. From there the logarithm of the cap rises
+    geometrically: slowly where most tokens are, fast where few are left."""
     end_of_text_kinds: tuple[SiteKind, ...] | None = None
     """The kinds of sites at which end-of-text is special; None: all."""
 
     def __post_init__(self) -> None:
-        for step in (self.first_until, self.end_of_text_until, self.outliers_until):
+        steps = (self.first_until, self.end_of_text_until, self.outliers_from, self.outliers_until)
+        for step in steps:
             if step is not None and step < 0:
                 raise RecipeError(f"tokens cannot be special until step {step}: it is negative")
+        if self.outliers_until is not None and self.outliers_from >= self.outliers_until:
+            raise RecipeError(
+                f"the cap on outliers would rise from step {self.outliers_from} and end at step "
+                f"{self.outliers_until}: let it end later"
+            )
         if self.keep_first and self.first_until is not None:
             raise RecipeError(
                 f"position 0 cannot both keep its sigma and lose it at step {self.first_until}: "
                 "give keep_first or first_until"
             )
 
+    def cap(self, step: int) -> float:
+        """How many times larger than a live norm would make it a token may come out at a step."""
+        until = self.outliers_until or 0
+        if step >= until:
+            return math.inf
+        risen = max(0, step - self.outliers_from) / (until - self.outliers_from)
+        first, last = map(math.log, CAPS)
+        return math.exp(first * (last / first) ** risen)
+
     @property
     def until(self) -> int:
         """The first step at which no token is special."""
         return max(self.first_until or 0, self.end_of_text_until or 0, self.outliers_until or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """The schedule waits while the model is far from the original: the next site is frozen when
+    the last has been absorbed.
+
+    While it waits, the model trains on, and neither events nor the ramps of the loss move; the
+    learning rate does.
+
+    Raises:
+        RecipeError: if a setting is not allowed.
+
+    Source:
+        Ours.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> wait = lf.Wait(above=0.2, steps=30)
+        >>> recipe = replace(lf.recipes.distilled(model), wait=wait)
+        >>> recipe.removed_at, recipe.removed_by
+        (60, 90)
+    """
+
+    above: float
+    """The schedule waits after a step whose KL divergence from the original is above this, in nats
+    per token."""
+    steps: int
+    """How many steps it may wait in all."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.above < math.inf and self.steps > 0):
+            raise RecipeError(
+                f"above={self.above} and steps={self.steps} say when the schedule waits and for "
+                "how long: both must be positive"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +186,7 @@ class Guard:
         RecipeError: if a setting is not allowed.
 
     Source:
-        Ours; that wider gaps help: arXiv 2507.02559.
+        Ours; that wider gaps help, and a lower learning rate: arXiv 2507.02559.
 
     Examples:
         >>> from dataclasses import replace
@@ -137,14 +196,17 @@ class Guard:
 
     action: Literal["stop", "rollback"] = "stop"
     """`"stop"`: raise a TrainingError. `"rollback"`: go back to the last good checkpoint, with
-    wider gaps between the events; this needs a run folder."""
+    wider gaps between the events and a lower learning rate; this needs a run folder."""
     above_best: float = 3.0
-    """The run diverges if a step's cross-entropy is this many nats above the lowest so far."""
+    """The run diverges if a step's loss is this many nats above the lowest so far: its KL
+    divergence from the original if the recipe distils at every step, else its cross-entropy."""
     sigma_factor: float = 30.0
     """The run diverges if the inputs of a frozen site have a sigma this many times larger or
     smaller than its constant. It is measured every `log_every` steps."""
     widen: float = 2.0
     """The factor on the remaining gaps at every rollback."""
+    slower: float = 0.5
+    """The factor on the learning rate at every rollback."""
     rollbacks: int = 3
     """How many rollbacks are tried."""
 
@@ -152,6 +214,11 @@ class Guard:
         check_choices(self)
         if not 1 < self.widen < math.inf:
             raise RecipeError(f"gaps must become wider: widen must be above 1, not {self.widen}")
+        if not 0 < self.slower <= 1:
+            raise RecipeError(
+                f"slower={self.slower} is a factor on the learning rate: it must lie in 0..1 (0 "
+                "excluded)"
+            )
         if not (self.sigma_factor > 1 and self.above_best > 0):
             raise RecipeError(
                 f"sigma_factor must be above 1 and above_best above 0, not {self.sigma_factor} and "

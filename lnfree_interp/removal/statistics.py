@@ -16,14 +16,18 @@ from transformer_lens.hook_points import HookPoint
 from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import get_norm
-from lnfree_interp.removal.settings import Statistics
+from lnfree_interp.removal.settings import OUTLIER, Statistics
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., object]]]
 """TransformerLens' own form: (name or filter, function of the activation and `hook`)."""
 
-Group = Literal["ordinary", "first", "end_of_text"]
-GROUPS: tuple[Group, ...] = ("ordinary", "first", "end_of_text")
-"""Tokens fall into three groups: position 0, other end-of-text tokens, and the rest."""
+Group = Literal["ordinary", "outlier", "first", "end_of_text"]
+GROUPS: tuple[Group, ...] = ("ordinary", "outlier", "first", "end_of_text")
+"""Position 0; other end-of-text tokens; of the rest, at each site, those far above the others, and
+the ordinary ones."""
+
+APART: tuple[Group, ...] = ("first", "end_of_text")
+"""The groups that may have a constant of their own."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Sum over the processes of a distributed run."""
@@ -58,8 +62,21 @@ class Moments:
         return self.second / self.first
 
 
+def find_outliers(
+    r: Float[Tensor, "batch pos *rest"], ordinary: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos *rest"]:
+    """Which of the ordinary tokens have a scale that is `OUTLIER` times their median.
+
+    Args:
+        r: The tokens' own scales.
+        ordinary: False at position 0 and at end-of-text tokens.
+    """
+    median = r[ordinary].median() if ordinary.any() else r.new_tensor(torch.inf)
+    return (r > OUTLIER * median) & ordinary.view(*ordinary.shape, *[1] * (r.ndim - 2))
+
+
 class TokenGroups:
-    """The group of each token of the current batch."""
+    """The group of each token of the current batch; outliers are ordinary here."""
 
     def __init__(self, end_of_text: int | None):
         self.end_of_text = end_of_text
@@ -97,11 +114,14 @@ class SigmaMeter:
         assert hook.name is not None
         name = hook.name.removesuffix(".hook_in")
         r = self.norms[name].token_sigma(x.detach()).flatten(2)  # [batch, pos, head]
-        counts = torch.stack([self.groups.of[group] for group in GROUPS]).to(r.dtype)
-        first, second = (
-            torch.einsum("gbp,bp->g", counts, power.sum(-1)) for power in (r, r.pow(2))
-        )
-        sums = torch.stack([counts.sum((1, 2)) * r.shape[-1], first, second], -1).double()
+        of = self.groups.of
+        far = find_outliers(r, of["ordinary"])
+        members = {group: mask[..., None].expand_as(r) for group, mask in of.items()}
+        members |= {"ordinary": members["ordinary"] & ~far, "outlier": far}
+        in_group = torch.stack([members[group] for group in GROUPS])
+        # A mask, not a product: the scale of a runaway token may be infinite.
+        powers = (torch.where(in_group, r.double() ** n, 0.0) for n in range(3))
+        sums = torch.stack([power.sum((1, 2, 3)) for power in powers], -1)
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def read(self, reduce: Reduce = lambda sums: sums) -> dict[str, dict[Group, Moments]]:
@@ -118,10 +138,11 @@ class SigmaMeter:
 
 def common(groups: dict[Group, Moments], statistics: Statistics) -> float:
     """The sigma of all tokens or of the ordinary ones, as the recipe says."""
-    ordinary, first, end_of_text = (groups[group] for group in GROUPS)
-    together = ordinary + first + end_of_text
-    if statistics.tokens == "ordinary" and ordinary.count:
-        together = ordinary
+    together = Moments(0.0, 0.0, 0.0)
+    for group in groups.values():
+        together += group
+    if statistics.tokens == "ordinary" and groups["ordinary"].count:
+        together = groups["ordinary"]
     return together.average(statistics.average)
 
 

@@ -100,8 +100,10 @@ class Trainer:
         self.objective = Objective(self.model, teacher, dtype, self.transition.groups)
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
         self.residual = ResidualProbe(self.model)
-        self.divergence = DivergenceWatch(recipe.guard)
+        always = extremes(recipe.distillation)[0] > 0
+        self.divergence = DivergenceWatch(recipe.guard, distils=always)
         self.next_step = 0
+        self.waited = 0  # steps for which the schedule has waited
         self.last_batch = self.text[:0]
         self.history: list[StepRecord] = []
         self.saved: dict[int, bool] = {}  # checkpoints, and whether the step after one went well
@@ -163,7 +165,8 @@ class Trainer:
             record = self._step(self.next_step, rollback)
             rollback = None
             drift = record.probes.get("drift")
-            wrong = self.divergence.verdict(record.loss, record.gradient, drift)
+            watched = record.losses[self.divergence.term]
+            wrong = self.divergence.verdict(watched, record.gradient, drift)
             if wrong is not None:
                 self._roll_back(record, wrong)
                 rollback = wrong
@@ -171,6 +174,7 @@ class Trainer:
             if self.next_step in self.saved:
                 self.saved[self.next_step] = True
             self.next_step += 1
+            self.waited += self._waits(record)
             record = self._evaluated(record)
             self.history.append(record)
             self._log(record)
@@ -204,10 +208,22 @@ class Trainer:
             ordinary = replace(self.recipe.statistics, tokens="ordinary", average="mean")
             self.objective.anchor_target = common(found["ln_final"], ordinary)
 
+    @property
+    def scheduled(self) -> int:
+        """The step of the schedule that comes next."""
+        return self.next_step - self.waited
+
+    def _waits(self, record: StepRecord) -> bool:
+        """Whether the schedule stands still after this step."""
+        wait, left = self.recipe.wait, self.scheduled <= self.recipe.removed_at
+        if wait is None or not left or self.waited >= wait.steps:
+            return False
+        return record.losses["distillation"] > wait.above
+
     def _step(self, step: int, rollback: str | None) -> StepRecord:
         """Events, one batch in micro-batches, one step of the optimiser."""
         began, recipe = time.monotonic(), self.recipe
-        frozen = self.transition.before(step, self._run_model)
+        frozen = self.transition.before(self.scheduled, self._run_model)
         lr = recipe.lr * cosine_with_warmup(
             step,
             steps=recipe.decay_steps or recipe.steps,
@@ -222,7 +238,7 @@ class Trainer:
         hooks = [*self.fwd_hooks, *self.transition.hooks(metering=probing)]
         if probing:
             hooks += self.residual.hooks
-        weights = recipe.loss_weights(step)
+        weights = recipe.loss_weights(self.scheduled)
         sums = torch.zeros(len(weights), dtype=torch.float64, device=self.processes.device)
         self.objective.train()
         with self.model.hooks(hooks, self.bwd_hooks), torch.enable_grad():
@@ -257,7 +273,7 @@ class Trainer:
         if self.heldout is None or not due:
             return record
         heldout = self._heldout_loss(self.heldout)
-        if record.step >= self.recipe.removed_at:
+        if record.step >= self.recipe.removed_at + self.waited:
             better = heldout < self.heldout_best
             self.heldout_best = min(heldout, self.heldout_best)
             self.heldout_since = 0 if better else self.heldout_since + 1
@@ -307,16 +323,19 @@ class Trainer:
         self._load(checkpoint)
         # The schedule in the checkpoint may have been widened before.
         factor = guard.widen ** (rollbacks - self.divergence.rollbacks)
-        recipe = self.recipe.widened(self.next_step, factor)
-        if recipe is self.recipe:
+        slower = guard.slower ** (rollbacks - self.divergence.rollbacks)
+        recipe = self.recipe.widened(self.scheduled, factor)
+        if recipe is self.recipe and guard.slower == 1:
             raise TrainingError(
                 f"the run diverged {where}; no event is left whose gap could be wider: lower lr"
             )
+        recipe = replace(recipe, lr=recipe.lr * slower)
         self.recipe, self.divergence.rollbacks = recipe, rollbacks
         self.transition.follow(recipe)
         self.progress.say(
             f"diverged {where}; back to step {self.next_step}, gaps from there {factor:g} times as "
-            f"wide (rollback {rollbacks} of {guard.rollbacks})"
+            f"wide, learning rate {slower:g} times as high (rollback {rollbacks} of "
+            f"{guard.rollbacks})"
         )
         self.progress.reset(self.next_step, recipe.steps)
 
@@ -340,6 +359,7 @@ class Trainer:
             "divergence": [self.divergence.best, self.divergence.rollbacks],
             "heldout": [self.heldout_best, self.heldout_since],
             "anchor_target": self.objective.anchor_target,
+            "waited": self.waited,
             "random": self.processes.gather(training_state.random_state()),
         }
         model = training_state.tensors(self.model)
@@ -367,6 +387,7 @@ class Trainer:
         self.transition.load_state_dict(plain["transition"])
         self.data.load_state_dict(plain["data"])
         self.recipe, self.next_step = Recipe.from_json(plain["recipe"]), checkpoint.step
+        self.waited = plain["waited"]
         self.transition.follow(self.recipe)
         self.divergence.best, self.divergence.rollbacks = plain["divergence"]
         self.heldout_best, self.heldout_since = plain["heldout"]

@@ -1,5 +1,6 @@
 """Takes a model's norms from live to frozen: which site is in which state, with which sigma."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,8 @@ from lnfree_interp.models.site_names import NormSite, sites_in, whole_norm
 from lnfree_interp.models.sites import get_norm
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, last_step
-from lnfree_interp.removal.settings import OUTLIER
 from lnfree_interp.removal.statistics import (
-    GROUPS,
+    APART,
     Forward,
     Group,
     Hooks,
@@ -103,7 +103,7 @@ class Transition:
             norm = self.norms[name]
             was_frozen = norm.frozen
             sigma = self._sigma(name) if norm.live or self._follows(event) else norm.constant
-            first = self._first(name, sigma)
+            first = self._first(event, sigma)
             if (sigma, event.gate(step), first) != (norm.constant, norm.share_live, norm.first):
                 norm.freeze(sigma, event.gate(step), first)
             if norm.frozen and not was_frozen:
@@ -120,9 +120,9 @@ class Transition:
         sites = [name for name, norm in self.norms.items() if not norm.live]
         if self.step < self.special.until:
             hooks += [(f"{name}.hook_sigma", self._special_scale) for name in sites]
-        if self.step < (self.special.outliers_until or 0):
+        if self.special.cap(self.step) < math.inf:
             hooks += [(f"{name}.hook_in", self._see_scale) for name in sites]
-            hooks += [(f"{name}.hook_sigma", self._outlier_scale) for name in sites]
+            hooks += [(f"{name}.hook_sigma", self._capped) for name in sites]
         if metering or self._moving:
             hooks += self.meter.hooks
         return hooks
@@ -160,8 +160,10 @@ class Transition:
     @property
     def _moving(self) -> bool:
         """Whether sigma is measured on the training text at this step."""
-        moves = self.statistics.source in ("ema", "batch")
-        return moves and bool(self.events) and self.step <= last_step(self.events)
+        if self.statistics.source not in ("ema", "batch") or not self.events:
+            return False
+        until = self.special.until if self.statistics.follow_frozen else 0
+        return self.step <= max(last_step(self.events), until)
 
     def _follows(self, event: Event) -> bool:
         """Whether the site's sigma may still move at this step."""
@@ -198,7 +200,7 @@ class Transition:
         groups = self.estimates[self._shared(name)]
         self.scales[name] = {
             group: groups[group].average(self.statistics.average)
-            for group in GROUPS[1:]
+            for group in APART
             if groups[group].count
         }
         sigma = common(groups, self.statistics)
@@ -206,16 +208,19 @@ class Transition:
             raise TrainingError(f"sigma of {name} is {sigma}: the run has diverged")
         return sigma
 
-    def _first(self, name: str, sigma: float) -> float | None:
+    def _first(self, event: Event, sigma: float) -> float | None:
         """The constant that first tokens keep, if they keep one."""
         if not self.special.keep_first:
             return None
+        name = str(event.site)
+        norm, other = self.norms[name], self.norms.get(_partner(name) or "")
+        follows = self._follows(event) and self.statistics.follow_frozen
         # The halves of ln1 are one norm in the frozen form: the second takes the first one's ratio.
-        other = self.norms.get(_partner(name) or "")
-        if other is not None and other.first is not None and not self.norms[name].frozen:
+        if other is not None and other.first is not None and not (norm.frozen or follows):
             return sigma * other.first / other.constant
-        known = self.norms[name].first
-        return self.scales.get(name, {}).get("first") if known is None else known
+        if norm.first is not None and not follows:
+            return norm.first
+        return self.scales.get(name, {}).get("first")
 
     def _special_scale(
         self, sigma: Float[Tensor, "batch pos *head one"], hook: HookPoint
@@ -236,17 +241,15 @@ class Transition:
     def _see_scale(self, x: Float[Tensor, "batch pos *head d"], hook: HookPoint) -> None:
         assert hook.name is not None
         name = hook.name.removesuffix(".hook_in")
-        self._own[name] = self.norms[name].token_sigma(x.detach())
+        self._own[name] = self.norms[name].token_sigma(x)
 
-    def _outlier_scale(
+    def _capped(
         self, sigma: Float[Tensor, "batch pos *head one"], hook: HookPoint
     ) -> Float[Tensor, "batch pos *head one"]:
         """A hook on a site's `hook_sigma`, behind those of other special tokens."""
         assert hook.name is not None
         r = self._own.pop(hook.name.removesuffix(".hook_sigma"))
-        assert self.special.outliers_until is not None
-        live = 1 - self.step / self.special.outliers_until
-        return torch.where(r > OUTLIER * sigma, 1 / (live / r + (1 - live) / sigma), sigma)
+        return torch.maximum(sigma, r.to(sigma) / self.special.cap(self.step))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data. The constants and gates themselves are buffers of the model."""

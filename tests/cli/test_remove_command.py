@@ -51,6 +51,7 @@ def folder(request, tmp_path, tokenizer):
 
 QUICK = ("--steps", 14, "--batch", 4, "--sequence-length", 32, "--lr", "1e-4", "--heldout", 4,
          "--evaluate-every", 5, "--checkpoint-every", 6)  # fmt: skip
+DISTILLED = ("--recipe", "distilled")
 
 
 def test_from_a_folder_and_a_file_to_an_lnfree_model(monkeypatch, tmp_path, folder, text, capsys):
@@ -149,8 +150,12 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, text, capsys)
         (("--recipe", "destiled"), "no recipe 'destiled'; the nearest is distilled. The recipes"),
         (("--recipe", "gpt2-small"), "it freezes 37 norm sites, and this model has 10"),
         (("--patience", "0"), "patience must be positive"),
-        (("--steps", "3"), "recipe distilled: 3 steps are too few for 10 norm sites: give at le"),
-        (("--steps", "9", "--start", "4"), "for 10 norm sites: give at least 14 steps"),
+        (
+            ("--steps", "7"),
+            "recipe measured: 7 steps are too few to let norms go one by one: give at",
+        ),
+        ((*DISTILLED, "--steps", "3"), "distilled: 3 steps are too few for 10 norm sites: give at"),
+        ((*DISTILLED, "--steps", "9", "--start", "4"), "10 norm sites: give at least 14 steps"),
         (("--recipe", "taper", "--steps", "9"), "too few for a taper: give at least 10 steps"),
         (("--gap", "-1"), "start=None, gap=-1 and taper=None are numbers of steps"),
         (("--sigma-momentum", "1"), "momentum must lie in 0..1"),
@@ -217,8 +222,8 @@ def test_only_the_bundled_model_has_a_text_by_default(monkeypatch, gpt2_folder, 
 def test_settings_of_the_recipe_on_the_command_line(monkeypatch, tmp_path, gpt2_folder, text):
     out = tmp_path / "run"
     lnfree(
-        monkeypatch, "remove", gpt2_folder, "--out", out, "--data", text, *QUICK, "--start", 2,
-        "--gap", 0, "--taper", 5, "--sigma-source", "ema", "--sigma-average", "rms",
+        monkeypatch, "remove", gpt2_folder, "--out", out, "--data", text, *QUICK, *DISTILLED,
+        "--start", 2, "--gap", 0, "--taper", 5, "--sigma-source", "ema", "--sigma-average", "rms",
         "--sigma-tokens", "ordinary", "--sigma-share-ln1", "--special-first-until", 9,
         "--special-end-of-text-until", 8, "--special-end-of-text-kinds", "ln1.v", "ln2",
     )  # fmt: skip
@@ -282,7 +287,7 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr("lnfree_interp.removal.tracking.TensorBoardTracker", Tracker)
     monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: object())
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
-    recipe = make_recipe(RemovalJob(steps=12, vanilla=False, batch=4), model)
+    recipe = make_recipe(RemovalJob(recipe="distilled", steps=12, batch=4), model)
     data = torch.randint(300, (16, 24))
     lf.remove_norms(model, recipe, data, progress=False, trackers=["tensorboard"], log_every=4)
     assert seen["finished"]

@@ -12,6 +12,7 @@ import lnfree_interp as lf
 from lnfree_interp.data import packing
 from lnfree_interp.data.packing import token_stream
 from lnfree_interp.data.stdlib import split_of
+from lnfree_interp.data.streams import PackedStream
 from lnfree_interp.errors import DataError
 
 
@@ -64,6 +65,37 @@ def test_the_loaded_model_s_tokenizer_packs_without_bos(gpt2_folder):
     plain = AutoTokenizer.from_pretrained(gpt2_folder)
     documents = [{"text": "def add(self):\n"}]
     assert torch.equal(token_stream(documents, model.tokenizer), token_stream(documents, plain))
+
+
+def test_sequences_may_begin_with_the_beginning_of_text(tokenizer):
+    """The text behind it is the same stream, cut one token earlier."""
+    texts = [f"text number {i}, and some more of it" for i in range(12)]
+    stream = token_stream(texts, tokenizer)
+    packed = lf.pack(texts, tokenizer, 9, prepend_bos=True)
+    assert packed.shape == (len(stream) // 8, 9)
+    assert (packed[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(packed[:, 1:].flatten(), stream[: packed[:, 1:].numel()])
+    taken = PackedStream(Dataset.from_dict({"text": texts}), tokenizer, 9, prepend_bos=True)
+    plain = PackedStream(Dataset.from_dict({"text": texts}), tokenizer, 8)
+    assert taken.fingerprint() != plain.fingerprint()
+    rows = taken.take(5)
+    assert (rows[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(rows[:, 1:], plain.take(5))
+    state = taken.state_dict()
+    following = taken.take(3)
+    taken.load_state_dict(state)
+    assert torch.equal(taken.take(3), following)
+
+
+def test_a_beginning_of_text_that_cannot_be_prepended_is_refused(tokenizer):
+    without = AutoTokenizer.from_pretrained(lf.bundled_checkpoint())
+    without.bos_token = None
+    with pytest.raises(DataError, match="no beginning-of-text token to prepend"):
+        lf.pack(["some text"], without, 2, prepend_bos=True)
+    with pytest.raises(DataError, match="make them longer"):
+        lf.pack(["some text"], tokenizer, 1, prepend_bos=True)
+    with pytest.raises(DataError, match="no beginning-of-text token to prepend"):
+        lf.pack([[1, 2, 3]], None, 2, prepend_bos=True)
 
 
 def test_unusable_text_is_refused(tokenizer):

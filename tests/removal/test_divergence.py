@@ -1,14 +1,17 @@
 """A run that goes wrong stops, or goes back with wider gaps; one that is done stops early."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from support.models import make_gpt2
 from test_resume import STEPS, a_recipe, data, model, train
 
 import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
 from lnfree_interp.removal.divergence import DivergenceWatch
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.settings import Guard
 
 __all__ = ["data", "model"]  # fixtures
@@ -38,12 +41,12 @@ def test_a_diverging_run_goes_back_with_wider_gaps(model, data, tmp_path):
     planned = {str(event.site): event.step for event in recipe.events}
     for site, step in planned.items():
         assert frozen[site] == (step if step < 5 else 4 + 2 * (step - 4)), site
-    assert run.recipe == recipe.widened(5, 2.0)
+    assert run.recipe == dataclasses.replace(recipe.widened(5, 2.0), lr=recipe.lr / 2)
     assert len(run.history) == run.recipe.steps > STEPS
     assert [record.step for record in run.history] == list(range(len(run.history)))
     (told,) = [record for record in run.history if record.rollback]
     assert told.step == 5
-    assert "loss nan" in told.rollback
+    assert "KL divergence from the original nan" in told.rollback
     assert lf.live_sites(run.model) == ()
     assert all(math.isfinite(record.loss) for record in run.history)
 
@@ -85,7 +88,7 @@ def test_a_poisoned_checkpoint_is_passed_over(model, data, tmp_path):
 
 
 def test_a_run_with_nothing_left_to_widen_stops_at_once(model, data, tmp_path):
-    recipe = a_recipe(guard=Guard(action="rollback")).vanilla()
+    recipe = a_recipe(guard=Guard(action="rollback", slower=1.0)).vanilla()
     with pytest.raises(TrainingError, match="no event is left"):
         train(model, data, tmp_path / "run", recipe=recipe, hook=explode_at(8))
 
@@ -102,7 +105,7 @@ def test_verdicts():
     assert watch.verdict(4.0, 1.0, {"ln_final": 9.0}) is None
     assert watch.verdict(5.9, 1.0) is None
     assert "2.1 above the lowest" in watch.verdict(6.1, 1.0)
-    assert "loss nan" in watch.verdict(math.nan, 1.0)
+    assert "cross-entropy nan" in watch.verdict(math.nan, 1.0)
     assert "gradient norm inf" in watch.verdict(4.0, math.inf)
     assert "blocks.0.ln2 have 11 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 11.0})
     assert "0.05 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 0.05})
@@ -145,3 +148,30 @@ def test_held_out_loss_is_that_of_the_model_at_that_step(model, data):
     assert [r.step for r in run.history if r.heldout is not None] == [19]
     expected = lf.evaluate_loss(run.model, data[:6]).mean
     assert run.history[-1].heldout == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("distillation", [1.0, 0.0])
+def test_a_batch_of_difficult_text_is_no_divergence_for_a_run_that_distils(distillation):
+    """The text's own loss differs by more than the guard allows; the distance does not."""
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    with torch.no_grad():
+        model.unembed.b_U[7] = 20.0
+    data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))
+    data[::2] = 7
+    recipe = Recipe(
+        events=(), steps=8, batch=1, lr=1e-6, warmup=0, final_lr=1.0, precision="float32",
+        distillation=distillation, scale_anchor=0.0,
+    )  # fmt: skip
+    if distillation:
+        run = lf.remove_norms(model, recipe, data, progress=False)
+        losses = [record.loss for record in run.history]
+        assert max(losses) > min(losses) + recipe.guard.above_best
+    else:
+        with pytest.raises(TrainingError, match=r"cross-entropy .* above the lowest so far"):
+            lf.remove_norms(model, recipe, data, progress=False)
+
+
+def test_a_run_that_distils_is_watched_by_its_distance(model, data, tmp_path):
+    recipe = a_recipe(distillation=0.5, guard=Guard(above_best=1e-9))
+    with pytest.raises(TrainingError, match=r"from the original .* above the lowest"):
+        train(model, data, tmp_path / "run", recipe=recipe)

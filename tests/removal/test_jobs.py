@@ -75,7 +75,7 @@ def test_a_published_schedule_does_not_shrink(name, layers, smallest):
 
 def test_a_default_number_of_steps_can_be_too_few():
     with pytest.raises(TooFewStepsError, match="250 steps are too few for 301 norm sites"):
-        make_recipe(RemovalJob(), sequential_sites(100))
+        make_recipe(RemovalJob(recipe="distilled"), sequential_sites(100))
 
 
 def test_events_move():

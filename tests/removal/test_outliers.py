@@ -1,6 +1,9 @@
 """Tokens whose scale is far above all others: apart for a while, and named when they run away."""
 
 import dataclasses
+import math
+import statistics
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
 from lnfree_interp.removal.divergence import find_runaway
 from lnfree_interp.removal.freezing import freeze_in_one_pass
-from lnfree_interp.removal.settings import OUTLIER
+from lnfree_interp.removal.settings import CAPS, OUTLIER
+from lnfree_interp.removal.statistics import TokenGroups, measure, measure_sigma
 from lnfree_interp.removal.transition import Transition
 
 TEXT = torch.randint(20, 300, (16, 24), generator=torch.Generator().manual_seed(2))
@@ -34,41 +38,77 @@ def recipe_for(model, special, steps=20, **more):
     return dataclasses.replace(recipe, **plain | more)
 
 
-def test_outliers_are_divided_by_a_blend_that_fades(model):
+def test_a_cap_holds_outliers_until_it_has_risen(model):
+    """What is divided by is the constant, or the token's own scale over the cap if that is more."""
     sited = lf.with_norm_sites(model)
     text = TEXT.clone()
     text[1, 5] = LARGE
-    special = lf.Special(outliers_until=10, keep_first=True)
+    special = lf.Special(outliers_from=6, outliers_until=12, keep_first=True)
     recipe = recipe_for(model, special)
     transition = Transition(sited, recipe, TEXT[:8])
-    step = recipe.events[0].step
     name = "blocks.0.ln2"
-    for now in (max(step, 4), 12):
+    for now in (4, 9, 12):
         transition.before(now)
         transition.groups.mark(text)
         norm = lf.get_norm(sited, name)
         with sited.hooks(fwd_hooks=transition.hooks()):
             _, cache = sited.run_with_cache(text)
         r = norm.token_sigma(cache[f"{name}.hook_in"])
-        scale = cache[f"{name}.hook_scale"]
-        live = max(0.0, 1 - now / 10)
-        expected = 1 / (live / r[1, 5] + (1 - live) / norm.constant)
-        if live == 0:
-            expected = torch.full_like(r[1, 5], norm.constant)
         assert r[1, 5] > OUTLIER * norm.constant
-        torch.testing.assert_close(scale[1, 5], expected.to(scale), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(scale[0, 3].item(), norm.constant, rtol=1e-5, atol=1e-6)
-        assert norm.first is not None
-        torch.testing.assert_close(scale[0, 0].item(), norm.first, rtol=1e-5, atol=1e-6)
+        expected = torch.full_like(r, norm.constant)
+        expected[:, 0] = norm.first
+        cap = special.cap(now)
+        expected = expected.maximum(r / cap)
+        assert (r[1, 5].item() == pytest.approx(cap * expected[1, 5].item())) is (now < 12)
+        scale = cache[f"{name}.hook_scale"]
+        torch.testing.assert_close(scale, expected.to(scale), rtol=1e-5, atol=1e-6)
     assert transition._own == {}
+
+
+def test_the_logarithm_of_the_cap_rises_geometrically():
+    special = lf.Special(outliers_from=10, outliers_until=30)
+    caps = [special.cap(step) for step in range(31)]
+    assert caps[:11] == [CAPS[0]] * 11
+    logs = [math.log(cap) for cap in caps[10:30]]
+    ratios = {round(later / now, 9) for now, later in pairwise(logs)}
+    assert len(ratios) == 1
+    assert logs[-1] * ratios.pop() == pytest.approx(math.log(CAPS[1]))
+    assert caps[30] == math.inf
+    assert lf.Special().cap(0) == math.inf
+    with pytest.raises(RecipeError, match="let it end later"):
+        lf.Special(outliers_from=30, outliers_until=30)
+
+
+def test_outliers_do_not_count_in_the_constant_of_ordinary_tokens(model):
+    """By brute force: the median of what is left without first and end-of-text tokens."""
+    sited = lf.with_norm_sites(model)
+    text = TEXT.clone()
+    text[1, 5] = text[2, 9] = LARGE
+    text[3, 4] = 0  # end-of-text
+    found = measure(sited, ["blocks.0.ln2"], text, groups=TokenGroups(0))["blocks.0.ln2"]
+    _, cache = sited.run_with_cache(text)
+    r = lf.get_norm(sited, "blocks.0.ln2").token_sigma(cache["blocks.0.ln2.hook_in"])[..., 0]
+    candidates = [r[i, j].item() for i in range(16) for j in range(1, 24) if text[i, j] != 0]
+    limit = OUTLIER * statistics.median_low(candidates)
+    far = [x for x in candidates if x > limit]
+    assert len(far) >= 2
+    assert found["outlier"].count == len(far)
+    assert found["outlier"].first == pytest.approx(sum(far), rel=1e-6)
+    kept = [x for x in candidates if x <= limit]
+    assert found["ordinary"].count == len(kept)
+    assert found["ordinary"].average("mean") == pytest.approx(statistics.mean(kept), rel=1e-6)
+    sigma = measure_sigma(
+        sited, ["blocks.0.ln2"], text, statistics=lf.Statistics(tokens="ordinary")
+    )
+    assert sigma["blocks.0.ln2"] < statistics.mean(candidates)
 
 
 def test_the_guard_names_the_site_and_the_token_where_activations_ran_away(model):
     text = TEXT.clone()
     text[:, 1] = LARGE
     recipe = recipe_for(model, lf.Special(), guard=lf.Guard(above_best=1.0, sigma_factor=30.0))
-    statistics = dataclasses.replace(recipe.statistics, average="least_squares", sequences=16)
-    recipe = dataclasses.replace(recipe, statistics=statistics)
+    measured = dataclasses.replace(recipe.statistics, average="least_squares", sequences=16)
+    recipe = dataclasses.replace(recipe, statistics=measured)
     # Constants of a text without the large token: the run then meets it.
     both = torch.cat([TEXT, text])
     with pytest.raises(TrainingError) as error:
@@ -140,4 +180,4 @@ def test_settings_and_words(model):
     assert widened.special.outliers_until == widened.removed_at > 15
     from lnfree_interp.removal.plan import plan
 
-    assert "falls to 0 at step 15" in plan(recipe)
+    assert "rises from step 0 and is gone at step 15" in plan(recipe)

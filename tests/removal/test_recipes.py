@@ -227,6 +227,7 @@ def test_a_word_that_is_no_choice_is_refused(settings, field, word):
         (lambda: Guard(sigma_factor=0.5), "every run would diverge"),
         (lambda: Guard(above_best=math.nan), "every run would diverge"),
         (lambda: Guard(rollbacks=-1), "rollbacks cannot be"),
+        (lambda: Guard(slower=0.0), "a factor on the learning rate"),
         (lambda: Special(first_until=-4), "cannot be special until"),
         (lambda: control(lr=math.inf), "lr must be positive"),
         (lambda: control(patience=0), "patience must be positive"),

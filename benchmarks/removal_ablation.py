@@ -1,0 +1,193 @@
+"""What each part of the recipe `measured` brings: the recipe without it, at equal tokens.
+
+    python benchmarks/removal_ablation.py [--seeds 0 1 2]
+    make smollm2 && python benchmarks/english_text.py text.jsonl
+    python benchmarks/removal_ablation.py --smollm2 text.jsonl --steps 120 --batch 4 --seeds 0
+
+The first is about the bundled model and Python source, the second about SmolLM2-135M and English,
+in sequences of 256 tokens (SmolLM2: behind a beginning-of-text token). Loss and KL divergence from
+the original are in nats per token on held-out text; p99.9 is a quantile of the tokens' losses.
+A run that diverged has the step at which it did.
+"""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformers.utils import logging
+
+import lnfree_interp as lf
+from lnfree_interp.errors import TrainingError
+from lnfree_interp.evaluation.text_pass import measure_text
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.schedule import published_order
+
+LENGTH = 256
+Change = Callable[[Recipe], Recipe]
+
+
+def losses(recipe: Recipe, **weights: float) -> Recipe:
+    """The recipe with some terms of the loss at other weights."""
+    return replace(recipe, losses={**recipe.losses, **weights})
+
+
+def published(recipe: Recipe) -> Recipe:
+    """The published order in the same time, each site fading as long."""
+    first = min(event.step for event in recipe.events)
+    sites = [event.site for event in recipe.events]
+    fade = min(event.over for event in recipe.events)
+    over = max(event.end for event in recipe.events) - first - fade
+    events = published_order(sites, start=0, ln2_gap=2, qk_gap=2, v_gap=3)
+    scale = over / max(event.step for event in events)
+    return replace(
+        recipe,
+        events=tuple(
+            replace(event, step=first + int(event.step * scale), over=fade) for event in events
+        ),
+    )
+
+
+def at_once(recipe: Recipe) -> Recipe:
+    """Sites frozen at the end of their fading, at one step."""
+    return replace(recipe, events=tuple(replace(e, step=e.end, over=0) for e in recipe.events))
+
+
+def special(recipe: Recipe, **settings: object) -> Recipe:
+    """The recipe with other settings of special tokens."""
+    return replace(recipe, special=replace(recipe.special, **settings))
+
+
+def sigma(recipe: Recipe, **settings: object) -> Recipe:
+    """The recipe with another way to measure sigma."""
+    return replace(recipe, statistics=replace(recipe.statistics, **settings))
+
+
+def waiting(recipe: Recipe) -> Recipe:
+    """A quarter of the steps may be spent waiting; the schedule is as much shorter."""
+    wait = recipe.steps // 4
+    left = (recipe.steps - wait) / recipe.steps
+    events = tuple(
+        replace(e, step=int(e.step * left), over=int(e.over * left)) for e in recipe.events
+    )
+    recipe = special(
+        recipe,
+        outliers_from=int(recipe.special.outliers_from * left),
+        outliers_until=int((recipe.special.outliers_until or 0) * left),
+    )
+    return replace(recipe, events=events, wait=lf.Wait(above=0.2, steps=wait))
+
+
+CHANGES: dict[str, Change] = {
+    "measured": lambda recipe: recipe,
+    "published order": published,
+    "no fading": at_once,
+    "no cap": lambda recipe: special(recipe, outliers_from=0, outliers_until=None),
+    "sigma stays when frozen": lambda recipe: sigma(recipe, follow_frozen=False),
+    "sigma of all tokens": lambda recipe: sigma(recipe, tokens="all"),
+    "no target in the stream": lambda recipe: losses(recipe, stream=0.0),
+    "no term on outliers": lambda recipe: losses(recipe, outliers=0.0),
+    "first token as the others": lambda recipe: special(recipe, keep_first=False),
+    "first token apart": lambda recipe: special(recipe, keep_first=True),
+    "lr 4e-4": lambda recipe: replace(recipe, lr=4e-4),
+    "waits above 0.2 nats": waiting,
+}
+
+
+def material(smollm2: Path | None) -> tuple[HookedTransformer, Tensor, Tensor]:
+    """The model, its training text and held-out text."""
+    logging.disable_progress_bar()
+    if smollm2 is None:
+        model = lf.load(lf.bundled_checkpoint(), device="cpu")
+        train, heldout = (
+            lf.pack(lf.stdlib_corpus(split), model.tokenizer, LENGTH)
+            for split in ("train", "heldout")
+        )
+        return model, train, heldout[::3]
+    model = lf.load(lf.smollm2(), device="cpu")
+    texts = [json.loads(line)["text"] for line in smollm2.read_text(encoding="utf-8").splitlines()]
+    train, heldout = (
+        lf.pack(some, model.tokenizer, LENGTH, prepend_bos=True)
+        for some in (texts[:400], texts[-400:])
+    )
+    return model, train, heldout[:: len(heldout) // 32]
+
+
+def main(
+    seeds: tuple[int, ...] = (0, 1, 2),
+    steps: int = 240,
+    batch: int = 8,
+    smollm2: Path | None = None,
+    only: tuple[str, ...] = (),
+) -> None:
+    """Run the benchmark.
+
+    Args:
+        seeds: Random seeds of the order of the text.
+        steps: Optimiser steps of every run.
+        batch: Sequences per step.
+        smollm2: Text from `english_text.py`: take SmolLM2-135M instead of the bundled model.
+        only: The rows to run, by name.
+    """
+    model, train, heldout = material(smollm2)
+    costs = lf.site_sensitivity(model, train[:8], progress=False)
+    print(costs)
+    recipes: dict[str, Callable[[int], Recipe]] = {
+        name: lambda seed, change=change: change(
+            replace(lf.recipes.measured(costs, steps=steps, seed=seed), batch=batch)
+        )
+        for name, change in CHANGES.items()
+    }
+    recipes |= {
+        "distilled": lambda seed: replace(
+            lf.recipes.distilled(model, steps=steps, seed=seed), batch=batch
+        ),
+        "control, lr 2e-4": lambda seed: recipes["measured"](seed).vanilla(),
+        "control, lr 4e-4": lambda seed: recipes["distilled"](seed).vanilla(),
+    }
+    print("\n| recipe | loss | KL from the original | p99.9 | diverged |\n|---|---|---|---|---|")
+    began = time.perf_counter()
+    for name in only or recipes:
+        rows, diverged = [], []
+        for seed in seeds:
+            recipe = recipes[name](seed)
+            try:
+                run = lf.remove_norms(model, recipe, train, progress=False, log_every=0)
+            except TrainingError as error:
+                diverged.append(str(error).partition(":")[0].rpartition(" ")[2])
+                continue
+            found = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
+            assert found.kl is not None
+            losses = found.loss.double().flatten()
+            rows.append((losses.mean().item(), found.kl.double().mean().item(),
+                         losses.quantile(0.999).item()))  # fmt: skip
+        print(f"| {name} | {_row(rows)} | {', '.join(diverged)} |", flush=True)
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    print(
+        f"\n{steps} steps of {batch * LENGTH:,} tokens; {heldout.numel():,} held-out tokens; seeds "
+        f"{seeds}; torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}; "
+        f"{time.perf_counter() - began:.0f} s"
+    )
+
+
+def _row(rows: list[tuple[float, float, float]]) -> str:
+    """Means over seeds, and their standard deviation."""
+    if not rows:
+        return " | | "
+    loss, kl, tail = zip(*rows, strict=True)
+    spread = [f" ± {statistics.stdev(x):.4f}" if len(rows) > 1 else "" for x in (loss, kl)]
+    return (
+        f"{statistics.mean(loss):.4f}{spread[0]} | {statistics.mean(kl):.4f}{spread[1]} | "
+        f"{statistics.mean(tail):.2f}"
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,260 @@
+"""The recipe that follows a measurement: its pace, its terms of the loss, and when it waits."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support.architectures import make_model
+from support.models import make_tokenizer
+
+import lnfree_interp as lf
+from lnfree_interp.errors import RecipeError, TooFewStepsError
+from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.removal import trainer
+from lnfree_interp.removal.losses import NEAR, Objective
+from lnfree_interp.removal.plan import plan
+from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.schedule import paced, sequential_sites
+from lnfree_interp.removal.settings import OUTLIER
+from lnfree_interp.removal.statistics import TokenGroups
+
+TEXT = torch.randint(20, 300, (16, 24), generator=torch.Generator().manual_seed(5))
+
+
+def live(kind="llama-grouped", seed=0, **more):
+    return lf.load(make_model(kind, seed=seed), tokenizer=make_tokenizer(), check=False, **more)
+
+
+def site(layer):
+    return NormSite("ln2", layer)
+
+
+def test_cheap_sites_go_first_and_expensive_ones_have_the_more_time():
+    costs = {site(0): 4.0, site(1): 0.0, site(2): 1.0, site(3): math.nan, site(4): 1e-9}
+    events = paced(costs, start=10, over=100)
+    assert [event.site.layer for event in events] == [1, 4, 2, 0, 3]
+    # Roots: twice 0.02 (the floor), 1, 2, and the root of 8 for what is not finite.
+    total = 0.04 + 1 + 2 + math.sqrt(8)
+    ends = [10 + 100 * x / total for x in (0.02, 0.04, 1.04, 3.04, total)]
+    assert [event.step for event in events] == [10, *(int(end) for end in ends[:-1])]
+    assert [event.over for event in events] == [0, 0, 17, 34, 49]
+    assert events[-1].end == 110
+    assert {event.step for event in paced(dict.fromkeys(costs, 0.0), start=3, over=0)} == {3}
+    slower = paced(costs, start=10, over=100, fade=20)
+    assert [event.step for event in slower] == [event.step for event in events]
+    assert [e.over for e in slower] == [20, 20, *(e.over + 20 for e in events[2:])]
+    with pytest.raises(RecipeError, match="negative"):
+        paced(costs, start=-1, over=3)
+    with pytest.raises(RecipeError, match="no norm sites"):
+        paced({}, start=0, over=3)
+
+
+def slowly(steps=60, **settings):
+    """The recipe for a model whose first tokens are massive."""
+    model = live()
+    with torch.no_grad():
+        model.embed.W_E[7] *= 200
+    text = TEXT.clone()
+    text[:, 0] = 7
+    costs = lf.site_sensitivity(model, text, progress=False)
+    return costs, replace(lf.recipes.measured(costs, steps=steps), **settings)
+
+
+def in_order(costs):
+    return sorted(costs.first_apart, key=lambda site: costs.first_apart[site].divergence)
+
+
+def test_massive_activations_make_norms_go_slowly():
+    costs, recipe = slowly(steps=100)
+    assert costs.first_matters
+    assert [event.site for event in recipe.events] == in_order(costs)
+    assert min(event.over for event in recipe.events) == 20
+    assert recipe.events[-1].end == 32 == recipe.special.outliers_from
+    assert recipe.special.keep_first
+    assert (recipe.removed_at, recipe.removed_by) == (68, 88)
+    assert recipe.statistics.follow_frozen
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_ordinary_activations_let_norms_go_at_once():
+    costs = lf.site_sensitivity(live(), TEXT, progress=False)
+    assert not costs.first_matters
+    recipe = lf.recipes.measured(costs, steps=100)
+    assert [event.site for event in recipe.events] == in_order(costs)
+    assert recipe.events[-1].end == 25 == recipe.removed_at == recipe.removed_by
+    assert recipe.special == lf.Special()
+    assert recipe.losses == {"stream": 1.0}
+
+
+def test_without_a_measurement_every_site_costs_the_same():
+    recipe = lf.recipes.measured(sequential_sites(3), steps=100)
+    assert len({e.site for e in recipe.events}) == 10
+    assert max(e.end for e in recipe.events) == 25
+    assert not recipe.special.keep_first
+    with pytest.raises(TooFewStepsError, match="too few to let norms go one by one") as error:
+        lf.recipes.measured(sequential_sites(3), steps=7)
+    assert lf.recipes.measured(sequential_sites(3), steps=error.value.smallest).removed_at < 8
+    with pytest.raises(RecipeError, match="no norm sites"):
+        lf.recipes.measured((), steps=100)
+
+
+def test_no_run_of_the_slow_recipe_is_too_short():
+    costs, _ = slowly()
+    for steps in range(8, 60):
+        assert lf.recipes.measured(costs, steps=steps).removed_by < steps
+
+
+def terms(student, teacher, tokens, **weights):
+    objective = Objective(student, teacher, torch.float64, TokenGroups(0))
+    return objective(tokens, {"distillation": 1.0} | weights)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-grouped"])
+def test_the_distance_of_streams_by_brute_force(kind):
+    """Outliers in the original's stream do not count, and first tokens count for themselves."""
+    student, teacher = (
+        lf.with_norm_sites(live(kind, seed, dtype=torch.float64)) for seed in (0, 1)
+    )
+    with torch.no_grad():
+        teacher.embed.W_E[7] *= 300
+    tokens = TEXT[:3].clone()
+    tokens[0, 0] = tokens[1, 4] = 7
+    tokens[2, 6] = 0  # end-of-text
+    streams = []
+    for model in (student, teacher):
+        _, cache = model.run_with_cache(tokens)
+        streams.append([cache["resid_post", layer] for layer in range(model.cfg.n_layers)])
+    expected, left_out = [], 0
+    for ours, theirs in zip(*streams, strict=True):
+        norms = {
+            (i, j): theirs[i, j].norm().item()
+            for i in range(3)
+            for j in range(1, 24)
+            if tokens[i, j] != 0
+        }
+        median = sorted(norms.values())[(len(norms) - 1) // 2]
+        errors = {}
+        for i in range(3):
+            for j in range(24):
+                if norms.get((i, j), 0) > OUTLIER * median:
+                    left_out += 1
+                    continue
+                square = theirs[i, j].square().sum()
+                errors[i, j] = ((ours[i, j] - theirs[i, j]).square().sum() / square).item()
+        first = [error for (_, j), error in errors.items() if j == 0]
+        others = [error for (_, j), error in errors.items() if j > 0]
+        expected.append(sum(others) / len(others) + sum(first) / 3)
+    assert left_out >= 1
+    found = terms(student, teacher, tokens, stream=1.0).terms["stream"].item()
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_the_term_on_outliers_by_brute_force_and_where_it_pulls():
+    model = lf.with_norm_sites(live(dtype=torch.float64))
+    with torch.no_grad():
+        model.embed.W_E[7] *= 50
+    tokens = TEXT[:3].clone()
+    tokens[:, 0] = tokens[1, 4] = 7
+    _, cache = model.run_with_cache(tokens)
+    expected = []
+    for layer in range(model.cfg.n_layers):
+        scale = cache["resid_post", layer].square().mean(-1).sqrt()[:, 1:].flatten()
+        median = scale.sort().values[(len(scale) - 1) // 2]
+        above = [max(0.0, math.log(x / (NEAR * median))) ** 2 for x in scale.tolist()]
+        expected.append(sum(above) / len(above))
+    loss = terms(model, model, tokens, distillation=0.0, outliers=1e6)
+    assert loss.terms["outliers"].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    loss.total.backward()
+    gradient = model.embed.W_E.grad
+    # A longer embedding raises it; only the copy at position 4 is pulled at, not those at 0.
+    assert torch.linalg.vecdot(gradient[7], model.W_E[7].detach()) > 0
+    with torch.no_grad():
+        model.embed.W_E[7] /= 50
+    assert terms(model, model, tokens, distillation=0.0, outliers=1.0).terms["outliers"] == 0
+
+
+def test_the_distance_of_streams_needs_an_original():
+    model = live()
+    recipe = replace(lf.recipes.distilled(model, steps=20), distillation=0.0)
+    recipe = replace(recipe, losses={"stream": 1.0}, batch=4)
+    with pytest.raises(RecipeError, match="give it a distillation above 0"):
+        lf.remove_norms(model, recipe, TEXT, progress=False)
+
+
+def waiting(model, above, steps, **more):
+    recipe = lf.recipes.measured(model, steps=60)
+    plain = {"batch": 4, "precision": "float32", "wait": lf.Wait(above=above, steps=steps)}
+    return replace(recipe, **plain | more)
+
+
+def test_the_schedule_waits_until_what_was_frozen_is_absorbed(tmp_path):
+    model = live()
+    started = {}
+    for above, steps in ((1e9, 8), (1e-12, 8)):
+        run = lf.remove_norms(model, waiting(model, above, steps), TEXT, progress=False)
+        started[above] = [r.step for r in run.history for _ in r.frozen]
+        assert all(lf.get_norm(run.model, s).frozen for s in lf.list_norm_sites(run.model))
+    # Nothing is above the first threshold; everything is above the second, until 8 steps are up.
+    assert len(started[1e9]) == len(started[1e-12])
+    assert max(started[1e-12]) == max(started[1e9]) + 8
+    recipe = waiting(model, 1e-12, 8)
+    assert recipe.removed_by == recipe.removed_at + 8
+    assert "up to 8 steps" in plan(recipe)
+    assert recipe.vanilla().wait is None
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    with pytest.raises(TooFewStepsError):
+        waiting(model, 1.0, 50)
+    with pytest.raises(RecipeError, match="distillation above 0 at every step"):
+        waiting(model, 1.0, 8, distillation=0.0)
+    with pytest.raises(RecipeError, match="must be positive"):
+        lf.Wait(above=0.0, steps=3)
+
+
+def test_a_run_that_waited_resumes_bit_for_bit(tmp_path):
+    model = live()
+    recipe = waiting(model, 1e-12, 8)
+    whole = lf.remove_norms(model, recipe, TEXT, progress=False)
+
+    class StopError(Exception):
+        pass
+
+    def stop(x, hook):
+        stop.calls += 1
+        if stop.calls > 20:
+            raise StopError
+
+    stop.calls = 0
+    call = {"out": tmp_path / "run", "checkpoint_every": 5, "progress": False}
+    with pytest.raises(StopError):
+        lf.remove_norms(model, recipe, TEXT, **call, fwd_hooks=[("hook_embed", stop)])
+    resumed = lf.remove_norms(model, recipe, TEXT, **call, resume=True)
+    assert [r.losses for r in resumed.history] == [r.losses for r in whole.history]
+    for (name, ours), theirs in zip(
+        resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs) or ours.isnan().all(), name
+
+
+def test_sigma_follows_until_no_token_is_special():
+    """A constant, and that of first tokens, moves with the text until the last cap is gone."""
+    _, recipe = slowly(batch=4, wait=None, guard=lf.Guard(above_best=99.0))
+    seen = {}
+
+    class Noted(trainer.Transition):
+        def before(self, step, forward=None):
+            found = super().before(step, forward)
+            norm = self.norms["blocks.1.ln2"]
+            seen[step] = (norm.constant, norm.first) if norm.frozen else None
+            return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Transition", Noted)
+        lf.remove_norms(live(), recipe, TEXT, progress=False)
+    frozen = {step: pair for step, pair in seen.items() if pair is not None}
+    moving = [frozen[step] for step in sorted(frozen) if step <= recipe.removed_at]
+    assert len(set(moving)) == len(moving) > 10
+    assert all(first is not None for _, first in moving)
+    still = {frozen[step] for step in frozen if step > recipe.removed_at}
+    assert len(still) == 1
