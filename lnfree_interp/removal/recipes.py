@@ -400,8 +400,7 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 250, seed: int = 0)
         RecipeError: if there are no norm sites.
 
     Source:
-        Ours, with distillation (arXiv 1503.02531); massive activations: arXiv 2402.17762. What the
-        parts bring: docs/benchmarks.md.
+        Ours, with distillation (arXiv 1503.02531); massive activations: arXiv 2402.17762.
 
     Examples:
         >>> costs = lf.site_sensitivity(model, tokens, progress=False)

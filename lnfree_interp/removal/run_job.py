@@ -183,7 +183,8 @@ def run_job(
         say("timing a few steps on random tokens")
         say(str(try_steps(model, recipe, length, heldout=job.heldout)))
         return None
-    if job.recipe == MEASURED and not (resume or job.vanilla):
+    first_matters = False
+    if job.recipe == MEASURED and not resume:
         say("measuring what each norm costs")
         shorter = min(length, _MEASURED_LENGTH)
         sample = packed(shorter, bool(job.prepend_bos)).take(_MEASURED_SEQUENCES)
@@ -191,10 +192,11 @@ def run_job(
             lambda: site_sensitivity(model, sample, sites, stop_above=0.1, progress=progress)
         )
         say(f"    {costs}")
-        recipe = recipe_of(job, costs)
+        # The control is measured too: it has the same text and learning rates.
+        recipe, first_matters = recipe_of(job, costs), costs.first_matters
     if job.prepend_bos is None:
-        bos = model.tokenizer is not None and model.tokenizer.bos_token_id is not None
-        job = replace(job, prepend_bos=recipe.special.keep_first and bos)
+        has_bos = getattr(model.tokenizer, "bos_token_id", None) is not None
+        job = replace(job, prepend_bos=first_matters and has_bos)
     say(plan(recipe, length, text=described(job.text, documents)))
     with Prefetched(packed(length, bool(job.prepend_bos))) as text:
         heldout = _heldout_text(job, recipe, model, length, text)

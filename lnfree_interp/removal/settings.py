@@ -161,7 +161,7 @@ class Wait:
         >>> wait = lf.Wait(above=0.2, steps=30)
         >>> recipe = replace(lf.recipes.distilled(model), wait=wait)
         >>> recipe.removed_at, recipe.removed_by
-        (60, 90)
+        (36, 66)
     """
 
     above: float

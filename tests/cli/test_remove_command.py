@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 import lnfree_interp as lf
 from lnfree_interp import cli
 from lnfree_interp.data.sources import open_sequences
-from lnfree_interp.errors import DataError
+from lnfree_interp.errors import DataError, RecipeError
+from lnfree_interp.removal import run_job
 from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run_folder import RunFolder
 from lnfree_interp.removal.run_job import make_recipe
+from lnfree_interp.removal.sensitivity import SiteSensitivity
 from lnfree_interp.removal.settings import Special, Statistics
 
 
@@ -157,6 +159,7 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, text, capsys)
         ((*DISTILLED, "--steps", "3"), "distilled: 3 steps are too few for 10 norm sites: give at"),
         ((*DISTILLED, "--steps", "9", "--start", "4"), "10 norm sites: give at least 14 steps"),
         (("--recipe", "taper", "--steps", "9"), "too few for a taper: give at least 10 steps"),
+        (("--kinds", "attn.q_norm"), "no norm site of the kind attn.q_norm; it has ln1.qk"),
         (("--gap", "-1"), "start=None, gap=-1 and taper=None are numbers of steps"),
         (("--sigma-momentum", "1"), "momentum must lie in 0..1"),
         (("--data", "./nothing.jsonl"), "nothing.jsonl: no such file or folder"),
@@ -237,6 +240,52 @@ def test_settings_of_the_recipe_on_the_command_line(monkeypatch, tmp_path, gpt2_
     )
     about = json.loads((out / "run.json").read_text())["about"]
     assert about["data"] == str(text)
+
+
+def test_some_kinds_of_norms_go_and_the_others_stay(monkeypatch, tmp_path, gpt2_folder, text):
+    out = tmp_path / "run"
+    lnfree(
+        monkeypatch, "remove", gpt2_folder, "--out", out, "--data", text, *QUICK,
+        "--kinds", "ln1.v", "ln_final",
+    )  # fmt: skip
+    model = lf.load(out / "model", form="sites")
+    assert {site.kind for site in lf.live_sites(model)} == {"ln1.qk", "ln2"}
+    assert len(lf.list_norm_sites(model)) - len(lf.live_sites(model)) == 4
+
+
+@pytest.mark.parametrize("first_matters", [False, True])
+def test_a_control_has_the_text_and_the_rates_of_the_removal_that_was_measured(
+    monkeypatch, tmp_path, gpt2_folder, text, first_matters
+):
+    """Sequences begin with the beginning of text if first tokens matter, or if told to."""
+    seen = {}
+
+    def remove(model, recipe, data, **more):
+        key = (bool(recipe.events), more["about"]["prepend_bos"])
+        seen[key] = (recipe.lr, recipe.final_lr, data.take(3))
+        raise RecipeError("enough")
+
+    monkeypatch.setattr(run_job, "remove_norms", remove)
+    monkeypatch.setattr(SiteSensitivity, "first_matters", first_matters)
+    for arguments in ((), ("--vanilla",), ("--prepend-bos",), ("--vanilla", "--prepend-bos")):
+        with pytest.raises(SystemExit):
+            lnfree(
+                monkeypatch, "remove", gpt2_folder, "--out", tmp_path / "run", "--data", text,
+                *QUICK[:6], *arguments,
+            )  # fmt: skip
+    bos = {False, True} if not first_matters else {True}
+    assert set(seen) == {(removes, begun) for removes in (True, False) for begun in bos}
+    for begun in bos:
+        (lr, final_lr, tokens), (other_lr, other_final, others) = (
+            seen[removes, begun] for removes in (True, False)
+        )
+        assert (
+            (lr, final_lr)
+            == (other_lr, other_final)
+            == ((1e-4, 0.1) if first_matters else (4e-4, 0.5))
+        )
+        assert torch.equal(tokens, others)
+        assert (len(set(tokens[:, 0].tolist())) == 1) is begun
 
 
 def test_resuming_what_is_no_run(monkeypatch, tmp_path, capsys):

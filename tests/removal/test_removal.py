@@ -350,7 +350,7 @@ def test_a_run_that_blows_up_says_so(model, data):
     def explode(resid, hook):
         return resid * float("inf")
 
-    with pytest.raises(TrainingError, match=r"diverged at step 0: loss .*; lower lr"):
+    with pytest.raises(TrainingError, match=r"diverged at step 0: cross-entropy .*; lower lr"):
         lf.remove_norms(
             model, small_recipe(), data, fwd_hooks=[("blocks.1.hook_resid_post", explode)],
             progress=False,
