@@ -82,16 +82,18 @@ def test_ordinary_activations_let_norms_go_at_once():
     costs = lf.site_sensitivity(live(), TEXT, progress=False)
     assert not costs.first_matters
     recipe = lf.recipes.measured(costs, steps=100)
-    assert [event.site for event in recipe.events] == in_order(costs)
-    assert recipe.events[-1].end == 25 == recipe.removed_at == recipe.removed_by
+    assert recipe.events == lf.recipes.distilled(live(), steps=100).events
+    assert recipe.removed_at == recipe.removed_by
+    few = lf.recipes.measured(costs, steps=9)
+    assert [event.site for event in few.events] == in_order(costs)
+    assert few.removed_at <= 2
     assert recipe.special == lf.Special()
     assert recipe.losses == {"stream": 1.0}
 
 
 def test_without_a_measurement_every_site_costs_the_same():
     recipe = lf.recipes.measured(sequential_sites(3), steps=100)
-    assert len({e.site for e in recipe.events}) == 10
-    assert max(e.end for e in recipe.events) == 25
+    assert recipe.events == lf.recipes.distilled(sequential_sites(3), steps=100).events
     assert not recipe.special.keep_first
     with pytest.raises(TooFewStepsError, match="too few to let norms go one by one") as error:
         lf.recipes.measured(sequential_sites(3), steps=7)
