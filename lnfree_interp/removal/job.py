@@ -51,7 +51,7 @@ class ModelOptions:
     recipe: str = MEASURED
     """measured, distilled, published-style, taper or at-once; for GPT-2 itself gpt2-small,
     gpt2-medium, gpt2-large, gpt2-xl or gpt2-small-2024. measured measures what each norm costs
-    before the first step, and orders and paces the removal by it."""
+    before the first step, and lets norms go slowly if it finds massive activations."""
     kinds: Kinds = None
     """Kinds of norm sites to remove, such as ln1.qk ln1.v ln_final; the others stay live. Default:
     all."""
@@ -163,7 +163,7 @@ class SpecialTokenOptions:
     special_outliers_from: int | None = None
     """Step from which that cap rises."""
     special_end_of_text_until: int | None = None
-    """The same for end-of-text tokens."""
+    """Step at which end-of-text tokens get the common sigma; 0: they always have it."""
     special_end_of_text_kinds: Kinds = None
     """Kinds of norm sites at which end-of-text is special, such as ln1.v; default: all."""
 

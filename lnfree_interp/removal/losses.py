@@ -33,7 +33,8 @@ class ForwardPass:
     tokens: Int[Tensor, "batch pos"]
     """The text."""
     streams: Sequence[Float[Tensor, "batch pos d_model"]]
-    """The residual stream behind each block; the last is the final one, which ln_final reads."""
+    """The residual stream behind each block; the last is the final one, which ln_final reads. It is
+    the only one if the recipe has no further `losses`."""
     original_streams: Sequence[Float[Tensor, "batch pos d_model"]] | None
     """The original model's, if the recipe distils at this step."""
     ordinary: Bool[Tensor, "batch pos"]
@@ -145,6 +146,9 @@ def outlier_scale(seen: ForwardPass) -> Float[Tensor, ""]:
     return torch.stack(found).mean()
 
 
+_FINAL = {"cross_entropy", "distillation", "scale_anchor"}
+"""The terms that read the final stream alone."""
+
 NEAR = 2.0
 """Tokens up to so many times the median scale are left alone by the term `outliers`."""
 
@@ -227,10 +231,11 @@ class Objective(nn.Module):
             self.model(tokens, return_type=None)
             return None
         share = weights.get("distillation", 0.0)
-        streams = self._streams(self.model, tokens)
+        every = bool(weights.keys() - _FINAL)
+        streams = self._streams(self.model, tokens, every)
         original = self.original if share else None
         with torch.no_grad():
-            taught = None if original is None else self._streams(original, tokens)
+            taught = None if original is None else self._streams(original, tokens, every)
         final = None if taught is None else taught[-1]
         total, ce, kl = self._logits_loss(streams[-1], final, tokens, share)
         found = {"cross_entropy": ce.detach()}
@@ -248,12 +253,13 @@ class Objective(nn.Module):
             found[name] = value.detach()
         return Losses(total, found)
 
-    def _streams(self, model: HookedTransformer, tokens: Tensor) -> list[Tensor]:
-        """The residual stream behind each block."""
-        names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    def _streams(self, model: HookedTransformer, tokens: Tensor, every: bool) -> list[Tensor]:
+        """The residual stream behind each block, or behind the last alone."""
+        inner = range(model.cfg.n_layers - 1 if every else 0)
+        names = [f"blocks.{layer}.hook_resid_post" for layer in inner]
         with self._autocast(), watched(model, names) as found:
             final = model(tokens, stop_at_layer=model.cfg.n_layers)
-        return [*(found[name] for name in names[:-1]), final]
+        return [*(found[name] for name in names), final]
 
     def _autocast(self) -> torch.autocast:
         device = self.model.W_E.device.type

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.schedule import Event, Weight, extremes
+from lnfree_interp.removal.schedule import Event, Weight
 from lnfree_interp.removal.settings import CAPS
 
 _AVERAGES = {
@@ -67,7 +67,7 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
         else f"then back to a checkpoint, gaps {guard.widen:g} times as wide, learning rate "
         f"{guard.slower:g} times as high"
     )
-    watched = "KL divergence" if extremes(recipe.distillation)[0] > 0 else "cross-entropy"
+    watched = "KL divergence" if recipe.always_distils else "cross-entropy"
     yield (
         "diverging",
         f"{watched} {guard.above_best:g} above the lowest, or a site's inputs "

@@ -154,7 +154,7 @@ class Recipe:
                 f"the last of {self.steps} steps is {self.steps - 1}",
                 self.removed_by + 1,
             )
-        if self.wait is not None and extremes(self.distillation)[0] == 0:
+        if self.wait is not None and not self.always_distils:
             raise RecipeError(
                 "the schedule waits for the KL divergence from the original, which is measured "
                 "only with a distillation above 0 at every step"
@@ -169,6 +169,11 @@ class Recipe:
     def removed_by(self) -> int:
         """The same if the schedule waits for as long as it may."""
         return self.removed_at + self._may_wait
+
+    @property
+    def always_distils(self) -> bool:
+        """Whether the KL divergence from the original is measured at every step."""
+        return extremes(self.distillation)[0] > 0
 
     @property
     def _may_wait(self) -> int:

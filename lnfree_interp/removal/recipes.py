@@ -6,12 +6,14 @@ and keys, `ln1` for values, `ln_final`. Not repeated here: dropout, bfloat16 mas
 end-of-text targets, a special sigma on channel 0 (docs/removal.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lnfree_interp.errors import TooFewStepsError
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
+    Event,
     Sites,
     all_at_once,
     paced,
@@ -359,9 +361,14 @@ def distilled(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         ('blocks.0.ln2', 'ln_final')
     """
     start, (ln2_gap, qk_gap, v_gap) = _scaled_gaps(model, steps)
+    events = published_order(model, start=start, ln2_gap=ln2_gap, qk_gap=qk_gap, v_gap=v_gap)
+    return _distilling("distilled", events, steps, seed)
+
+
+def _distilling(name: str, events: Sequence[Event], steps: int, seed: int) -> Recipe:
     return Recipe(
-        name="distilled",
-        events=published_order(model, start=start, ln2_gap=ln2_gap, qk_gap=qk_gap, v_gap=v_gap),
+        name=name,
+        events=tuple(events),
         steps=steps,
         batch=8,
         lr=4e-4,
@@ -423,23 +430,13 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 250, seed: int = 0)
 
 def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
     """The schedule of `distilled`; with fewer steps than sites the cheapest first, some at once."""
-    start = steps // 30
     if steps >= len(costs):
-        events = distilled(sorted(costs, key=lambda site: site.order), steps=steps).events
+        recipe = distilled(sorted(costs, key=lambda site: site.order), steps=steps, seed=seed)
     else:
+        start = steps // 30
         events = paced(costs, start=start, over=steps // 4 - start)
-    return Recipe(
-        name="measured",
-        events=events,
-        steps=steps,
-        batch=8,
-        lr=4e-4,
-        warmup=min(20, steps // 10),
-        final_lr=0.5,
-        distillation=1.0,
-        losses={"stream": 1.0},
-        seed=seed,
-    )
+        recipe = _distilling("distilled", events, steps, seed)
+    return replace(recipe, name="measured", losses={"stream": 1.0})
 
 
 def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_first: bool) -> Recipe:

@@ -42,7 +42,7 @@ from lnfree_interp.removal.trial import try_steps
 
 _MEASURED_SEQUENCES = 4
 _MEASURED_LENGTH = 256
-"""The text on which costs are measured: one forward pass of it for each site, three times."""
+"""The text on which costs are measured: up to three forward passes of it for each site."""
 
 Say = Callable[[str], None]
 """Shows a line to the user."""

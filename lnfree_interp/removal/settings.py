@@ -104,7 +104,7 @@ class Special:
     """The step at which every token gets the common sigma, however large it is. Until then a frozen
     site divides a token by at least its own scale over a cap, so that no token comes out larger
     than the cap times what the live norm makes of it; the largest tokens lose the live norm last.
-    None: there is no cap."""
+    None or 0: there is no cap."""
     outliers_from: int = 0
     """The last step with the first of the two `CAPS`. From there the logarithm of the cap rises
     geometrically: slowly where most tokens are, fast where few are left."""
@@ -116,7 +116,7 @@ class Special:
         for step in steps:
             if step is not None and step < 0:
                 raise RecipeError(f"tokens cannot be special until step {step}: it is negative")
-        if self.outliers_until is not None and self.outliers_from >= self.outliers_until:
+        if self.outliers_until and self.outliers_from >= self.outliers_until:
             raise RecipeError(
                 f"the cap on outliers would rise from step {self.outliers_from} and end at step "
                 f"{self.outliers_until}: let it end later"

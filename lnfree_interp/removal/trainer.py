@@ -100,8 +100,7 @@ class Trainer:
         self.objective = Objective(self.model, teacher, dtype, self.transition.groups)
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
         self.residual = ResidualProbe(self.model)
-        always = extremes(recipe.distillation)[0] > 0
-        self.divergence = DivergenceWatch(recipe.guard, distils=always)
+        self.divergence = DivergenceWatch(recipe.guard, distils=recipe.always_distils)
         self.next_step = 0
         self.waited = 0  # steps for which the schedule has waited
         self.last_batch = self.text[:0]

@@ -74,7 +74,7 @@ def test_the_logarithm_of_the_cap_rises_geometrically():
     assert len(ratios) == 1
     assert logs[-1] * ratios.pop() == pytest.approx(math.log(CAPS[1]))
     assert caps[30] == math.inf
-    assert lf.Special().cap(0) == math.inf
+    assert lf.Special().cap(0) == lf.Special(outliers_from=9, outliers_until=0).cap(0) == math.inf
     with pytest.raises(RecipeError, match="let it end later"):
         lf.Special(outliers_from=30, outliers_until=30)
 
