@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -19,11 +19,11 @@ from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.running import Edit, run_and_keep, watched
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import get_norm
-from lnfree_interp.removal.settings import OUTLIER
+from lnfree_interp.removal.statistics import find_outliers
 
 Apart = Literal["none", "first", "outliers"]
 """Which tokens a frozen site divides by numbers of their own: none; the first of each sequence, by
-a constant; or that, and each other whose scale is `OUTLIER` times their mean, by its own scale."""
+a constant; or that, and each outlier (`find_outliers`) by its own scale."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,6 @@ def measure_constants(r: Float[Tensor, "sequence pos *head one"], apart: Apart) 
     others = r[:, 1:]
     kept = others[~find_outliers(r)[:, 1:]] if apart == "outliers" else others
     return Constants(kept.mean().item(), r[:, 0].mean().item())
-
-
-def find_outliers(
-    r: Float[Tensor, "sequence pos *head one"],
-) -> Bool[Tensor, "sequence pos *head one"]:
-    """The tokens behind the first whose scale is `OUTLIER` times the mean of them all."""
-    far = r > OUTLIER * r[:, 1:].mean()
-    far[:, 0] = False
-    return far
 
 
 class Freezing:

@@ -27,10 +27,10 @@ from lnfree_interp.removal.freezing import (
     Constants,
     Freezing,
     final_input,
-    find_outliers,
     measure_constants,
     restored,
 )
+from lnfree_interp.removal.statistics import find_outliers
 
 _MATTERS = 0.1
 """In nats per token."""

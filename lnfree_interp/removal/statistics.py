@@ -63,14 +63,17 @@ class Moments:
 
 
 def find_outliers(
-    r: Float[Tensor, "batch pos *rest"], ordinary: Bool[Tensor, "batch pos"]
+    r: Float[Tensor, "batch pos *rest"], ordinary: Bool[Tensor, "batch pos"] | None = None
 ) -> Bool[Tensor, "batch pos *rest"]:
     """Which of the ordinary tokens have a scale that is `OUTLIER` times their median.
 
     Args:
         r: The tokens' own scales.
-        ordinary: False at position 0 and at end-of-text tokens.
+        ordinary: False at tokens that are special. Default: at position 0 alone.
     """
+    if ordinary is None:
+        ordinary = torch.ones(r.shape[:2], dtype=torch.bool, device=r.device)
+        ordinary[:, 0] = False
     median = r[ordinary].median() if ordinary.any() else r.new_tensor(torch.inf)
     return (r > OUTLIER * median) & ordinary.view(*ordinary.shape, *[1] * (r.ndim - 2))
 

@@ -127,8 +127,8 @@ def frozen_by_hand(model, site, tokens, measured, apart):
     def replace(scale, hook):
         if apart == "none":
             return torch.full_like(scale, r.mean().item())
-        kept = others if apart == "first" else others[others <= 5 * others.mean()]
-        far = scale > (5 if apart == "outliers" else math.inf) * scale[:, 1:].mean()
+        kept = others if apart == "first" else others[others <= 5 * others.median()]
+        far = scale > (5 if apart == "outliers" else math.inf) * scale[:, 1:].median()
         new = torch.where(far, scale, kept.mean())
         new[:, 0] = r[:, 0].mean()
         return new
