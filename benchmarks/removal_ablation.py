@@ -72,7 +72,6 @@ def sigma(recipe: Recipe, **settings: object) -> Recipe:
 
 QUICK: dict[str, Change] = {
     "measured": lambda recipe: recipe,
-    "no target in the stream": lambda recipe: losses(recipe, stream=0.0),
     "three times the target in the stream": lambda recipe: losses(recipe, stream=3.0),
     "no scale anchor": lambda recipe: replace(recipe, scale_anchor=0.0),
     "learning rate down to a tenth": lambda recipe: replace(recipe, final_lr=0.1),

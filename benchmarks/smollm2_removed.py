@@ -3,9 +3,9 @@
     make smollm2
     python benchmarks/english_text.py text.jsonl
     head -n 5500 text.jsonl > train.jsonl; tail -n +5501 text.jsonl > heldout.jsonl
-    lnfree remove MODEL.gguf --data train.jsonl --steps 700 --batch 4 --sequence-length 256 \\
+    lnfree remove MODEL.gguf --data train.jsonl --steps 420 --batch 4 --sequence-length 256 \\
         --rollback --out run
-    lnfree remove MODEL.gguf --data train.jsonl --steps 700 --batch 4 --sequence-length 256 \\
+    lnfree remove MODEL.gguf --data train.jsonl --steps 420 --batch 4 --sequence-length 256 \\
         --vanilla --prepend-bos --out control
     python benchmarks/smollm2_removed.py heldout.jsonl --lnfree run/model [--control control/model]
     python benchmarks/smollm2_removed.py heldout.jsonl --partial
@@ -103,7 +103,7 @@ def price_groups(model: HookedTransformer, text: Tensor, heldout: Tensor) -> Non
     """What groups of norms cost without training."""
     print("\n| frozen without training | sites | nats added | KL | top-1 agreement |")
     print("|---|---|---|---|---|")
-    every = lf.list_norm_sites(lf.with_norm_sites(model))
+    every = lf.list_norm_sites(model)
     groups = {
         name: [site for site in every if site.kind in kinds] for name, kinds in GROUPS.items()
     }
