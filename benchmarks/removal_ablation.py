@@ -72,7 +72,8 @@ def sigma(recipe: Recipe, **settings: object) -> Recipe:
 
 QUICK: dict[str, Change] = {
     "measured": lambda recipe: recipe,
-    "three times the target in the stream": lambda recipe: losses(recipe, stream=3.0),
+    "targets in the stream": lambda recipe: losses(recipe, stream=1.0),
+    "three times these targets": lambda recipe: losses(recipe, stream=3.0),
     "no scale anchor": lambda recipe: replace(recipe, scale_anchor=0.0),
     "learning rate down to a tenth": lambda recipe: replace(recipe, final_lr=0.1),
 }

@@ -382,17 +382,16 @@ def _distilling(name: str, events: Sequence[Event], steps: int, seed: int) -> Re
 def measured(costs: SiteSensitivity | Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     """This project's recipe for any model, from a measurement of what each of its norms costs.
 
-    The loss is the KL divergence from the original and the distance from its residual stream in
-    every layer. If activations are ordinary, the schedule is that of `distilled`.
+    If activations are ordinary, it is `distilled`.
 
     If the measurement finds massive activations, norms go slowly: the cheapest begin first, and an
-    expensive one has more time. What ends a removal of such a model is a
-    token that a frozen norm makes too large: it grows from layer to layer, because a gated MLP
-    answers with the square. So there is a cap on how large a token may come out, which rises once
-    all sites are frozen, until it is gone; sigma follows the text until then; a term of the loss
-    pulls outliers down; and the schedule waits while the model is far from the original. First
-    tokens keep a constant of their own if they need one; such a model is exact, but cannot be
-    folded.
+    expensive one has more time. What ends a removal of such a model is a token that a frozen norm
+    makes too large: it grows from layer to layer, because a gated MLP answers with the square. So
+    there is a cap on how large a token may come out, which rises once all sites are frozen, until
+    it is gone; sigma follows the text until then; terms of the loss pull outliers down and hold the
+    residual stream to the original's; and the schedule waits while the model is far from the
+    original. First tokens keep a constant of their own if they need one; such a model is exact, but
+    cannot be folded.
 
     Args:
         costs: `lf.site_sensitivity(model, text)`. A model or its sites: without a measurement every
@@ -413,10 +412,8 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 250, seed: int = 0)
     Examples:
         >>> costs = lf.site_sensitivity(model, tokens, progress=False)
         >>> recipe = lf.recipes.measured(costs, steps=100)
-        >>> recipe.events == lf.recipes.distilled(model, steps=100).events
-        True
-        >>> recipe.losses
-        {'stream': 1.0}
+        >>> recipe.name, recipe.events == lf.recipes.distilled(model, steps=100).events
+        ('measured', True)
     """
     if steps < 8:
         raise TooFewStepsError(f"{steps} steps are too few to let norms go one by one", 8)
@@ -429,14 +426,14 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 250, seed: int = 0)
 
 
 def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
-    """The schedule of `distilled`; with fewer steps than sites the cheapest first, some at once."""
+    """`distilled`; with fewer steps than sites the cheapest first, some at once."""
     if steps >= len(costs):
         recipe = distilled(sorted(costs, key=lambda site: site.order), steps=steps, seed=seed)
     else:
         start = steps // 30
         events = paced(costs, start=start, over=steps // 4 - start)
         recipe = _distilling("distilled", events, steps, seed)
-    return replace(recipe, name="measured", losses={"stream": 1.0})
+    return replace(recipe, name="measured")
 
 
 def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_first: bool) -> Recipe:
