@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from lnfree_interp.checkpoints.loading import load
     from lnfree_interp.data.named import evaluation_text, tokens_seen, without_tokens
     from lnfree_interp.data.packing import pack
+    from lnfree_interp.data.sampled import sample_text
     from lnfree_interp.data.sources import open_sequences
     from lnfree_interp.data.stdlib import stdlib_corpus
     from lnfree_interp.evaluation.certify import certify
@@ -176,6 +177,7 @@ _HOME = {
     "tokens_seen": "lnfree_interp.data.named",
     "without_tokens": "lnfree_interp.data.named",
     "pack": "lnfree_interp.data.packing",
+    "sample_text": "lnfree_interp.data.sampled",
     "open_sequences": "lnfree_interp.data.sources",
     "stdlib_corpus": "lnfree_interp.data.stdlib",
     "certify": "lnfree_interp.evaluation.certify",

@@ -59,5 +59,12 @@ class TrainingError(LnfreeError):
     """A training run that cannot continue."""
 
 
+class PausedError(LnfreeError):
+    """A training run that stopped where it was told to, with a checkpoint from which it continues.
+
+    The command line exits with status 75 (try again), so that a script can call until it is done.
+    """
+
+
 class HeldWarning(UserWarning):
     """A sum that adds up only because something that is not affine was held, so it is not exact."""

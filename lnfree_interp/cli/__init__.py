@@ -1,4 +1,5 @@
-"""The command line: `lnfree demo`, `remove`, `freeze`, `convert`, `evaluate`, `report`.
+"""The command line: `lnfree demo`, `remove`, `freeze`, `sample`, `convert`, `evaluate`,
+`report`.
 
 Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
@@ -16,11 +17,13 @@ from lnfree_interp.cli.freeze import freeze
 from lnfree_interp.cli.options import CONFIG, REGISTRY
 from lnfree_interp.cli.remove import remove
 from lnfree_interp.cli.report import report
-from lnfree_interp.errors import LnfreeError
+from lnfree_interp.cli.sample import sample
+from lnfree_interp.errors import LnfreeError, PausedError
 
 
 def main() -> None:
-    """Run a command. Exit status: 2 for an error that the user can correct, 130 after Ctrl-C."""
+    """Run a command. Exit status: 2 for an error that the user can correct, 75 for a run
+    that paused after its `--minutes`, 130 after Ctrl-C."""
     if sys.argv[1:] == ["--version"]:
         print(f"lnfree {version('lnfree_interp')}")
         return
@@ -30,6 +33,7 @@ def main() -> None:
                 "demo": demo,
                 "remove": remove,
                 "freeze": freeze,
+                "sample": sample,
                 "convert": convert,
                 "evaluate": evaluate,
                 "report": report,
@@ -42,6 +46,9 @@ def main() -> None:
             config=CONFIG,
             registry=REGISTRY,
         )
+    except PausedError as error:
+        print(f"lnfree: {error}")
+        sys.exit(75)
     except LnfreeError as error:
         print(f"lnfree: {error}", file=sys.stderr)
         sys.exit(2)

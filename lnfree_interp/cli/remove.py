@@ -15,6 +15,7 @@ def remove(
     out: Path = Path("lnfree-run"),
     plan: bool = False,
     resume: Path | None = None,
+    minutes: float | None = None,
 ) -> None:
     """Remove a model's norms by fine-tuning it, on your own text.
 
@@ -26,7 +27,9 @@ def remove(
         job: What to do.
         out: Folder to write; it must be new or empty.
         plan: Say what would be done, time a few steps to say how long it takes here, and stop.
-        resume: Continue the run in this folder. All other options are taken from there.
+        resume: Continue the run in this folder. All options but --minutes are taken from there.
+        minutes: Pause after so many minutes, loading included, with a checkpoint and exit status
+            75; --resume continues. For machines that end a job after some time.
     """
     from lnfree_interp.files import require_writable
 
@@ -37,9 +40,9 @@ def remove(
 
     progress = os.environ.get("RANK", "0") == "0"
     if resume is not None:
-        out, run = resume, resume_job(resume, progress=progress, say=say)
+        out, run = resume, resume_job(resume, minutes=minutes, progress=progress, say=say)
     else:
-        run = run_job(job, out, only_plan=plan, progress=progress, say=say)
+        run = run_job(job, out, only_plan=plan, minutes=minutes, progress=progress, say=say)
     if run is None:
         say("nothing was trained")
         return

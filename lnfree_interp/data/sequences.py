@@ -104,10 +104,14 @@ class ShuffledSequences:
 
 def epoch_order(n: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     """A permutation of 0 to n - 1 that depends on the seed and the epoch alone."""
-    # Hashed, so that no epoch of one seed has the order of an epoch of another seed.
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
     return torch.randperm(n, generator=generator)
+
+
+def derived_seed(seed: int, n: int) -> int:
+    """The n-th of the seeds that follow from one; hashed, so that no two seeds share any."""
+    digest = hashlib.sha256(f"{seed} {n}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def check_take(n: int) -> None:

@@ -36,6 +36,7 @@ def remove_norms(
     checkpoint_every: int = 50,
     log_every: int = 10,
     trackers: Sequence[str] = (),
+    minutes: float | None = None,
     progress: bool = True,
     copy_weights: bool = True,
 ) -> Run:
@@ -61,6 +62,8 @@ def remove_norms(
         checkpoint_every: Steps between two checkpoints in `out`.
         log_every: Steps between two measurements of sigma drift and residual norms; 0: none.
         trackers: `"tensorboard"` or `"wandb"`, which write beside the metrics.
+        minutes: Pause after so many minutes of training, with a checkpoint in `out`. One step at
+            least is made, so that a run goes on however short its calls are. Default: never.
         progress: Whether to show a progress bar.
         copy_weights: False: train the model's own weights, which saves the memory of a copy. The
             model given then has the trained weights, and its norms are live: do not use it.
@@ -74,6 +77,7 @@ def remove_norms(
         InexactError: if a hook on the model changes its logits.
         RecipeError: if recipe and text do not fit, or the run to resume is another one.
         DataError: if the model cannot read the data.
+        PausedError: if it paused: make the same call with `resume=True`.
         TrainingError: if the run diverges and cannot go back to a checkpoint.
         OutputError: if there is something in `out`, or it cannot be written.
         CheckpointError: if there is no intact checkpoint to resume from.
@@ -90,6 +94,8 @@ def remove_norms(
     require_hooked(model)
     if out is None and (resume or recipe.guard.action == "rollback"):
         raise RecipeError("resuming and rolling back need the run's folder: give out=...")
+    if out is None and minutes is not None:
+        raise RecipeError("pausing needs the run's folder, to continue from: give out=...")
     require_records(checkpoint_every, log_every, trackers)
     _require_sound(model, recipe, data, heldout)
     source = _source(data, recipe)
@@ -119,6 +125,7 @@ def remove_norms(
         bwd_hooks=bwd_hooks,
         checkpoint_every=checkpoint_every,
         log_every=log_every,
+        minutes=minutes,
         copy_weights=copy_weights,
     )
     if folder is not None:

@@ -1,6 +1,7 @@
 """Runs a removal job: from the names of a model and a text to a folder with the finished model."""
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -115,6 +116,7 @@ def run_job(
     recipe_of: Callable[[RemovalJob, Sites | SiteSensitivity], Recipe] = make_recipe,
     only_plan: bool = False,
     resume: bool = False,
+    minutes: float | None = None,
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> Run | None:
@@ -128,6 +130,7 @@ def run_job(
             the job's own.
         only_plan: Say what would be done, time a few steps of it on random tokens, and stop.
         resume: Continue the run in `out`.
+        minutes: Pause after so many minutes, with a checkpoint. Default: never.
         progress: Whether to show progress bars.
         say: Is given a line before and after each stage.
 
@@ -138,8 +141,10 @@ def run_job(
         RecipeError: if recipe, settings and model do not fit. Recipe and text are checked before
             the model's weights are loaded.
         DataError: if the text cannot be opened, or its sequences are longer than the context.
+        PausedError: if it paused.
         LnfreeError: for what loading, `remove_norms`, `fold` and `export` refuse.
     """
+    began = time.monotonic()
     if not (resume or only_plan or out is None):
         require_writable(out)
     require_records(job.checkpoint_every, job.log_every, job.track)
@@ -211,6 +216,7 @@ def run_job(
             checkpoint_every=job.checkpoint_every,
             log_every=job.log_every,
             trackers=job.track,
+            minutes=None if minutes is None else minutes - (time.monotonic() - began) / 60,
             progress=progress,
             copy_weights=False,
         )
@@ -242,12 +248,17 @@ def _from_anywhere(job: RemovalJob) -> dict[str, Any]:
 
 
 def resume_job(
-    out: str | os.PathLike[str], *, progress: bool = True, say: Say = lambda line: None
+    out: str | os.PathLike[str],
+    *,
+    minutes: float | None = None,
+    progress: bool = True,
+    say: Say = lambda line: None,
 ) -> Run | None:
     """Continue the run in a folder.
 
     Args:
         out: The folder of the run.
+        minutes: Pause after so many minutes, with a checkpoint. Default: never.
         progress: Whether to show progress bars.
         say: Is given a line before and after each stage.
 
@@ -256,6 +267,7 @@ def resume_job(
 
     Raises:
         CheckpointError: if there is no run to continue.
+        PausedError: if it paused.
         LnfreeError: for what `run_job` refuses.
     """
     folder = RunFolder(out)
@@ -275,8 +287,9 @@ def resume_job(
     except (AttributeError, TypeError) as error:
         raise CheckpointError(f"{out}/run.json does not describe a job: {error}") from error
     return run_job(
-        job, out, recipe_of=lambda job, model: recipe, resume=True, progress=progress, say=say
-    )
+        job, out, recipe_of=lambda job, model: recipe, resume=True, minutes=minutes,
+        progress=progress, say=say,
+    )  # fmt: skip
 
 
 def write_finished(

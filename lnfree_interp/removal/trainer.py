@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.data.sequences import TokenSequences, share
-from lnfree_interp.errors import CheckpointError, RecipeError, TrainingError
+from lnfree_interp.errors import CheckpointError, PausedError, RecipeError, TrainingError
 from lnfree_interp.models.precision import products_dtype
 from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.sites import split_norms, with_norm_sites
@@ -57,6 +57,7 @@ class Trainer:
         bwd_hooks: Hooks = (),
         checkpoint_every: int = 50,
         log_every: int = 10,
+        minutes: float | None = None,
         copy_weights: bool = True,
     ):
         """A run before its first step.
@@ -73,6 +74,7 @@ class Trainer:
             bwd_hooks: The user's backward hooks.
             checkpoint_every: Steps between two checkpoints.
             log_every: Steps between two measurements of the probes; 0: none.
+            minutes: Pause after so many. Default: never.
             copy_weights: False: train the original's own weights.
 
         Raises:
@@ -82,6 +84,7 @@ class Trainer:
         self.processes, self.progress, self.folder = processes, progress, folder
         self.fwd_hooks, self.bwd_hooks = list(fwd_hooks), list(bwd_hooks)
         self.checkpoint_every, self.log_every = checkpoint_every, log_every
+        self.minutes = math.inf if minutes is None else minutes
         require_terms(recipe.losses)
         model = with_norm_sites(original, copy_weights)
         _require_hook_points(model, [*fwd_hooks, *bwd_hooks])
@@ -145,6 +148,7 @@ class Trainer:
             The finished run.
 
         Raises:
+            PausedError: if its minutes are over.
             TrainingError: if the run diverges and cannot go back.
             OutputError: if a file cannot be written.
             CheckpointError: if there is no intact checkpoint to resume from.
@@ -179,10 +183,27 @@ class Trainer:
             self._log(record)
             if self.folder is not None and self.next_step % self.checkpoint_every == 0:
                 self._save()
+            if self.next_step < self.recipe.steps:
+                self._pause_after(time.monotonic() - began)
         if self.folder is not None and self.next_step not in self.saved:
             self._save()
         model = self._finished_model()
         return Run(model, self.recipe, tuple(self.history), time.monotonic() - began)
+
+    def _pause_after(self, seconds: float) -> None:
+        """End this call, but not the run, if its minutes are over."""
+        if math.isinf(self.minutes):
+            return
+        # One clock for all processes.
+        if not self.processes.on_main(lambda: seconds >= 60 * self.minutes):
+            return
+        assert self.folder is not None  # remove_norms asks for it
+        if self.next_step not in self.saved:
+            self._save()
+        raise PausedError(
+            f"paused at step {self.next_step} of {self.recipe.steps}; `lnfree remove --resume "
+            f"{self.folder.path}`, or the same call with resume=True, continues"
+        )
 
     def _finished_model(self) -> HookedTransformer:
         if not any(isinstance(p, DTensor) for p in self.model.parameters()):

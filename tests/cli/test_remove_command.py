@@ -112,6 +112,22 @@ def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text,
     assert "this run is finished" in capsys.readouterr().err
 
 
+def test_a_command_that_pauses_says_so_and_goes_on(monkeypatch, tmp_path, folder, text, capsys):
+    whole, short = tmp_path / "whole", tmp_path / "short"
+    lnfree(monkeypatch, "remove", folder, "--out", whole, "--data", text, *QUICK)
+    first = ("remove", folder, "--out", short, "--data", text, "--minutes", 0, *QUICK)
+    again = ("remove", "--resume", short, "--minutes", 0)
+    for step, arguments in enumerate((first, again), start=1):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            lnfree(monkeypatch, *arguments)
+        assert stopped.value.code == 75
+        assert f"paused at step {step} of 14; `lnfree remove --resume" in capsys.readouterr().out
+    lnfree(monkeypatch, "remove", "--resume", short)
+    one, other = (run / "model" / "model.safetensors" for run in (whole, short))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_the_control_is_written_with_its_norms(monkeypatch, tmp_path, folder, text):
     out = tmp_path / "run"
     lnfree(monkeypatch, "remove", folder, "--out", out, "--data", text, "--vanilla", *QUICK)

@@ -16,7 +16,7 @@ from support.models import make_gpt2
 
 import lnfree_interp as lf
 from lnfree_interp.data.sequences import ShuffledSequences
-from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
+from lnfree_interp.errors import CheckpointError, OutputError, PausedError, RecipeError
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run_folder import Checkpoint, RunFolder
 from lnfree_interp.removal.schedule import published_order, sequential_sites
@@ -102,6 +102,25 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_weights(
     assert without_times(resumed.history) == without_times(uninterrupted.history)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(STEPS))
+
+
+def test_a_run_that_pauses_after_every_step_ends_with_the_same_weights(
+    model, data, tmp_path, uninterrupted
+):
+    out = tmp_path / "run"
+    for step in range(1, STEPS):
+        with pytest.raises(PausedError, match=f"paused at step {step} of {STEPS}"):
+            train(model, data, out, resume=step > 1, minutes=0.0)
+    run = train(model, data, out, resume=True, minutes=0.0)
+    assert fingerprint(run.model) == fingerprint(uninterrupted.model)
+    assert without_times(run.history) == without_times(uninterrupted.history)
+
+
+def test_minutes_need_a_folder_and_may_be_plenty(model, data, uninterrupted, tmp_path):
+    with pytest.raises(RecipeError, match="pausing needs the run's folder"):
+        train(model, data, None, minutes=1.0)
+    run = train(model, data, tmp_path / "run", minutes=1000.0)
+    assert fingerprint(run.model) == fingerprint(uninterrupted.model)
 
 
 KILLED = """
