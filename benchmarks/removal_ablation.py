@@ -1,13 +1,13 @@
 """What each part of the recipe `measured` brings: the recipe without it, at equal tokens.
 
-    python benchmarks/removal_ablation.py [--seeds 0 1 2]
+    python benchmarks/removal_ablation.py [--seeds 0 1 2] [--only measured distilled]
     make smollm2 && python benchmarks/english_text.py text.jsonl
-    python benchmarks/removal_ablation.py --smollm2 text.jsonl --steps 120 --batch 4 --seeds 0
+    python benchmarks/removal_ablation.py --smollm2 text.jsonl --tokens 122880 --seeds 0
 
 The first is about the bundled model and Python source, the second about SmolLM2-135M and English,
 in sequences of 256 tokens (SmolLM2: behind a beginning-of-text token). Loss and KL divergence from
 the original are in nats per token on held-out text; p99.9 is a quantile of the tokens' losses.
-A run that diverged has the step at which it did.
+A run that diverged has the step at which it did. All rows see as many tokens.
 """
 
 import json
@@ -72,10 +72,10 @@ def sigma(recipe: Recipe, **settings: object) -> Recipe:
 
 QUICK: dict[str, Change] = {
     "measured": lambda recipe: recipe,
+    "learning rate 0.0004": lambda recipe: replace(recipe, lr=4e-4),
+    "learning rate down to half": lambda recipe: replace(recipe, final_lr=0.5),
     "targets in the stream": lambda recipe: losses(recipe, stream=1.0),
-    "three times these targets": lambda recipe: losses(recipe, stream=3.0),
     "no scale anchor": lambda recipe: replace(recipe, scale_anchor=0.0),
-    "learning rate down to a tenth": lambda recipe: replace(recipe, final_lr=0.1),
 }
 """Changes of the recipe for ordinary activations."""
 
@@ -116,8 +116,7 @@ def material(smollm2: Path | None) -> tuple[HookedTransformer, Tensor, Tensor]:
 
 def main(
     seeds: tuple[int, ...] = (0, 1, 2),
-    steps: int = 240,
-    batch: int = 8,
+    tokens: int = 163_840,
     smollm2: Path | None = None,
     only: tuple[str, ...] = (),
 ) -> None:
@@ -125,31 +124,39 @@ def main(
 
     Args:
         seeds: Random seeds of the order of the text.
-        steps: Optimiser steps of every run.
-        batch: Sequences per step.
+        tokens: Tokens of every run.
         smollm2: Text from `english_text.py`: take SmolLM2-135M instead of the bundled model.
         only: The rows to run, by name.
     """
     model, train, heldout = material(smollm2)
     costs = lf.site_sensitivity(model, train[:8], progress=False)
     print(costs)
-    slow = lf.recipes.measured(costs, steps=steps).wait is not None
+    made = lf.recipes.measured(costs)
+    rows = SLOW if made.wait is not None else QUICK
+
+    def steps(batch: int) -> int:
+        return tokens // (batch * LENGTH)
+
+    def measured(seed: int, batch: int = made.batch) -> Recipe:
+        recipe = lf.recipes.measured(costs, steps=steps(batch), seed=seed)
+        return replace(recipe, batch=batch, micro_batch=min(batch, 4))
+
     recipes: dict[str, Callable[[int], Recipe]] = {
-        name: lambda seed, change=change: change(
-            replace(lf.recipes.measured(costs, steps=steps, seed=seed), batch=batch)
-        )
-        for name, change in (SLOW if slow else QUICK).items()
+        name: lambda seed, change=change: change(measured(seed)) for name, change in rows.items()
     }
     recipes |= {
-        "distilled": lambda seed: replace(
-            lf.recipes.distilled(model, steps=steps, seed=seed), batch=batch
-        ),
-        "control": lambda seed: recipes["measured"](seed).vanilla(),
+        f"batches of {batch}": lambda seed, batch=batch: measured(seed, batch)
+        for batch in (1, 2, 4, 8)
+        if batch != made.batch
+    }
+    recipes |= {
+        "distilled": lambda seed: lf.recipes.distilled(model, steps=steps(8), seed=seed),
+        "control": lambda seed: measured(seed).vanilla(),
     }
     print("\n| recipe | loss | KL from the original | p99.9 | diverged |\n|---|---|---|---|---|")
     began = time.perf_counter()
     for name in only or recipes:
-        rows, diverged = [], []
+        found, diverged = [], []
         for seed in seeds:
             recipe = recipes[name](seed)
             try:
@@ -157,16 +164,16 @@ def main(
             except TrainingError as error:
                 diverged.append(str(error).partition(":")[0].rpartition(" ")[2])
                 continue
-            found = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
-            assert found.kl is not None
-            losses = found.loss.double().flatten()
-            rows.append((losses.mean().item(), found.kl.double().mean().item(),
-                         losses.quantile(0.999).item()))  # fmt: skip
-        print(f"| {name} | {_row(rows)} | {', '.join(diverged)} |", flush=True)
+            after = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
+            assert after.kl is not None
+            losses = after.loss.double().flatten()
+            found.append((losses.mean().item(), after.kl.double().mean().item(),
+                          losses.quantile(0.999).item()))  # fmt: skip
+        print(f"| {name} | {_row(found)} | {', '.join(diverged)} |", flush=True)
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     print(
-        f"\n{steps} steps of {batch * LENGTH:,} tokens; {heldout.numel():,} held-out tokens; seeds "
-        f"{seeds}; torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}; "
+        f"\n{tokens:,} tokens a run, {LENGTH} a sequence; {heldout.numel():,} held-out tokens; "
+        f"seeds {seeds}; torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}; "
         f"{time.perf_counter() - began:.0f} s"
     )
 

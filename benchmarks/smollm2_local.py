@@ -2,12 +2,13 @@
 
     make smollm2
     python benchmarks/english_text.py text.jsonl
-    python benchmarks/smollm2_local.py text.jsonl [--steps 60] [--only costs prices speed]
+    python benchmarks/smollm2_local.py text.jsonl [--only costs prices speed]
+    python benchmarks/smollm2_local.py text.jsonl --only prices --questions logits --steps 50
 
 Untrained constants are measured on 32 sequences of 256 tokens, prices on 20,480 tokens of other
-documents. `--steps` adds a row with so many steps of distillation. Seconds are medians of 5 in
-float32, in units of one forward pass over the same prompt; memory is what a call added to the
-resident set at its peak.
+documents. `--steps` adds a row with so many steps of distillation, 512 tokens each. Seconds are
+medians of 5 in float32, in units of one forward pass over the same prompt; memory is what a call
+added to the resident set at its peak.
 """
 
 import gc
@@ -31,12 +32,14 @@ PROMPT = "When Mary and John went to the store, John gave a drink to"
 TARGET = lf.LogitDifference(" Mary", " John")
 LENGTH = 256
 QUESTIONS: dict[str, Any] = {
-    "direct logit attribution": TARGET,
-    "scores of L23H3": lf.Score(23, 3),
-    "input of neuron L20N7": lf.Neuron(20, 7),
-    "paths of a logit": lambda trace: lf.expand_paths(trace, " Mary", " John"),
+    "logits": TARGET,
+    "L23H3": lf.Score(23, 3),
+    "L20N7": lf.Neuron(20, 7),
+    "paths": lambda trace: lf.expand_paths(trace, " Mary", " John"),
 }
 Part = Literal["costs", "prices", "speed"]
+Question = Literal["logits", "L23H3", "L20N7", "paths"]
+"""Direct logit attribution, the scores of a head, the input of a neuron, a logit's paths."""
 
 
 def read(model: HookedTransformer, file: Path, sequences: int, skip: int) -> torch.Tensor:
@@ -54,16 +57,19 @@ def costs(model: HookedTransformer, file: Path) -> None:
     print(found.to_frame().round(3).to_string(index=False))
 
 
-def prices(model: HookedTransformer, file: Path, steps: int) -> None:
+def prices(
+    model: HookedTransformer, file: Path, steps: int, questions: tuple[Question, ...]
+) -> None:
     """What making a question exact costs, and how exact it is."""
     text, heldout = read(model, file, 128, 3000), read(model, file, 80, 1000)
     print("\n| question | frozen | steps | nats added | KL | top-1 agreement | error |")
     print("|---|---|---|---|---|---|---|")
-    for name, question in QUESTIONS.items():
+    for name in questions:
+        question = QUESTIONS[name]
         for trained in (0, *([steps] if steps and question is TARGET else [])):
             began = time.perf_counter()
             frozen = lf.freeze_for(
-                model, question, text, trained, heldout=heldout, progress=False, lr=1e-5
+                model, question, text, trained, heldout=heldout, batch=2, lr=5e-5, progress=False
             )
             seconds = time.perf_counter() - began
             price, sites = frozen.price, len(frozen.sites)
@@ -73,7 +79,8 @@ def prices(model: HookedTransformer, file: Path, steps: int) -> None:
             shown = ", ".join(f"{error:.1e}" for error in errors)
             print(
                 f"| {name} | {sites} of 91 | {trained} ({seconds:.0f} s) | {price.added:+.4f} | "
-                f"{price.divergence:.4f} | {price.agreement:.1%} | {shown} |"
+                f"{price.divergence:.4f} | {price.agreement:.1%} | {shown} |",
+                flush=True,
             )
             if question is TARGET:
                 two = lf.direct_effect_additivity(
@@ -136,6 +143,7 @@ def main(
     text: Positional[Path],
     steps: int = 0,
     only: tuple[Part, ...] = ("costs", "prices", "speed"),
+    questions: tuple[Question, ...] = ("logits", "L23H3", "L20N7", "paths"),
 ) -> None:
     """Measure and print.
 
@@ -143,12 +151,13 @@ def main(
         text: From `english_text.py`.
         steps: Steps of distillation after `ln_final` is frozen; 0: none.
         only: What to measure.
+        questions: Whose prices.
     """
     model = lf.load(lf.smollm2())
     if "speed" in only:
         speed(model)
     if "prices" in only:
-        prices(model, text, steps)
+        prices(model, text, steps, questions)
     if "costs" in only:
         costs(model, text)
     cores = torch.get_num_threads()

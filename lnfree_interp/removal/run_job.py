@@ -1,5 +1,6 @@
 """Runs a removal job: from the names of a model and a text to a folder with the finished model."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,10 @@ def make_recipe(job: RemovalJob, model: Sites | SiteSensitivity) -> Recipe:
             f"recipe {job.recipe}: {error.why}",
             _smallest_steps(job, about, error.smallest),
         ) from error
+    if job.recipe == MEASURED and job.batch is None:
+        # Its batches are small: every process has a sequence of them.
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        recipe = replace(recipe, batch=world * math.ceil(recipe.batch / world))
     if job.rollback:
         recipe = replace(recipe, guard=replace(recipe.guard, action="rollback"))
     return recipe.vanilla() if job.vanilla else recipe

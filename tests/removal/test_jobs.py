@@ -181,3 +181,11 @@ def test_a_trial_that_does_not_fit_says_what_to_do(monkeypatch):
     monkeypatch.setattr("lnfree_interp.removal.trial.Objective.forward", out_of_memory)
     with pytest.raises(RecipeError, match=r"4 x 24 tokens does not fit .* smaller micro_batch"):
         try_steps(model, BY_NAME["distilled"](model, steps=20), 24)
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 2), (2, 2), (3, 3), (8, 8)])
+def test_every_process_has_a_sequence_of_the_default_recipe(monkeypatch, world, batch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert make_recipe(RemovalJob(), SITES).batch == batch
+    assert make_recipe(RemovalJob(batch=6), SITES).batch == 6
+    assert make_recipe(RemovalJob(recipe="distilled"), SITES).batch == 8

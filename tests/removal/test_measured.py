@@ -82,7 +82,9 @@ def test_ordinary_activations_let_norms_go_at_once():
     costs = lf.site_sensitivity(live(), TEXT, progress=False)
     assert not costs.first_matters
     recipe = lf.recipes.measured(costs, steps=100)
-    assert replace(recipe, name="distilled") == lf.recipes.distilled(live(), steps=100)
+    smaller = {"batch": 2, "micro_batch": 2, "lr": 3e-4, "final_lr": 0.1, "evaluate_every": 200}
+    as_distilled = lf.recipes.distilled(live(), steps=100)
+    assert recipe == replace(as_distilled, name="measured", **smaller)
     assert recipe.removed_at == recipe.removed_by
     few = lf.recipes.measured(costs, steps=9)
     assert [event.site for event in few.events] == in_order(costs)
@@ -187,7 +189,12 @@ def test_the_distance_of_streams_needs_an_original():
 
 def waiting(model, above, steps, **more):
     recipe = lf.recipes.measured(model, steps=60)
-    plain = {"batch": 4, "precision": "float32", "wait": lf.Wait(above=above, steps=steps)}
+    plain = {
+        "batch": 4,
+        "lr": 4e-4,
+        "precision": "float32",
+        "wait": lf.Wait(above=above, steps=steps),
+    }
     return replace(recipe, **plain | more)
 
 
