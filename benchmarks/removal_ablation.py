@@ -31,6 +31,7 @@ from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import published_order
 
 LENGTH = 256
+OWN_TEXT = "text that the model wrote"
 Change = Callable[[Recipe], Recipe]
 
 
@@ -152,15 +153,19 @@ def main(
     recipes |= {
         "distilled": lambda seed: lf.recipes.distilled(model, steps=steps(8), seed=seed),
         "control": lambda seed: measured(seed).vanilla(),
+        OWN_TEXT: measured,
     }
     print("\n| recipe | loss | KL from the original | p99.9 | diverged |\n|---|---|---|---|---|")
     began = time.perf_counter()
     for name in only or recipes:
+        text = train
+        if name == OWN_TEXT:
+            text = lf.sample_text(model, tokens // LENGTH, LENGTH, progress=False)
         found, diverged = [], []
         for seed in seeds:
             recipe = recipes[name](seed)
             try:
-                run = lf.remove_norms(model, recipe, train, progress=False, log_every=0)
+                run = lf.remove_norms(model, recipe, text, progress=False, log_every=0)
             except TrainingError as error:
                 diverged.append(str(error).partition(":")[0].rpartition(" ")[2])
                 continue

@@ -68,9 +68,7 @@ def prices(
         question = QUESTIONS[name]
         for trained in (0, *([steps] if steps and question is TARGET else [])):
             began = time.perf_counter()
-            frozen = lf.freeze_for(
-                model, question, text, trained, heldout=heldout, batch=2, lr=5e-5, progress=False
-            )
+            frozen = lf.freeze_for(model, question, text, trained, heldout=heldout, progress=False)
             seconds = time.perf_counter() - began
             price, sites = frozen.price, len(frozen.sites)
             errors = [relative_error(frozen.model, question)]

@@ -39,9 +39,9 @@ class FreezingOptions:
 
     steps: int = 0
     """Steps of training after freezing, by distillation from the given model; 0: none."""
-    batch: int = 8
+    batch: int = 2
     """Sequences of text per step."""
-    lr: float = 2e-5
+    lr: float = 5e-5
     """Peak learning rate."""
     one_constant: bool = False
     """Divide the first token of a prompt by the constant of all others. Default: by its own."""
