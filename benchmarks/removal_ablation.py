@@ -73,12 +73,14 @@ def sigma(recipe: Recipe, **settings: object) -> Recipe:
 
 QUICK: dict[str, Change] = {
     "measured": lambda recipe: recipe,
-    "learning rate 0.0004": lambda recipe: replace(recipe, lr=4e-4),
-    "learning rate down to half": lambda recipe: replace(recipe, final_lr=0.5),
-    "targets in the stream": lambda recipe: losses(recipe, stream=1.0),
     "no scale anchor": lambda recipe: replace(recipe, scale_anchor=0.0),
 }
 """Changes of the recipe for ordinary activations."""
+
+SETTINGS = ((8, 4e-4, 0.1), (8, 6e-4, 0.3), (8, 8e-4, 0.1), (4, 4e-4, 0.5), (4, 4e-4, 0.1),
+            (4, 3e-4, 0.1))  # fmt: skip
+"""Other sequences a step, peak learning rates, and shares of it at the end, on the way from
+`distilled` to that recipe."""
 
 SLOW: dict[str, Change] = {
     "measured": lambda recipe: recipe,
@@ -145,13 +147,20 @@ def main(
     recipes: dict[str, Callable[[int], Recipe]] = {
         name: lambda seed, change=change: change(measured(seed)) for name, change in rows.items()
     }
+    for batch, lr, final in SETTINGS if rows is QUICK else ():
+        recipes[f"{batch} sequences, {lr:g} to {final:g}"] = (
+            lambda seed, batch=batch, lr=lr, final=final: replace(
+                measured(seed, batch), lr=lr, final_lr=final
+            )
+        )
+
+    def distilled(seed: int) -> Recipe:
+        return lf.recipes.distilled(model, steps=steps(8), seed=seed)
+
     recipes |= {
-        f"batches of {batch}": lambda seed, batch=batch: measured(seed, batch)
-        for batch in (1, 2, 4, 8)
-        if batch != made.batch
-    }
-    recipes |= {
-        "distilled": lambda seed: lf.recipes.distilled(model, steps=steps(8), seed=seed),
+        "distilled": distilled,
+        "distilled, targets in the stream": lambda seed: losses(distilled(seed), stream=1.0),
+        "distilled, three times these": lambda seed: losses(distilled(seed), stream=3.0),
         "control": lambda seed: measured(seed).vanilla(),
         OWN_TEXT: measured,
     }
@@ -171,9 +180,9 @@ def main(
                 continue
             after = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
             assert after.kl is not None
-            losses = after.loss.double().flatten()
-            found.append((losses.mean().item(), after.kl.double().mean().item(),
-                          losses.quantile(0.999).item()))  # fmt: skip
+            by_token = after.loss.double().flatten()
+            found.append((by_token.mean().item(), after.kl.double().mean().item(),
+                          by_token.quantile(0.999).item()))  # fmt: skip
         print(f"| {name} | {_row(found)} | {', '.join(diverged)} |", flush=True)
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     print(

@@ -6,8 +6,7 @@
 #
 # A call continues where the last one stopped: the removal, then the control, then the table of
 # benchmarks/smollm2_removed.py. Its status is 75 while there is something left to do. TEXT is any
-# --data; on one GPU the defaults below are 200 million tokens. MODEL=... takes another model, and
-# MINUTES=... another limit.
+# --data; the defaults below are 200 million tokens, for one GPU. MINUTES=... is another limit.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
@@ -17,7 +16,7 @@ text=$1 heldout=$2 out=$3
 shift 3
 here=$(dirname "$0")
 minutes=${MINUTES:-8}
-model=${MODEL:-$(python -c 'import lnfree_interp as lf; print(lf.smollm2())')}
+model=$(python -c 'import lnfree_interp as lf; print(lf.smollm2())')
 sized=(--steps 3000 --batch 64 --micro-batch 16 --sequence-length 1024 --heldout 32 --prepend-bos)
 
 # The options are those of the first call; later ones read them from run.json.

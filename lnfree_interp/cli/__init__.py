@@ -53,8 +53,11 @@ def main() -> None:
         print(f"lnfree: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        removing = sys.argv[1:2] == ["remove"]
-        left = "lnfree remove --resume RUN continues it" if removing else "nothing was written"
+        continued = {
+            "remove": "lnfree remove --resume RUN continues it",
+            "sample": "the same command continues it",
+        }
+        left = continued.get("".join(sys.argv[1:2]), "nothing was written")
         print(f"\nlnfree: interrupted; {left}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head`

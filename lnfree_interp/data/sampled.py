@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def sample_text(
     """
     start = start_token(model)
     _require(model, sequences, sequence_length, temperature)
-    batches = _batches(model, start, sequences, sequence_length, temperature, seed, 0, progress)
-    return torch.cat(list(batches))
+    draw = partial(_draw, model, start, sequence_length, temperature, seed)
+    return torch.cat(list(_batches(draw, sequences, 0, progress)))
 
 
 def write_samples(
@@ -115,12 +116,11 @@ def write_samples(
     if there >= sequences:
         return there
     kept = there // _BATCH * _BATCH
+    draw = partial(_draw, model, start, sequence_length, temperature, seed)
     try:
         _cut(path, kept)
         with path.open("a", encoding="utf-8") as out:
-            for batch in _batches(
-                model, start, sequences, sequence_length, temperature, seed, kept, progress
-            ):
+            for batch in _batches(draw, sequences, kept, progress):
                 for row in batch[:, 1:].tolist():
                     out.write(json.dumps({"tokens": row, "sampled": made}) + "\n")
                 out.flush()
@@ -160,34 +160,31 @@ def _require(
 
 
 def _batches(
-    model: HookedTransformer,
-    start: int,
-    sequences: int,
-    sequence_length: int,
-    temperature: float,
-    seed: int,
-    done: int,
-    progress: bool,
+    draw: Callable[[int], Int[Tensor, "batch pos"]], sequences: int, done: int, progress: bool
 ) -> Iterator[Int[Tensor, "batch pos"]]:
     """Whole batches behind the first `done` sequences."""
     bar = tqdm(total=sequences, initial=done, unit="sequence", disable=not progress)
-    with bar, torch.no_grad():
+    with bar:
         for first in range(done, sequences, _BATCH):
-            rows = min(_BATCH, sequences - first)
-            # A whole batch even at the end: the text does not depend on how much is asked for.
-            tokens = _one_batch(
-                model, start, sequence_length, temperature, derived_seed(seed, first)
-            )
-            yield tokens[:rows]
-            bar.update(rows)
+            # Drawn whole even at the end: the text does not depend on how much is asked for.
+            batch = draw(first)[: sequences - first]
+            yield batch
+            bar.update(len(batch))
 
 
-def _one_batch(
-    model: HookedTransformer, start: int, sequence_length: int, temperature: float, seed: int
+@torch.no_grad()
+def _draw(
+    model: HookedTransformer,
+    start: int,
+    sequence_length: int,
+    temperature: float,
+    seed: int,
+    first: int,
 ) -> Int[Tensor, "batch pos"]:
     """Not `model.generate`, which takes a beginning-of-text token that is the padding token too for
     padding, and hides it from attention."""
-    generator, device = torch.Generator().manual_seed(seed), model.W_E.device
+    generator = torch.Generator().manual_seed(derived_seed(seed, first))
+    device = model.W_E.device
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, device, _BATCH)
     columns = [torch.full((_BATCH, 1), start)]
     while len(columns) < sequence_length:

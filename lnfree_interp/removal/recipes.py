@@ -436,8 +436,9 @@ def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
         start = steps // 30
         events = paced(costs, start=start, over=steps // 4 - start)
         recipe = _distilling("measured", events, steps, seed)
-    smaller = replace(recipe, batch=2, micro_batch=2, lr=3e-4, final_lr=0.1, evaluate_every=200)
-    return replace(smaller, name="measured")
+    return replace(
+        recipe, name="measured", batch=2, micro_batch=2, lr=3e-4, final_lr=0.1, evaluate_every=200
+    )
 
 
 def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_first: bool) -> Recipe:

@@ -114,3 +114,15 @@ def test_the_command_says_how_to_train_on_it(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"lnfree remove --data {file} --sequence-length 32 --prepend-bos" in shown
     assert (tmp_path / "run" / "model").exists()
+
+
+def test_an_interrupted_command_says_that_it_can_go_on(monkeypatch, tmp_path, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampled, "_draw", interrupted)
+    monkeypatch.setattr(sys, "argv", ["lnfree", "sample", "--out", str(tmp_path / "own.jsonl")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    assert "the same command continues it" in capsys.readouterr().err
