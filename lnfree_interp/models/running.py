@@ -31,8 +31,9 @@ def listening(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     thread = threading.get_ident()
 
     def answering(hook: Hook) -> Callable[..., Any]:
-        def answer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return hook(args, kwargs, output) if threading.get_ident() == thread else None
+        # While a hook is added or removed, torch hands it no kwargs in another thread's pass.
+        def answer(module: nn.Module, *given: Any) -> Any:
+            return hook(*given) if threading.get_ident() == thread else None
 
         return answer
 

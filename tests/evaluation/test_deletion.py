@@ -62,7 +62,7 @@ def test_predictions_are_what_deletions_do_where_the_question_is_exact(model, mo
 def test_in_float32_rounding_is_all_that_is_missed(kind):
     model = lf.load(make_model(kind), dtype=torch.float32, check=False)
     found = check(lf.fold(freeze_all(model))).verify()
-    assert (found.summary(["kind"])["nmae"] < 1e-6).all()
+    assert (found.summary(["kind"])["nmae"] < 1e-5).all()
 
 
 def test_a_live_norm_is_held_for_the_prediction_and_not_in_the_measurement(model):
