@@ -95,12 +95,12 @@ if TYPE_CHECKING:
     from lnfree_interp.evaluation.tasks import as_harness_model, run_tasks
     from lnfree_interp.models.agreement import compare_logits, measured_agreement
     from lnfree_interp.models.forms import fold, frozen_form
-    from lnfree_interp.models.norm_conversions import NormConversion, to_crms, to_rms
     from lnfree_interp.models.site_names import NormSite
     from lnfree_interp.models.sites import (
         freeze_site,
         get_norm,
         list_norm_sites,
+        list_scalers,
         live_sites,
         with_norm_sites,
     )
@@ -113,6 +113,15 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.schedule import Event, Ramp
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
     from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait
+    from lnfree_interp.variants.placing import (
+        magneto_init,
+        to_normformer,
+        to_peri_ln,
+        to_sub_ln,
+    )
+    from lnfree_interp.variants.replacing import to_derf, to_dyt, to_layernorm_scaling, to_map
+    from lnfree_interp.variants.rms import to_crms, to_rms
+    from lnfree_interp.variants.variant import Variant
 
 # Where each public name lives; the imports above are the same table for type checkers.
 _HOME = {
@@ -204,13 +213,11 @@ _HOME = {
     "measured_agreement": "lnfree_interp.models.agreement",
     "fold": "lnfree_interp.models.forms",
     "frozen_form": "lnfree_interp.models.forms",
-    "NormConversion": "lnfree_interp.models.norm_conversions",
-    "to_crms": "lnfree_interp.models.norm_conversions",
-    "to_rms": "lnfree_interp.models.norm_conversions",
     "NormSite": "lnfree_interp.models.site_names",
     "freeze_site": "lnfree_interp.models.sites",
     "get_norm": "lnfree_interp.models.sites",
     "list_norm_sites": "lnfree_interp.models.sites",
+    "list_scalers": "lnfree_interp.models.sites",
     "live_sites": "lnfree_interp.models.sites",
     "with_norm_sites": "lnfree_interp.models.sites",
     "MeasuredError": "lnfree_interp.numerics",
@@ -227,6 +234,17 @@ _HOME = {
     "freeze_for": "lnfree_interp.removal.freeze_for",
     "SiteSensitivity": "lnfree_interp.removal.sensitivity",
     "site_sensitivity": "lnfree_interp.removal.sensitivity",
+    "magneto_init": "lnfree_interp.variants.placing",
+    "to_normformer": "lnfree_interp.variants.placing",
+    "to_peri_ln": "lnfree_interp.variants.placing",
+    "to_sub_ln": "lnfree_interp.variants.placing",
+    "to_derf": "lnfree_interp.variants.replacing",
+    "to_dyt": "lnfree_interp.variants.replacing",
+    "to_layernorm_scaling": "lnfree_interp.variants.replacing",
+    "to_map": "lnfree_interp.variants.replacing",
+    "to_crms": "lnfree_interp.variants.rms",
+    "to_rms": "lnfree_interp.variants.rms",
+    "Variant": "lnfree_interp.variants.variant",
 }
 
 _MODULES = {

@@ -88,7 +88,7 @@ def test_methods_name_their_source(name: str, package: griffe.Module):
         "evaluation",
         "removal.recipes",
         "removal.remove",
-        "models.norm_conversions",
+        "variants",
     )
     if not member.path.startswith(tuple(f"lnfree_interp.{home}" for home in homes)):
         return

@@ -18,8 +18,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.view import view_of
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits
-from lnfree_interp.models.folding import is_reader
-from lnfree_interp.models.norm_conversions import writes_to_stream
+from lnfree_interp.models.folding import is_reader, writes_to_stream
 from lnfree_interp.numerics import TOLERANCE, MeasuredError
 
 Metric = Callable[[HookedTransformer], float | int | Tensor]

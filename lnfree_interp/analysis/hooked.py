@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.first_token import telling
-from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.folding import WITHIN, fold_weights
+from lnfree_interp.models.norms import NormMap, describe
 from lnfree_interp.models.running import Edit, run_and_keep, to_logits, watched
-from lnfree_interp.models.sites import norm_at, norm_path
+from lnfree_interp.models.site_names import SCALERS, name_sites
+from lnfree_interp.models.sites import (
+    has_norm_sites,
+    list_scalers,
+    live_sites,
+    module_at,
+    norm_at,
+    norm_path,
+)
 
 
 class HookedView(View):
@@ -26,24 +35,55 @@ class HookedView(View):
         positions = cfg.positional_embedding_type
         unsupported = {
             "norms behind the sublayers (fold(model) merges them once they are frozen)": (
-                cfg.use_normalization_before_and_after
+                cfg.use_normalization_before_and_after and not has_norm_sites(self.model)
             ),
             "a norm behind the embedding": cfg.post_embedding_ln,
             f"{positions!r} positions": positions not in ("standard", "rotary"),
             "mixtures of experts": cfg.num_experts is not None,
             "token types": getattr(cfg, "use_token_type_ids", False),
         }
-        if found := [what for what, is_so in unsupported.items() if is_so]:
+        found = [what for what, is_so in unsupported.items() if is_so]
+        if has_norm_sites(self.model):
+            found += self._not_linear_inside()
+        if found:
             raise UnsupportedModelError(f"cannot take apart a model with {', '.join(found)}")
+
+    def _not_linear_inside(self) -> list[str]:
+        """What stands inside or behind the sublayers of a model with norm sites, and is in the way
+        of a plain sum."""
+        sites = [site for site in live_sites(self.model) if site.kind in WITHIN]
+        found = [f"live norms inside or behind the sublayers: {name_sites(map(str, sites))}"]
+        scales = [name for name in list_scalers(self.model) if name.endswith("resid_scale")]
+        scaled = [
+            f"factors on the stream itself, {name_sites(scales)} (fold(model) merges them once no "
+            "norm is live)"
+        ]
+        return found * bool(sites) + scaled * bool(scales)
 
     def _attention(self, layer: int) -> Attention:
         attn = self.model.blocks[layer].attn
-        return Attention.of(attn, float(attn.attn_scale), self.score_cap)
+        found = Attention.of(attn, float(attn.attn_scale), self.score_cap)
+        W_O, b_O = self._written(f"blocks.{layer}.attn", "O", found.W_O, found.b_O)
+        return replace(found, W_O=W_O, b_O=b_O)
+
+    def _written(
+        self, sublayer: str, leaf: str, W: Tensor, b: Tensor
+    ) -> tuple[Float[Tensor, "*head out d_model"], Float[Tensor, " d_model"]]:
+        """The weights by which a sublayer writes, with what stands before and behind them."""
+        if not has_norm_sites(self.model):
+            return W, b
+        block = sublayer.rpartition(".")[0]
+        places = [f"{block}.{kind}" for kind in (*WITHIN, *SCALERS)]
+        maps = {name: describe(at) for name in places if (at := module_at(self.model, name))}
+        named = {f"{sublayer}.W_{leaf}": W, f"{sublayer}.b_{leaf}": b}
+        found = dict(fold_weights(named, maps, "folded"))
+        return found[f"{sublayer}.W_{leaf}"], found[f"{sublayer}.b_{leaf}"]
 
     def _mlp(self, layer: int) -> MLP:
         mlp = self.model.blocks[layer].mlp
         gate = mlp.W_gate.detach() if self.gated else None
         W_in, W_out, b_in, b_out = (W.detach() for W in (mlp.W_in, mlp.W_out, mlp.b_in, mlp.b_out))
+        W_out, b_out = self._written(f"blocks.{layer}.mlp", "out", W_out, b_out)
         return MLP(W_in, gate, W_out, b_in, b_out, mlp.act_fn)
 
     def rotations(self, layer: int, n_pos: int) -> Float[Tensor, "pos d_head d_head"]:
@@ -68,6 +108,11 @@ class HookedView(View):
         norm = self._map(site)
         if norm is None or (norm.affine and norm.first is None):
             return None
+        if norm.pointwise:
+            raise UnsupportedModelError(
+                f"{site} bends each entry by a curve, so that no scale of a token says what it "
+                "does, and nothing can be held: freeze it, or remove the model's norms"
+            )
         return f"{norm_path(self.model, site)}.hook_scale"
 
     def read(self, site: str, scale: Float[Tensor, "*batch one"] | None) -> Read:
@@ -75,8 +120,6 @@ class HookedView(View):
         norm = self._map(site)
         if norm is None:
             return Read()
-        if norm.pointwise:
-            raise UnsupportedModelError(f"{site} bends each entry by a curve, which is not affine")
         divisor = norm.scale if norm.affine and scale is None else scale
         assert divisor is not None
         gain, bias = (None if x is None else x.detach() for x in (norm.gain, norm.bias))

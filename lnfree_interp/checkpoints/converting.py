@@ -16,9 +16,9 @@ from lnfree_interp.checkpoints.source import Sigma
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.files import require_writable
 from lnfree_interp.models.folding import Form
-from lnfree_interp.models.norm_conversions import Basis, to_crms, to_rms
 from lnfree_interp.models.sites import list_norm_sites
 from lnfree_interp.numerics import MeasuredError
+from lnfree_interp.variants.rms import Basis, to_crms, to_rms
 
 NormKind = Literal["rms", "crms"]
 

@@ -24,8 +24,9 @@ from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.files import new_folder
 from lnfree_interp.models.agreement import origin_of, require_same_logits
 from lnfree_interp.models.construct import original_tokenizer
+from lnfree_interp.models.crms import is_crms
 from lnfree_interp.models.forms import epsilon_of
-from lnfree_interp.models.norm_conversions import is_crms
+from lnfree_interp.models.inserting import varied
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.site_names import whole_norm
 from lnfree_interp.models.sites import (
@@ -78,6 +79,11 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
         raise UnsupportedModelError(
             f"transformers has no class for {name} with normalization_type="
             f"{cfg.normalization_type!r}: export it with target='transformer_lens'"
+        )
+    if what := varied(model):
+        raise UnsupportedModelError(
+            f"transformers has no class for {name} in which {what}: export it with "
+            "target='transformer_lens'; or fold it once its norms are removed"
         )
     architecture = ARCHITECTURES[name]
     live = live_sites(model)
@@ -258,6 +264,8 @@ def best_target(model: HookedTransformer) -> Target:
     architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
     form = form_of(model)
     if architecture is None or form in ("rms", "crms", "partial") or first_constants(model):
+        return "transformer_lens"
+    if varied(model):
         return "transformer_lens"
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"

@@ -8,6 +8,7 @@ of its own.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from lnfree_interp.checkpoints.source import read_tokenizer, weight_shapes
 from lnfree_interp.errors import CheckpointError, NormSiteError
 from lnfree_interp.models.agreement import logits_of, random_tokens
 from lnfree_interp.models.construct import copy_weights, hooked_transformer, original_tokenizer
+from lnfree_interp.models.crms import install_crms, is_crms
 from lnfree_interp.models.forms import epsilon_of, frozen_transformer
-from lnfree_interp.models.norm_conversions import install_crms, is_crms
+from lnfree_interp.models.inserting import lay_out, layout_of, varied
 from lnfree_interp.models.sites import (
     freeze_site,
     has_norm_sites,
@@ -90,6 +92,7 @@ def write(model: HookedTransformer, folder: Path) -> None:
         "frozen": {name: norm.scale for name, norm in frozen.items()},
         "frozen_first": {n: norm.first for n, norm in frozen.items() if norm.first is not None},
         "sites": sited,
+        **({"layout": layout_of(model)} if varied(model) else {}),
         "crms": is_crms(model),
         "tokens": tokens.tolist(),
         "logits": logits.tolist(),
@@ -123,6 +126,7 @@ def read(
         expected = torch.tensor(content["logits"], dtype=torch.float64)
         tokens = torch.tensor(content["tokens"])
         crms, sited = content["crms"] is True, content.get("sites") is True
+        layout = {name: dict(found) for name, found in content.get("layout", {}).items()}
     except Exception as error:  # whatever a wrong value leads to
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
     weights = folder / "model.safetensors"
@@ -130,7 +134,7 @@ def read(
         raise CheckpointError(f"{folder}: no model.safetensors")
     shapes = weight_shapes(weights)
     _require_fitting(cfg, shapes, file)
-    norms = {str(site) for site in sites_of(cfg, whole_ln1=not sited)}
+    norms = {str(site) for site in sites_of(cfg, whole_ln1=not sited)} | layout.keys()
     if sited and (unknown := sorted(frozen.keys() - norms)):
         raise CheckpointError(f"{file}: frozen names {unknown[0]}, which the config does not have")
     if not sited and frozen and frozen.keys() != norms:
@@ -150,15 +154,52 @@ def read(
             model = hooked_transformer(cfg, {}, tokenizer, complete=False)
         if crms:
             install_crms(model)
-        copy_weights(model, pairs, zero_biases=False)
+        if layout:
+            model = _laid_out(model, layout, dict(pairs), file)
+        else:
+            copy_weights(model, pairs, zero_biases=False)
     if sited:
-        model = split_norms(model, copy_weights=False)
+        model = model if layout else split_norms(model, copy_weights=False)
         for site, sigma in frozen.items():
             freeze_site(model, site, sigma, first=firsts.get(site))
     if not check:
         return model.eval(), None
     error = measure_error(_logits(model.eval(), tokens).to(dtype), expected.to(dtype))
     return model, error.require(f"{folder}: logits against those of the model that was written")
+
+
+def _laid_out(
+    model: HookedTransformer,
+    layout: Mapping[str, Mapping[str, Any]],
+    weights: dict[str, torch.Tensor],
+    file: Path,
+) -> HookedTransformer:
+    """A model with norm sites whose norms are not those of its config, with its weights.
+
+    Raises:
+        CheckpointError: if the layout is not one, or the weights are not its.
+    """
+    stock = dict(model.named_parameters(remove_duplicate=False))
+    without_bias = {name: torch.zeros_like(W) for name, W in stock.items() if name.endswith(".b")}
+    given = {name: W for name, W in weights.items() if name in stock}
+    copy_weights(model, without_bias | given)
+    model = split_norms(model, copy_weights=False)
+    try:
+        lay_out(model, layout)
+    except (NormSiteError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: layout: {first_line(error):.200}") from error
+    places = stock_weights(model)
+    if wrong := sorted(weights.keys() ^ places.keys()):
+        has = "the layout" if wrong[0] in places else "the weights"
+        raise CheckpointError(f"{file}: only {has} have {wrong[0]}")
+    for name in weights.keys() - stock.keys():
+        if places[name].shape != weights[name].shape:
+            raise CheckpointError(
+                f"{file}: {name} is {list(weights[name].shape)}, the layout says "
+                f"{list(places[name].shape)}"
+            )
+        places[name].copy_(weights[name])
+    return model
 
 
 def read_cfg(

@@ -9,12 +9,16 @@ and for one that stands behind a weight, on a sublayer's output or on queries an
 
     ((x W + b_W) C) * a + b  =  x [W C diag(a)]  +  [(b_W C) * a + b]
 
+A factor for each channel on the residual branch, s -> g * s + f(s), is a change of the stream's
+units: all behind it is read times g, and written divided by g.
+
 Exact in real arithmetic, on every input. Nothing else that writes to the residual stream changes,
 so its activations stay those of the model before. (2409.13710; docs/algebra.md)
 """
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
@@ -28,8 +32,8 @@ from lnfree_interp.models.site_names import whole_norm
 Form = Literal["folded", "frozen"]
 """What is left of the norms: nothing, or division by a constant."""
 
-# Which norm feeds a weight, and which norm its output goes through, by the weight's last name.
-_BEFORE = {
+# Which norm feeds a weight that reads the stream, by the weight's last name.
+_STREAM = {
     "W_Q": "ln1.qk",
     "W_K": "ln1.qk",
     "W_V": "ln1.v",
@@ -37,13 +41,31 @@ _BEFORE = {
     "W_gate": "ln2",
     "W_U": "ln_final",
 }
-_AFTER = {"W_Q": "attn.q_norm", "W_K": "attn.k_norm", "W_O": "ln1_post", "W_out": "ln2_post"}
+# All that feeds a weight, and all that its output goes through, from the weight outwards.
+_BEFORE = {leaf: (kind,) for leaf, kind in _STREAM.items()} | {
+    "W_O": ("attn.inner", "attn.head_scale"),
+    "W_out": ("mlp.inner",),
+}
+_AFTER = {
+    "W_Q": ("attn.q_norm",),
+    "W_K": ("attn.k_norm",),
+    "W_O": ("attn.chunk_scale", "ln1_post"),
+    "W_out": ("ln2_post",),
+}
+
+WRITERS = ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out")
+"""What writes to the residual stream, by the weight's last name."""
+
+WITHIN = ("attn.inner", "mlp.inner", "ln1_post", "ln2_post")
+"""The kinds of norms between what a sublayer computes and the stream: they stand around W_O and
+W_out, so that the parts of the stream are linear in heads and neurons only once they are affine."""
 
 _CHUNK = 2**21
 """Elements that are folded in float64 at once, to keep the peak of memory low."""
 
 ConstantNorms = Mapping[str, NormMap]
-"""An affine norm for every site, by its name: `blocks.0.ln1.qk`, `blocks.0.ln1.v`, ..."""
+"""An affine norm for every site, by its name: `blocks.0.ln1.qk`, `blocks.0.ln1.v`, ...; and what
+the scalers multiply by, in the same words."""
 
 
 def fold_weights(
@@ -65,14 +87,18 @@ def fold_weights(
             continue  # with its weight; biases without one follow below
         block = prefix.rpartition(".")[0]
         W = weights.pop(name)
-        before, after = (_site(block, kinds.get(leaf)) for kinds in (_BEFORE, _AFTER))
         b_name = name.replace("W_", "b_")
         b = weights.pop(b_name, None) if b_name != name else None
-        if before in norms:
-            W, b = _fold_reader(norms[before], scales.get(whole_norm(before), 1.0), W, b)
-        if after in norms:
-            b = _no_bias(leaf, W) if b is None else b
-            W, b = _fold_writer(norms[after], W), _fold_writer(norms[after], b, is_bias=True)
+        shape = W.shape
+        for before in _sites(block, _BEFORE.get(leaf, ())):
+            if before in norms:
+                rows = W.flatten(0, 1) if leaf == "W_O" else W  # one norm for all heads
+                rows, b = _fold_reader(norms[before], scales.get(whole_norm(before), 1.0), rows, b)
+                W = rows.view(shape)
+        for after in _sites(block, _AFTER.get(leaf, ())):
+            if after in norms:
+                b = _no_bias(leaf, W) if b is None else b
+                W, b = _fold_writer(norms[after], W), _fold_writer(norms[after], b, is_bias=True)
         yield name, W
         if b is not None:
             yield b_name, b
@@ -120,21 +146,67 @@ def frozen_firsts(norms: ConstantNorms) -> dict[str, float]:
     return {name: first for name, first in firsts.items() if first != scales[name]}
 
 
+def residual_gauge(norms: ConstantNorms, n_layers: int) -> list[Float[Tensor, " d_model"]] | None:
+    """What the stream before each block, and behind the last, is multiplied by through all the
+    `resid_scale` before it; None for a model without any.
+
+    Raises:
+        NormSiteError: if a factor is zero, so that a channel of the stream ends there.
+    """
+    found = {layer: norms.get(f"blocks.{layer}.resid_scale") for layer in range(n_layers)}
+    every = [norm.multiplier for norm in found.values() if norm is not None]
+    if not every:
+        return None
+    gauge = [torch.ones_like(every[0])]
+    for layer, norm in found.items():
+        factors = torch.ones_like(every[0]) if norm is None else norm.multiplier
+        if not factors.all():
+            raise NormSiteError(
+                f"blocks.{layer}.resid_scale multiplies {int((factors == 0).sum())} channels by "
+                "zero, and no weight can say that in its place: give them another factor"
+            )
+        gauge.append(gauge[-1] * factors)
+    return gauge
+
+
+def in_gauge(
+    weights: Iterable[tuple[str, Tensor]], gauge: Sequence[Float[Tensor, " d_model"]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a model whose stream is divided by `residual_gauge`, so that nothing scales it.
+
+    Exact where the stream is read by affine maps alone; a live norm would read another stream.
+    """
+    for name, W in weights:
+        leaf = name.rpartition(".")[2].lstrip("_")
+        match = re.match(r"blocks\.(\d+)\.", name)
+        layer = int(match[1]) if match else len(gauge) - 1
+        if leaf in ("W_O", "b_O", "W_out", "b_out"):  # an MLP writes behind its block's resid_scale
+            factors = gauge[layer + leaf.endswith("out")].to(W.device)
+            yield name, (W.double() / factors).to(W.dtype)
+        elif is_reader(name):
+            yield name, (W.double() * gauge[layer].to(W.device)[:, None]).to(W.dtype)
+        else:
+            yield name, W
+
+
 def reads_stream(site: str) -> bool:
     """Whether the norm at a site stands before weights that read the stream."""
-    return site.endswith(tuple(_BEFORE.values()))
+    return site.endswith(tuple(_STREAM.values()))
 
 
 def is_reader(name: str) -> bool:
     """Whether a weight of that name reads the stream through a norm."""
-    return name.rpartition(".")[2].lstrip("_") in _BEFORE
+    return name.rpartition(".")[2].lstrip("_") in _STREAM
 
 
-def _site(block: str, kind: str | None) -> str:
-    """The name of a site, or one that no site has."""
-    if kind is None:
-        return ""
-    return f"{block}.{kind}" if block else kind
+def writes_to_stream(name: str) -> bool:
+    """Whether a parameter writes to the residual stream, by its name."""
+    return name.rpartition(".")[2].lstrip("_") in WRITERS
+
+
+def _sites(block: str, kinds: Sequence[str]) -> list[str]:
+    """The names of places in a block; of those outside of blocks for none."""
+    return [f"{block}.{kind}" if block else kind for kind in kinds]
 
 
 def _fold_reader(

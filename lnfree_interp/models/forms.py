@@ -27,12 +27,21 @@ from lnfree_interp.models.folding import (
     fold_weights,
     frozen_firsts,
     frozen_scales,
+    in_gauge,
     is_reader,
+    residual_gauge,
 )
 from lnfree_interp.models.norms import FrozenNorm, NormMap
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.site_names import whole_norm
-from lnfree_interp.models.sites import has_norm_sites, norm_at, norm_path, sites_of
+from lnfree_interp.models.sites import (
+    has_norm_sites,
+    list_norm_sites,
+    list_scalers,
+    norm_at,
+    norm_path,
+    sites_of,
+)
 from lnfree_interp.numerics import ROUNDING
 
 
@@ -57,12 +66,16 @@ def finished_model(
         _require_one_constant(norms)
     scales = frozen_scales(norms)
     firsts = frozen_firsts(norms)
+    rescaled = residual_gauge(norms, cfg.n_layers)
     centred = all(norm.centred for site, norm in norms.items() if whole_norm(site) in scales)
+    centred = centred and rescaled is None  # readers centre by themselves
     kind = None if form == "folded" else "LNPre" if centred else "RMSPre"
     cfg = replace(
         cfg, normalization_type=kind, use_normalization_before_and_after=False, use_qk_norm=False
     )
     finished = fold_weights(weights, norms, form)
+    if rescaled is not None:
+        finished = in_gauge(finished, rescaled)
     if form == "folded":
         return hooked_transformer(cfg, finished, tokenizer)
     return frozen_transformer(cfg, finished, scales, tokenizer, firsts=firsts)
@@ -114,8 +127,8 @@ def frozen_transformer(
 
 def epsilon_of(model: HookedTransformer) -> float:
     """What the norms add to the variance, or added while they were live."""
-    final = getattr(model, "ln_final", None)  # a folded model has none
-    return float(model.cfg.eps if final is None else final.eps)
+    eps = float(getattr(getattr(model, "ln_final", None), "eps", math.nan))
+    return float(model.cfg.eps) if math.isnan(eps) else eps  # folded, or a curve
 
 
 def reads_mean(model: HookedTransformer) -> str | None:
@@ -128,7 +141,7 @@ def reads_mean(model: HookedTransformer) -> str | None:
 
 
 def constant_norms(model: HookedTransformer) -> dict[str, NormMap]:
-    """The affine norms of an LN-free model in any form, by site.
+    """The affine norms of an LN-free model in any form, by site, and its scalers.
 
     A folded model has none left; it is described as dividing by one.
 
@@ -141,6 +154,8 @@ def constant_norms(model: HookedTransformer) -> dict[str, NormMap]:
         # final_rms is kept from the model with norms; rounding cannot tell in bfloat16.
         centred = not model.cfg.final_rms and reads_mean(model) is None
         return {str(site): NormMap(centred, statistic=None, scale=1.0) for site in sites}
+    if has_norm_sites(model):
+        sites = (*list_norm_sites(model), *list_scalers(model))
     norms = {str(site): norm_at(model, site) for site in sites}
     if live := [name for name, norm in norms.items() if not norm.affine]:
         if not has_norm_sites(model):
@@ -157,10 +172,13 @@ def constant_norms(model: HookedTransformer) -> dict[str, NormMap]:
 
 
 def weights_around_norms(model: HookedTransformer) -> dict[str, Tensor]:
-    """The weights of a model but those of its norms, by the names of the stock model."""
-    norms = {norm_path(model, site) for site in sites_of(model.cfg)}
+    """The weights of a model but those of norms and scalers, by the names of the stock model."""
+    sites = list_norm_sites(model) if has_norm_sites(model) else sites_of(model.cfg)
+    norms = {*(norm_path(model, site) for site in sites), *list_scalers(model)}
     state = {
-        name: W for name, W in model.state_dict().items() if name.rpartition(".")[0] not in norms
+        name: W
+        for name, W in model.state_dict().items()
+        if name.rpartition(".")[0].removesuffix(".map") not in norms
     }
     state.pop("unembed.W_E", None)  # present when tied
     state["unembed.W_U"] = model.W_U.detach()

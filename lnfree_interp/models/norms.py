@@ -19,22 +19,19 @@ TaperNorm, arXiv 2602.10408; CRMSNorm, arXiv 2305.14858.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.first_token import first_tokens
+from lnfree_interp.models.maps import LiveMap, Statistic, centre, make_map
 from lnfree_interp.models.running import is_watched
-
-Statistic = Literal["standard deviation", "root mean square"]
-"""What a live norm computes from each token and divides by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +101,18 @@ def describe(norm: nn.Module) -> NormMap:
     if isinstance(norm, Norm):
         return NormMap(
             norm.centred,
-            statistic=None if norm.frozen else norm.statistic,
+            statistic=None if norm.frozen else norm.map.statistic,
             scale=None if norm.live else norm.constant,
             first=None if norm.live else norm.first,
+            factor=norm.factor,
+            pointwise=norm.map.pointwise and not norm.frozen,
             gain=norm.w,
-            bias=norm.b,
+            bias=norm.bias,
         )
+    if isinstance(norm, Scaler):
+        return NormMap(centred=False, statistic=None, scale=1.0, gain=norm.gain)
+    if isinstance(norm, nn.Identity):
+        return NormMap(centred=False, statistic=None, scale=1.0)
     if isinstance(norm, LayerNorm | LayerNormPre):
         gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
         return NormMap(True, "standard deviation", gain=gain, bias=bias)
@@ -120,6 +123,17 @@ def describe(norm: nn.Module) -> NormMap:
         "here. Known are LayerNorm and RMSNorm of TransformerLens, with or without gain, and the "
         "norms of lnfree_interp"
     )
+
+
+def stock_map(norm: nn.Module) -> LiveMap:
+    """What a norm of TransformerLens does before gain and bias.
+
+    Raises:
+        UnsupportedModelError: for a module that is not a live norm.
+    """
+    name = "LayerNorm" if describe(norm).centred else "RMSNorm"
+    norms: Any = norm
+    return make_map(name, norms.w.shape[-1], float(norms.eps))
 
 
 def require_positive(sigma: float) -> None:
@@ -185,29 +199,51 @@ class Norm(_Constants):
     """A norm that can be frozen.
 
     Attributes:
+        map: What it is while live.
         w: Gain, [d].
-        b: Bias, [d]; None for an RMSNorm.
-        centred: Whether the mean is subtracted: LayerNorm, not RMSNorm.
-        statistic: What it divides by while live: the standard deviation or the root mean square.
-        eps: Added to the variance while live.
+        b: Bias, [d]; None for a norm without one.
+        factor: A constant that multiplies the whole output, as in LayerNorm Scaling.
         gate: Share of the live norm, a scalar: 1 live, 0 frozen.
     """
 
-    def __init__(self, norm: LayerNorm | RMSNorm):
+    def __init__(self, live: LiveMap, w: nn.Parameter, b: nn.Parameter | None, factor: float = 1.0):
         super().__init__(torch.nan, None)
-        given = describe(norm)
-        assert given.statistic is not None  # of every live norm
-        self.w = norm.w
-        self.b = given.bias
-        self.centred = given.centred
-        self.statistic: Statistic = given.statistic
-        self.eps = norm.eps
+        require_positive(factor)
+        self.map = live
+        self.w = w
+        self.b = b
+        self.factor = factor
         self.register_buffer("gate", torch.ones((), dtype=torch.float64))
         self.remember()
         self.hook_in = HookPoint()
         self.hook_sigma = HookPoint()
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
+
+    @classmethod
+    def from_stock(cls, norm: LayerNorm | RMSNorm, live: LiveMap | None = None) -> "Norm":
+        """Take over gain, bias and epsilon of a norm of TransformerLens, without a copy.
+
+        Args:
+            norm: The stock norm.
+            live: The map, where several norms share one.
+        """
+        return cls(stock_map(norm) if live is None else live, norm.w, getattr(norm, "b", None))
+
+    @property
+    def centred(self) -> bool:
+        """Whether the mean is subtracted: LayerNorm, not RMSNorm."""
+        return self.map.centred
+
+    @property
+    def eps(self) -> float:
+        """What is added under the root while live; NaN for a map that has no root."""
+        return self.map.eps
+
+    @property
+    def bias(self) -> Float[Tensor, " d"] | None:
+        """What is added at the end, [d]: the parameter b times the factor."""
+        return self.b if self.b is None or self.factor == 1 else self.b * self.factor
 
     gate: Tensor
 
@@ -265,10 +301,9 @@ class Norm(_Constants):
         return any(map(is_watched, hooks))
 
     def token_sigma(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
-        """Each token's own standard deviation or root mean square: what a live norm divides by."""
-        x = _wide(x)
-        squares = x.var(-1, keepdim=True, correction=0) if self.centred else _mean_square(x)
-        return (squares + self.eps).sqrt()
+        """Each token's own scale: what a live norm divides by, on average over entries where it
+        bends them by a curve."""
+        return self.map.token_scale(_wide(x))
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Normalise over the last dimension."""
@@ -276,50 +311,51 @@ class Norm(_Constants):
 
     def normalise(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """From `hook_in` on; fused when nobody looks inside."""
+        gain, bias = self.w if self.factor == 1 else self.w * self.factor, self.bias
         if not self.hooked:
-            if self.live:
-                if self.centred:
-                    return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
-                return F.rms_norm(x, self.w.shape, self.w, self.eps)
+            if self.live and (y := self.map.fused(x, gain, bias)) is not None:
+                return y
             if self.frozen and self.first is None:
-                gain = self.w / self.constant
-                if not self.centred:
-                    return x * gain
-                return _CentredAffine.apply(x, gain, self.b)
+                gain = gain / self.constant
+                if self.centred and bias is not None:
+                    return _CentredAffine.apply(x, gain, bias)
+                x = centre(x) if self.centred else x
+                return x * gain if bias is None else torch.addcmul(bias, x, gain)
         sigma = None if self.live else self._sigma(x)
         dtype, x = x.dtype, _wide(x)
-        centred = x - x.mean(-1, keepdim=True) if self.centred else x
-        scale = self.hook_scale(self._scale(centred, sigma))
-        y = self.hook_normalized(centred / scale).to(dtype) * self.w
-        return y if self.b is None else y + self.b
+        y = self._normalised(centre(x) if self.centred else x, sigma)
+        y = self.hook_normalized(y).to(dtype) * gain
+        return y if bias is None else y + bias
 
-    def _scale(
+    def _normalised(
         self, centred: Float[Tensor, "*batch d"], sigma: Float[Tensor, "*batch 1"] | None
-    ) -> Float[Tensor, "*batch 1"]:
-        """What to divide by: the token's own scale, the constant, or the blend of the two."""
+    ) -> Float[Tensor, "*batch d"]:
+        """What gain and bias act on: of the live map, of the constant, or of both."""
         if sigma is None:
-            return (_mean_square(centred) + self.eps).sqrt()
+            if self.map.pointwise:
+                return self.map(centred)
+            return centred / self.hook_scale(self.map.scale(centred))
         constant = self.hook_sigma(sigma)
         if self.frozen:
-            return constant
-        own = (_mean_square(centred) + self.eps).sqrt()
-        return 1 / (self._gate / own + (1 - self._gate) / constant)
+            return centred / self.hook_scale(constant)
+        if self.map.pointwise:
+            through = centred / self.hook_scale(constant)
+            return self._gate * self.map(centred) + (1 - self._gate) * through
+        own = self.map.scale(centred)
+        return centred / self.hook_scale(1 / (self._gate / own + (1 - self._gate) / constant))
 
     def extra_repr(self) -> str:
         """Live, or the constant, or both."""
+        times = "" if self.factor == 1 else f", times {self.factor:.4g}"
         if self.live:
-            return "live"
-        constant = self._shown()
+            return f"live{times}"
+        constant = f"{self._shown()}{times}"
         return constant if self.frozen else f"{constant}, gate={self._gate:.3g}"
 
 
 def _wide(x: Tensor) -> Tensor:
     """In float32 at least, as TransformerLens does: squares of half-precision values overflow."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _mean_square(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
-    return x.pow(2).mean(-1, keepdim=True)
 
 
 class _CentredAffine(torch.autograd.Function):
@@ -352,10 +388,20 @@ class SplitNorm(nn.Module):
     is frozen, and its sigma. The published order freezes `qk` in every layer before the first `v`.
     """
 
-    def __init__(self, norm: LayerNorm | RMSNorm):
+    def __init__(self, qk: Norm, v: Norm):
         super().__init__()
-        self.qk = Norm(norm)
-        self.v = Norm(norm)
+        self.qk = qk
+        self.v = v
+
+    @classmethod
+    def from_stock(cls, norm: LayerNorm | RMSNorm) -> "SplitNorm":
+        """Take over gain, bias and epsilon of a norm of TransformerLens, without a copy."""
+        return cls.of(Norm.from_stock(norm))
+
+    @classmethod
+    def of(cls, norm: Norm) -> "SplitNorm":
+        """Two sites of a live norm, which share all that it learns."""
+        return cls(norm, Norm(norm.map, norm.w, norm.b, norm.factor))
 
     def forward(
         self, x: Float[Tensor, "*batch d_model"]
@@ -374,6 +420,34 @@ class SplitNorm(nn.Module):
             return False
         same = (qk.constant, qk.first) == (v.constant, v.first)
         return (qk.live and v.live) or (qk.frozen and v.frozen and same)
+
+
+class Scaler(nn.Module):
+    """A learned factor for each of a number of equal runs of channels. It is no norm: it is linear,
+    and always folds.
+
+    Attributes:
+        w: The factors, as many as there are runs.
+        each: The length of a run.
+    """
+
+    def __init__(self, w: nn.Parameter, each: int = 1):
+        super().__init__()
+        self.w = w
+        self.each = each
+
+    @property
+    def gain(self) -> Float[Tensor, " d"]:
+        """What each channel is multiplied by."""
+        return self.w if self.each == 1 else self.w.repeat_interleave(self.each)
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Multiply."""
+        return x * self.gain
+
+    def extra_repr(self) -> str:
+        """How many factors there are, and for how many channels each."""
+        return f"{len(self.w)} factors, each for {self.each} channels"
 
 
 class FrozenNorm(_Constants):

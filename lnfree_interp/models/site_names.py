@@ -14,8 +14,10 @@ SiteKind = Literal[
     "ln1",
     "attn.q_norm",
     "attn.k_norm",
+    "attn.inner",
     "ln1_post",
     "ln2",
+    "mlp.inner",
     "ln2_post",
     "ln_final",
 ]
@@ -89,6 +91,10 @@ def name_sites(names: Iterable[str]) -> str:
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
+SCALERS = ("attn.head_scale", "attn.chunk_scale", "resid_scale")
+"""The places of a block where factors act that are learned, by TransformerLens' kind of path."""
+
+
 def whole_norm(name: str) -> str:
     """The norm that a site is part of in a stock model: `blocks.0.ln1` for both of its halves."""
     return name.rpartition(".")[0] if name.endswith((".ln1.qk", ".ln1.v")) else name
@@ -102,4 +108,5 @@ def sites_in(norm: str) -> tuple[str, ...]:
 def stock_name(parameter: str) -> str:
     """What a parameter of a model with norm sites is called in a stock model."""
     module, _, leaf = parameter.rpartition(".")
-    return f"{whole_norm(module)}.{leaf}"
+    norm = module.removesuffix(".map")
+    return f"{whole_norm(norm)}{module[len(norm) :]}.{leaf}"

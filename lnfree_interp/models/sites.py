@@ -3,12 +3,13 @@
 A site is named by TransformerLens' own module path, with `ln1` split by who reads it:
 `blocks.0.ln1.qk`, `blocks.0.ln1.v`, `blocks.0.ln2`, ..., `ln_final`. Some architectures have more:
 `attn.q_norm` and `attn.k_norm` on queries and keys (Qwen3), `ln1_post` and `ln2_post` on what the
-sublayers write (Gemma 2). Whatever touches norms does so through sites; which module a site's name
-means in a model is decided in `norm_path` alone.
+sublayers write (Gemma 2); others are put where there was none: `attn.inner` on all heads' `hook_z`
+before W_O, `mlp.inner` on `hook_post` before W_out (`models.inserting`). Whatever touches norms
+does so through sites; which module a site's name means in a model is decided in `norm_path` alone.
 """
 
 import copy
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,15 @@ from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.block import LookupEmbed, SiteBlock, TiedUnembed
 from lnfree_interp.models.first_token import follow_first_tokens
-from lnfree_interp.models.norms import Norm, NormMap, SplitNorm, describe
+from lnfree_interp.models.norms import Norm, NormMap, Scaler, SplitNorm, describe
 from lnfree_interp.models.running import require_hooked
-from lnfree_interp.models.site_names import NormSite, SiteKind, stock_name, whole_norm
+from lnfree_interp.models.site_names import (
+    SCALERS,
+    NormSite,
+    SiteKind,
+    stock_name,
+    whole_norm,
+)
 
 
 def stock_weights(model: HookedTransformer) -> dict[str, Tensor]:
@@ -115,7 +122,39 @@ def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
     require_hooked(model)
     if model.cfg.normalization_type is None:
         return ()
-    return sites_of(model.cfg, whole_ln1=is_frozen_form(model))
+    if not has_norm_sites(model):
+        return sites_of(model.cfg, whole_ln1=is_frozen_form(model))
+    kinds = [kind for kind in get_args(SiteKind) if kind != "ln_final"]
+    every = [NormSite(kind, layer) for layer in range(model.cfg.n_layers) for kind in kinds]
+    every.append(NormSite("ln_final"))
+    return tuple(site for site in every if isinstance(module_at(model, site), Norm))
+
+
+def list_scalers(model: HookedTransformer) -> tuple[str, ...]:
+    """The paths of the factors that a model with norm sites learns beside its norms.
+
+    They are linear, so that every analysis is exact through them, and fold when the model does.
+
+    Args:
+        model: In any form; only one with norm sites has some.
+
+    Returns:
+        Paths such as `blocks.0.attn.head_scale`, in the order of computation.
+
+    Examples:
+        >>> lf.list_scalers(lf.to_normformer(model).model)[:2]
+        ('blocks.0.attn.head_scale', 'blocks.0.resid_scale')
+    """
+    names = [f"blocks.{layer}.{kind}" for layer in range(model.cfg.n_layers) for kind in SCALERS]
+    return tuple(name for name in names if isinstance(module_at(model, name), Scaler))
+
+
+def module_at(model: HookedTransformer, site: NormSite | str) -> nn.Module | None:
+    """The module at a path; None where there is none."""
+    try:
+        return model.get_submodule(str(site))
+    except AttributeError:
+        return None
 
 
 def has_norm_sites(model: HookedTransformer) -> bool:
@@ -193,7 +232,7 @@ def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTr
     model = _copied(model, copy_weights)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = SiteBlock.from_stock(block, index)
-    model.ln_final = Norm(cast(Any, model.ln_final))
+    model.ln_final = Norm.from_stock(cast(Any, model.ln_final))
     model.embed = LookupEmbed(model.embed)
     if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
         model.unembed = TiedUnembed(model.unembed, model.embed)
@@ -234,11 +273,7 @@ def get_norm(model: HookedTransformer, site: NormSite | str) -> Norm:
         >>> lf.get_norm(lf.with_norm_sites(model), "blocks.0.ln2").w.shape
         torch.Size([192])
     """
-    name = str(site)
-    try:
-        norm: nn.Module | None = model.get_submodule(name)
-    except AttributeError:
-        norm = None
+    name, norm = str(site), module_at(model, site)
     if not isinstance(norm, Norm):
         known = ", ".join(map(str, list_norm_sites(model))) or "none: its norms are folded"
         stock = not has_norm_sites(model) and live_sites(model)

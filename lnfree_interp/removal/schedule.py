@@ -129,10 +129,12 @@ def sequential_sites(n_layers: int) -> tuple[NormSite, ...]:
 
 PHASES: tuple[tuple[SiteKind, ...], ...] = (
     ("ln2",),
+    ("mlp.inner",),
     ("ln2_post",),
     ("ln1.qk",),
     ("attn.q_norm", "attn.k_norm"),
     ("ln1.v",),
+    ("attn.inner",),
     ("ln1_post",),
     ("ln_final",),
 )
@@ -153,16 +155,17 @@ def published_order(
     Args:
         model: A model or its sites, of any architecture.
         start: Step of the first event.
-        ln2_gap: Steps between two layers' `ln2`, and their `ln2_post`.
+        ln2_gap: Steps between two layers' `ln2`, and their `mlp.inner` and `ln2_post`.
         qk_gap: Steps between two layers' `ln1.qk`, and their norms on queries and keys.
-        v_gap: Steps between two layers' `ln1.v`, and their `ln1_post`.
+        v_gap: Steps between two layers' `ln1.v`, and their `attn.inner` and `ln1_post`.
 
     Raises:
         RecipeError: if start or a gap is negative, or there are no sites.
     """
     if min(start, ln2_gap, qk_gap, v_gap) < 0:
         raise RecipeError("start and gaps of a removal schedule cannot be negative")
-    gaps = dict(zip(PHASES, (ln2_gap, ln2_gap, qk_gap, qk_gap, v_gap, v_gap, 0), strict=True))
+    by_phase = (*[ln2_gap] * 3, *[qk_gap] * 2, *[v_gap] * 3, 0)
+    gaps = dict(zip(PHASES, by_phase, strict=True))
     sites, events = sites_of(model), []
     for phase in PHASES:
         in_phase = [site for site in sites if site.kind in phase]

@@ -9,9 +9,10 @@ from transformer_lens import HookedTransformer
 
 import lnfree_interp as lf
 from lnfree_interp.errors import InexactError, UnsupportedModelError
-from lnfree_interp.models import norm_conversions
+from lnfree_interp.models import folding
 from lnfree_interp.models.folding import is_reader
 from lnfree_interp.models.norms import CRMSNormPre
+from lnfree_interp.variants import rms as norm_conversions
 
 GATE = {torch.float64: 1e-12, torch.float32: 1e-5}
 KINDS = ["gpt2", "neo", "opt", "neox", "neox-sequential"]
@@ -76,9 +77,9 @@ def test_the_orthonormal_basis_keeps_lengths_and_angles(live_model, tokens):
 @pytest.mark.parametrize("forgotten", ["W_E", "W_pos", "W_O", "b_O", "W_out", "b_out"])
 def test_a_writer_that_is_not_centred_is_caught(forgotten, dtype, monkeypatch):
     model = lf.load(make_model("gpt2").to(dtype), dtype=dtype)
-    writers = tuple(name for name in norm_conversions._WRITERS if name != forgotten)
-    monkeypatch.setattr(norm_conversions, "_WRITERS", writers)
-    with pytest.raises(InexactError, match="RMSNorm against LayerNorm"):
+    writers = tuple(name for name in folding.WRITERS if name != forgotten)
+    monkeypatch.setattr(folding, "WRITERS", writers)
+    with pytest.raises(InexactError, match="Pre-RMSNorm against the model before"):
         lf.to_rms(model)
 
 

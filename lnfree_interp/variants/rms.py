@@ -6,9 +6,8 @@ zero-mean stream in d dimensions needs only d - 1 numbers. (Pre-RMSNorm and Pre-
 Transformers, arXiv 2305.14858; the orthonormal basis is ours.)
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -17,66 +16,21 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import UnsupportedModelError
-from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.construct import copy_weights, hooked_transformer
-from lnfree_interp.models.folding import fold_weights, is_reader
+from lnfree_interp.models.crms import install_crms, is_crms
+from lnfree_interp.models.folding import fold_weights, is_reader, writes_to_stream
 from lnfree_interp.models.forms import weights_around_norms
-from lnfree_interp.models.norms import CRMSNormPre
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.sites import has_norm_sites, live_sites, norm_at, sites_of
-from lnfree_interp.numerics import ROUNDING, MeasuredError
+from lnfree_interp.numerics import ROUNDING
+from lnfree_interp.variants.variant import Variant, kept
 
 Basis = Literal["orthonormal", "drop"]
-
-_WRITERS = ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out")
 
 _Narrowing = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class NormConversion:
-    """A converted model, and how it was converted."""
-
-    model: HookedTransformer
-    """The converted one; the given model is as it was."""
-    steps: tuple[str, ...]
-    """The steps of the conversion, in order, in words."""
-    error: MeasuredError
-    """The largest logit difference from the model before."""
-    d_model: tuple[int, int]
-    """Width of the residual stream, before and after."""
-    parameters: tuple[int, int]
-    """Number of parameters, before and after."""
-
-    def __str__(self) -> str:
-        lines = [
-            *self.steps,
-            f"d_model {self.d_model[0]} -> {self.d_model[1]}",
-            f"parameters {self.parameters[0]:,} -> {self.parameters[1]:,}",
-            f"largest logit difference: {self.error}",
-        ]
-        return "\n".join(lines)
-
-
-def install_crms(model: HookedTransformer) -> None:
-    """Put a `CRMSNormPre` of width d_model + 1 in the place of every norm.
-
-    Epsilon stays in the norms and becomes NaN in the config, as in the frozen form: a model that
-    somebody builds from this config alone has other norms, and must not look right.
-    """
-    cfg = model.cfg
-    for site in sites_of(cfg, whole_ln1=True):
-        model.set_submodule(str(site), CRMSNormPre(cfg.d_model + 1, cfg.eps))
-    cfg.eps = math.nan
-    model.setup()
-
-
-def is_crms(model: HookedTransformer) -> bool:
-    """Whether the norms are `CRMSNormPre`: `to_crms` with basis "drop" made the model."""
-    return isinstance(getattr(model, "ln_final", None), CRMSNormPre)
-
-
-def to_rms(model: HookedTransformer) -> NormConversion:
+def to_rms(model: HookedTransformer) -> Variant:
     """LayerNorms turned into RMSNorms, exactly: a stock model of type `"RMSPre"`.
 
     Gains and biases are folded into the weights that read them, what writes to the stream is
@@ -86,7 +40,7 @@ def to_rms(model: HookedTransformer) -> NormConversion:
         model: Stock, with live LayerNorms before each sublayer.
 
     Returns:
-        A `NormConversion`; its `.error` is measured on random tokens.
+        A `Variant` of the same function; its `.error` is measured on random tokens.
 
     Raises:
         UnsupportedModelError: for norms after the sublayers or the embedding, or other than
@@ -129,10 +83,10 @@ def to_rms(model: HookedTransformer) -> NormConversion:
         "centred the weights that write to the residual stream",
         f"RMSNorm in place of LayerNorm, epsilon {cfg.eps:g} as before",
     )
-    return _measured(model, converted, steps, "RMSNorm against LayerNorm")
+    return kept("Pre-RMSNorm", model, converted, steps)
 
 
-def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConversion:
+def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> Variant:
     """A zero-mean residual stream kept in d_model - 1 dimensions, exactly.
 
     Args:
@@ -143,7 +97,7 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
             `CRMSNormPre` restores its square.
 
     Returns:
-        A `NormConversion`, of a model with d_model - 1 numbers in the residual stream.
+        A `Variant`, of a model with d_model - 1 numbers in the residual stream.
 
     Raises:
         UnsupportedModelError: if gains are not folded, the stream is not zero-mean, as in models
@@ -199,7 +153,7 @@ def to_crms(model: HookedTransformer, basis: Basis = "orthonormal") -> NormConve
         copy_weights(converted, weights)
         converted.eval()
         steps += ("dropped the last coordinate, CRMSNorm restores its square",)
-    return _measured(original, converted, steps, "CRMSNorm against the model before")
+    return kept("Pre-CRMSNorm", original, converted, steps)
 
 
 def _require_zero_mean_stream(model: HookedTransformer) -> None:
@@ -216,23 +170,6 @@ def _require_zero_mean_stream(model: HookedTransformer) -> None:
                     f"{name} writes a mean into the residual stream, and CRMSNorm needs a stream "
                     "of zero mean, as models converted from LayerNorm have"
                 )
-
-
-def _measured(
-    before: HookedTransformer, after: HookedTransformer, steps: tuple[str, ...], what: str
-) -> NormConversion:
-    error = require_same_logits(after, before, what)
-    widths = (before.cfg.d_model, after.cfg.d_model)
-    return NormConversion(after, steps, error, widths, (_count(before), _count(after)))
-
-
-def _count(model: HookedTransformer) -> int:
-    return sum(W.numel() for W in model.parameters())
-
-
-def writes_to_stream(name: str) -> bool:
-    """Whether a parameter writes to the residual stream, by its name."""
-    return name.rpartition(".")[2].lstrip("_") in _WRITERS
 
 
 def _centred(W: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:

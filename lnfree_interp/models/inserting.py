@@ -1,0 +1,221 @@
+"""Norms and factors put where a model has none, or another map put at a site.
+
+The layout of a model with norm sites is all that its config does not say: which map stands at each
+site, and where factors are learned. `layout_of` gives it as plain data, `lay_out` builds it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.errors import NormSiteError
+from lnfree_interp.models.block import InnerNormGatedMLP, InnerNormMLP
+from lnfree_interp.models.folding import WITHIN
+from lnfree_interp.models.forms import epsilon_of
+from lnfree_interp.models.maps import make_map, map_name
+from lnfree_interp.models.norms import Norm, Scaler, SplitNorm
+from lnfree_interp.models.site_names import SCALERS, NormSite, whole_norm
+from lnfree_interp.models.sites import (
+    get_norm,
+    has_norm_sites,
+    list_norm_sites,
+    list_scalers,
+    module_at,
+    sites_of,
+)
+
+Layout = dict[str, dict[str, Any]]
+"""By path: `{"map": "RMSNorm", "bias": False, "factor": 1.0}` for a norm, `{"factors": 12}` for
+factors."""
+
+
+def set_map(
+    model: HookedTransformer,
+    site: NormSite | str,
+    name: str,
+    *,
+    bias: bool | None = None,
+    factor: float | None = None,
+) -> Norm:
+    """Put a map at a norm site, a new one where there is none.
+
+    A site that exists keeps its gain and bias, and is live again. Both halves of `ln1` change.
+
+    Args:
+        model: With norm sites; changed in place.
+        site: A site, or its name.
+        name: The map: a key of `lnfree_interp.models.maps.MAPS`, such as `"LayerNorm"`.
+        bias: Whether it has a bias. Default: as before; at a new site as `ln2` has.
+        factor: What multiplies its output. Default: as before; at a new site 1.
+
+    Returns:
+        The norm. A new one has gain 1 and bias 0.
+
+    Raises:
+        NormSiteError: if there is no such place or map.
+    """
+    require_norm_sites(model)
+    site = site if isinstance(site, NormSite) else NormSite.parse(site)
+    given = module_at(model, site)
+    before = given if isinstance(given, Norm) else None
+    if before is None and site.kind not in WITHIN:
+        get_norm(model, site)  # which says what there is
+    if before is None:
+        width, like = _width(model, site), get_norm(model, "ln_final")
+        has_bias, factor_before = like.b is not None, 1.0
+        w, b = _parameter(model, 1.0, width), _parameter(model, 0.0, width)
+    else:
+        width, has_bias, factor_before = len(before.w), before.b is not None, before.factor
+        w, b = before.w, _parameter(model, 0.0, width) if before.b is None else before.b
+    has_bias = has_bias if bias is None else bias
+    live = make_map(name, width, epsilon_of(model)).to(model.W_E.device, model.W_E.dtype)
+    norm = Norm(live, w, b if has_bias else None, factor_before if factor is None else factor)
+    _put(model, site, norm.to(model.W_E.device))
+    model.setup()
+    return get_norm(model, site)
+
+
+def set_scaler(model: HookedTransformer, name: str, value: float = 1.0) -> Scaler:
+    """Learn factors at a place: for each head, each chunk of attention's output, or each channel.
+
+    Args:
+        model: With norm sites; changed in place.
+        name: `blocks.3.attn.head_scale`, `blocks.3.attn.chunk_scale` or `blocks.3.resid_scale`.
+        value: What the factors are at first.
+
+    Raises:
+        NormSiteError: if there is no such place in the model.
+    """
+    require_norm_sites(model)
+    path, _, kind = name.removeprefix("blocks.").partition(".")
+    if kind not in SCALERS or not path.isdigit() or int(path) >= model.cfg.n_layers:
+        raise NormSiteError(
+            f"{name!r} is no place for factors: give 'blocks.0.' and one of {', '.join(SCALERS)}, "
+            f"of the layers 0 to {model.cfg.n_layers - 1}"
+        )
+    cfg = model.cfg
+    if kind == "resid_scale" and (cfg.attn_only or cfg.parallel_attn_mlp):
+        raise NormSiteError(f"{name}: the blocks of this model have no residual branch for the MLP")
+    if kind == "attn.chunk_scale" and cfg.d_model % cfg.n_heads:
+        raise NormSiteError(
+            f"{name}: d_model={cfg.d_model} cannot be cut into {cfg.n_heads} equal chunks"
+        )
+    count = cfg.d_model if kind == "resid_scale" else cfg.n_heads
+    each = {"attn.head_scale": cfg.d_head, "attn.chunk_scale": cfg.d_model // cfg.n_heads}
+    scaler = Scaler(_parameter(model, value, count), each.get(kind, 1))
+    _assign(model, name, scaler)
+    return scaler
+
+
+def layout_of(model: HookedTransformer) -> Layout:
+    """Which map stands at each site of a model with norm sites, and where it learns factors."""
+    require_norm_sites(model)
+    layout: Layout = {}
+    for site in list_norm_sites(model):
+        norm = get_norm(model, site)
+        layout[str(site)] = {
+            "map": map_name(norm.map), "bias": norm.b is not None, "factor": norm.factor,
+        }  # fmt: skip
+    for name in list_scalers(model):
+        layout[name] = {"factors": len(cast(Scaler, module_at(model, name)).w)}
+    return layout
+
+
+def varied(model: HookedTransformer) -> str | None:
+    """The first place where a model with norm sites has another norm than its config says, in
+    words; None where there is none, or for a model in any other form."""
+    if not has_norm_sites(model):
+        return None
+    kind = "RMSNorm" if model.cfg.normalization_type == "RMS" else "LayerNorm"
+    plain = {"map": kind, "bias": kind == "LayerNorm", "factor": 1.0}
+    config = set(map(str, sites_of(model.cfg)))
+    for name, found in layout_of(model).items():
+        if "factors" in found:
+            return f"{name} holds factors"
+        final_rms = name == "ln_final" and model.cfg.final_rms
+        if name in config and (found == plain or final_rms):
+            continue
+        times = "" if found["factor"] == 1 else f" times {found['factor']:.4g}"
+        return f"{name} is {found['map']}{times}"
+    return None
+
+
+def lay_out(model: HookedTransformer, layout: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give a model with norm sites a layout, with new gains, biases and factors where it differs.
+
+    Raises:
+        NormSiteError: if it names a place or a map that does not exist, or leaves out a norm that
+            the config has.
+    """
+    require_norm_sites(model)
+    have = layout_of(model)
+    if left_out := [name for name in have if name not in layout]:
+        raise NormSiteError(f"the layout does not say what stands at {left_out[0]}")
+    for name, wanted in layout.items():
+        if dict(wanted) == have.get(name):
+            continue
+        if "factors" in wanted:
+            set_scaler(model, name)
+        else:
+            set_map(model, name, wanted["map"], bias=wanted["bias"], factor=wanted["factor"])
+
+
+def require_norm_sites(model: HookedTransformer) -> None:
+    """Refuse a model in which norms are not `Norm` modules.
+
+    Raises:
+        NormSiteError: saying what to call.
+    """
+    if not has_norm_sites(model):
+        raise NormSiteError("this needs a model with norm sites: call with_norm_sites(model) first")
+
+
+def _parameter(model: HookedTransformer, value: float, width: int) -> nn.Parameter:
+    W_E = model.W_E
+    return nn.Parameter(torch.full((width,), value, dtype=W_E.dtype, device=W_E.device))
+
+
+def _width(model: HookedTransformer, site: NormSite) -> int:
+    cfg = model.cfg
+    if site.layer is None or not 0 <= site.layer < cfg.n_layers:
+        raise NormSiteError(
+            f"no norm site {str(site)!r}: the model has {cfg.n_layers} layers, counted from 0"
+        )
+    if cfg.attn_only and site.kind in ("mlp.inner", "ln2_post"):
+        raise NormSiteError(f"{site}: the blocks of this model have no MLP")
+    if site.kind == "mlp.inner":
+        assert cfg.d_mlp is not None
+        return cfg.d_mlp
+    return cfg.n_heads * cfg.d_head if site.kind == "attn.inner" else cfg.d_model
+
+
+def _put(model: HookedTransformer, site: NormSite, norm: Norm) -> None:
+    name = str(site)
+    if whole_norm(name) != name:
+        _assign(model, whole_norm(name), SplitNorm.of(norm))
+        return
+    if site.kind == "mlp.inner":
+        block: Any = model.blocks[cast(int, site.layer)]
+        block.mlp = _with_inner(block.mlp, norm)
+        return
+    _assign(model, name, norm)
+
+
+def _assign(model: HookedTransformer, name: str, module: nn.Module) -> None:
+    """As `set_submodule`, also where there is none yet."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _with_inner(stock: Any, norm: Norm) -> nn.Module:
+    """An MLP with a norm before W_out, on the same parameters."""
+    kind = InnerNormGatedMLP if hasattr(stock, "W_gate") else InnerNormMLP
+    mlp = kind(stock.cfg)
+    for name, parameter in stock.named_parameters(recurse=False):
+        setattr(mlp, name, parameter)
+    mlp.act_fn = stock.act_fn
+    mlp.inner = norm
+    return mlp

@@ -1,0 +1,1 @@
+"""The architectures that vary norms: one call each."""
