@@ -99,6 +99,23 @@ def indirect_objects(model: HookedTransformer, n: int = 64) -> tuple[float, floa
     return apart.mean().item(), (apart > 0).float().mean().item()
 
 
+def exactness(model: HookedTransformer) -> None:
+    """What is exact on a model, on one prompt about an indirect object."""
+    trace = lf.trace(model, "When Mary and John went to the store, John gave a drink to")
+    target = lf.LogitDifference(" Mary", " John")
+    asks = {
+        "direct logit attribution by head": lambda: lf.attribute(trace, target, by="head"),
+        "paths": lambda: lf.expand_paths(trace, target),
+    }
+    print("\n| exact, nothing held | error |\n|---|---|")
+    for name, ask in asks.items():
+        try:
+            found = str(ask().verify().error)
+        except lf.errors.LnfreeError as error:
+            found = str(error).partition(":")[0]
+        print(f"| {name} | {found} |")
+
+
 def price_groups(model: HookedTransformer, text: Tensor, heldout: Tensor) -> None:
     """What groups of norms cost without training."""
     print("\n| frozen without training | sites | nats added | KL | top-1 agreement |")
@@ -145,9 +162,11 @@ def main(
     if lnfree is not None:
         models = {"original": original}
         models |= {"vanilla": lf.load(control)} if control is not None else {}
-        models["LN-free"] = lf.load(lnfree)
+        made = lf.load(lnfree)
+        live, every = len(lf.live_sites(made)), len(lf.list_norm_sites(made))
+        models["LN-free" if not live else f"{every - live} of {every} norms removed"] = made
         found = lf.evaluate(models, tokens[8:], original="original", neurons=0, pairs=0)
-        print(found.table())
+        print(found.table().to_text())
         facts, repeated = capitals(original), repetitions(original)
         print("| | capitals | repeated tokens | IOI logit difference | IOI accuracy |")
         print("|---|---|---|---|---|")
@@ -157,6 +176,7 @@ def main(
                 f"| {name} | {recall(model, facts):.2f} | {recall(model, repeated):.2f} | "
                 f"{difference:+.2f} | {accuracy:.2f} |"
             )
+        exactness(made)
     print(
         f"\n{tokens[8:].numel():,} held-out tokens; {time.perf_counter() - began:.0f} s; torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads of "

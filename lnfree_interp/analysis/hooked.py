@@ -17,6 +17,7 @@ from lnfree_interp.models.norms import NormMap, describe
 from lnfree_interp.models.running import Edit, run_and_keep, to_logits, watched
 from lnfree_interp.models.site_names import SCALERS, name_sites
 from lnfree_interp.models.sites import (
+    first_constants,
     has_norm_sites,
     list_scalers,
     live_sites,
@@ -52,13 +53,22 @@ class HookedView(View):
         """What stands inside or behind the sublayers of a model with norm sites, and is in the way
         of a plain sum."""
         sites = [site for site in live_sites(self.model) if site.kind in WITHIN]
-        found = [f"live norms inside or behind the sublayers: {name_sites(map(str, sites))}"]
+        found = [
+            f"live norms inside or behind the sublayers: {name_sites(map(str, sites))}. Freeze "
+            "them first: lf.freeze_for(model, sites, text)"
+        ] * bool(sites)
+        apart = [name for name in first_constants(self.model) if name.endswith(WITHIN)]
+        if apart:
+            found.append(
+                f"constants of their own for first tokens at {name_sites(apart)}: freeze these "
+                "sites with one constant, freeze_site(model, site, sigma)"
+            )
         scales = [name for name in list_scalers(self.model) if name.endswith("resid_scale")]
         scaled = [
             f"factors on the stream itself, {name_sites(scales)} (fold(model) merges them once no "
             "norm is live)"
         ]
-        return found * bool(sites) + scaled * bool(scales)
+        return found + scaled * bool(scales)
 
     def _attention(self, layer: int) -> Attention:
         attn = self.model.blocks[layer].attn
@@ -111,7 +121,8 @@ class HookedView(View):
         if norm.pointwise:
             raise UnsupportedModelError(
                 f"{site} bends each entry by a curve, so that no scale of a token says what it "
-                "does, and nothing can be held: freeze it, or remove the model's norms"
+                "does, and nothing can be held: freeze it, lf.freeze_for(model, [site], text), or "
+                "remove the model's norms"
             )
         return f"{norm_path(self.model, site)}.hook_scale"
 

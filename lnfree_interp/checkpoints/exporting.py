@@ -243,7 +243,7 @@ def _public_name(source: str) -> str:
 
 def _plain_sigma(sigma: Mapping[str, float], model: HookedTransformer) -> dict[str, float]:
     """Constants as plain numbers, positive and finite, of norms or sites of the model."""
-    sites = set(map(str, sites_of(model.cfg)))
+    sites = set(map(str, sites_of(model.cfg))) | set(map(str, list_norm_sites(model)))
     names = sites | set(map(whole_norm, sites))
     if unknown := sorted(set(sigma) - names):
         raise NormSiteError(

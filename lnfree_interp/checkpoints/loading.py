@@ -39,7 +39,7 @@ from lnfree_interp.models.agreement import (
 from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
-from lnfree_interp.models.site_names import whole_norm
+from lnfree_interp.models.site_names import NormSite, whole_norm
 from lnfree_interp.models.sites import freeze_site, has_norm_sites, split_norms
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, MeasuredError, measure_error
 
@@ -220,6 +220,22 @@ def load_checkpoint(
     )
     record_agreement(model, error)
     return Loaded(model, recognised, error)
+
+
+def saved_sites(
+    source: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[NormSite, ...] | None:
+    """The norm sites of a checkpoint that has others than its config says; None for any other.
+
+    Args:
+        source: Hub id, local folder or GGUF file.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    path = locate(source, revision, weights=False)
+    return native.saved_sites(path) if native.is_native(path) else None
 
 
 def config_of(

@@ -28,6 +28,7 @@ from lnfree_interp.models.construct import copy_weights, hooked_transformer, ori
 from lnfree_interp.models.crms import install_crms, is_crms
 from lnfree_interp.models.forms import epsilon_of, frozen_transformer
 from lnfree_interp.models.inserting import lay_out, layout_of, varied
+from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import (
     freeze_site,
     has_norm_sites,
@@ -134,7 +135,8 @@ def read(
         raise CheckpointError(f"{folder}: no model.safetensors")
     shapes = weight_shapes(weights)
     _require_fitting(cfg, shapes, file)
-    norms = {str(site) for site in sites_of(cfg, whole_ln1=not sited)} | layout.keys()
+    norms = {str(site) for site in sites_of(cfg, whole_ln1=not sited)}
+    norms |= {name for name, found in layout.items() if "map" in found}
     if sited and (unknown := sorted(frozen.keys() - norms)):
         raise CheckpointError(f"{file}: frozen names {unknown[0]}, which the config does not have")
     if not sited and frozen and frozen.keys() != norms:
@@ -166,6 +168,23 @@ def read(
         return model.eval(), None
     error = measure_error(_logits(model.eval(), tokens).to(dtype), expected.to(dtype))
     return model, error.require(f"{folder}: logits against those of the model that was written")
+
+
+def saved_sites(folder: Path) -> tuple[NormSite, ...] | None:
+    """The norm sites of a model whose norms are not those of its config; None for any other.
+
+    Raises:
+        CheckpointError: if the layout cannot be read.
+    """
+    file = folder / CONFIG
+    try:
+        layout = json.loads(file.read_text(encoding="utf-8")).get("layout")
+        if not layout:
+            return None
+        names = [name for name, found in layout.items() if "map" in found]
+        return tuple(sorted(map(NormSite.parse, names), key=lambda site: site.order))
+    except (NormSiteError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: layout: {first_line(error):.200}") from error
 
 
 def _laid_out(

@@ -29,6 +29,7 @@ from lnfree_interp.models.folding import (
     frozen_scales,
     in_gauge,
     is_reader,
+    reads_stream,
     residual_gauge,
 )
 from lnfree_interp.models.norms import FrozenNorm, NormMap
@@ -83,6 +84,11 @@ def finished_model(
 
 def _require_one_constant(norms: ConstantNorms) -> None:
     found = [site for site, norm in norms.items() if norm.first is not None]
+    if behind := [site for site in found if not reads_stream(site)]:
+        raise NormSiteError(
+            f"{behind[0]} divides first tokens by a constant of their own, and stands behind a "
+            f"weight: freeze it with one constant, freeze_site(model, {behind[0]!r}, sigma)"
+        )
     if found:
         raise NormSiteError(
             f"{len(found)} norm sites divide the first token of a prompt by a constant of its own, "

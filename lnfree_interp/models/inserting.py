@@ -16,8 +16,8 @@ from lnfree_interp.models.block import InnerNormGatedMLP, InnerNormMLP
 from lnfree_interp.models.folding import WITHIN
 from lnfree_interp.models.forms import epsilon_of
 from lnfree_interp.models.maps import make_map, map_name
-from lnfree_interp.models.norms import Norm, Scaler, SplitNorm
-from lnfree_interp.models.site_names import SCALERS, NormSite, whole_norm
+from lnfree_interp.models.norms import Norm, Scaler, SplitNorm, require_positive
+from lnfree_interp.models.site_names import SCALERS, NormSite, sites_in, whole_norm
 from lnfree_interp.models.sites import (
     get_norm,
     has_norm_sites,
@@ -42,7 +42,8 @@ def set_map(
 ) -> Norm:
     """Put a map at a norm site, a new one where there is none.
 
-    A site that exists keeps its gain and bias, and is live again. Both halves of `ln1` change.
+    A site that exists keeps its gain and bias. One whose map changes is live again; one that has
+    the map already keeps its state and all that the map has learned. Both halves of `ln1` change.
 
     Args:
         model: With norm sites; changed in place.
@@ -63,6 +64,10 @@ def set_map(
     before = given if isinstance(given, Norm) else None
     if before is None and site.kind not in WITHIN:
         get_norm(model, site)  # which says what there is
+    if before is not None and map_name(before.map) == name:
+        for half in sites_in(whole_norm(str(site))):
+            _adjust(model, get_norm(model, half), bias, factor)
+        return before
     if before is None:
         width, like = _width(model, site), get_norm(model, "ln_final")
         has_bias, factor_before = like.b is not None, 1.0
@@ -76,6 +81,17 @@ def set_map(
     _put(model, site, norm.to(model.W_E.device))
     model.setup()
     return get_norm(model, site)
+
+
+def _adjust(model: HookedTransformer, norm: Norm, bias: bool | None, factor: float | None) -> None:
+    """Other settings of a norm whose map stays."""
+    if factor is not None:
+        require_positive(factor)
+        norm.factor = factor
+    if bias is False:
+        norm.b = None
+    elif bias and norm.b is None:
+        norm.b = _parameter(model, 0.0, len(norm.w))
 
 
 def set_scaler(model: HookedTransformer, name: str, value: float = 1.0) -> Scaler:
@@ -135,8 +151,7 @@ def varied(model: HookedTransformer) -> str | None:
     for name, found in layout_of(model).items():
         if "factors" in found:
             return f"{name} holds factors"
-        final_rms = name == "ln_final" and model.cfg.final_rms
-        if name in config and (found == plain or final_rms):
+        if name in config and found == plain:
             continue
         times = "" if found["factor"] == 1 else f" times {found['factor']:.4g}"
         return f"{name} is {found['map']}{times}"

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.models.folding import reads_stream
 from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.running import Edit, run_and_keep, watched
 from lnfree_interp.models.site_names import NormSite
@@ -92,7 +93,8 @@ class Freezing:
         r, found = norm.token_sigma(x), self._known.get(name)
         if found is None:
             found = measure_constants(r[: self._measured], self._apart)
-        norm.freeze(found.sigma, first=found.first)
+        # Behind a weight there is no form that could keep the first token apart.
+        norm.freeze(found.sigma, first=found.first if reads_stream(name) else None)
         if self._apart == "outliers":
             self._own[name] = find_outliers(r), r
 

@@ -5,7 +5,9 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.checkpoints.architectures import ARCHITECTURES
 from lnfree_interp.checkpoints.layouts import hooked_names, optional_names
+from lnfree_interp.models.inserting import varied
 from lnfree_interp.models.site_names import stock_name
+from lnfree_interp.models.sites import list_norm_sites, list_scalers
 from lnfree_interp.removal.recipe import Recipe
 
 
@@ -40,6 +42,9 @@ def _foreign(model: HookedTransformer) -> set[str]:
     optional = optional_names(architecture.layout, model.cfg)
     switched = {ours for names in optional.values() for ours in names}
     places = hooked_names(architecture.layout, model.cfg)
+    if varied(model):  # no class of transformers holds it: what its norms learn is all its own
+        own = (*map(str, list_norm_sites(model)), *list_scalers(model))
+        places = places | {stock_name(n) for n in parameters if n.startswith(own)}
     if not any(parameters[name].any() for name in switched):
         places = places - switched
     return {name for name in parameters if stock_name(name) not in places}

@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.exporting import Target, best_target, export
-from lnfree_interp.checkpoints.loading import config_of, load_checkpoint
+from lnfree_interp.checkpoints.loading import config_of, load_checkpoint, saved_sites
 from lnfree_interp.data.names import STDLIB
 from lnfree_interp.data.prefetch import Prefetched
 from lnfree_interp.data.sequences import TokenSequences
@@ -156,7 +156,8 @@ def run_job(
     source = str(bundled_checkpoint()) if job.model is None else job.model
     shown = "the bundled checkpoint" if job.model is None else source
     cfg = config_of(source, revision=job.revision)
-    sites = () if cfg.normalization_type is None else _chosen(list_sites(cfg), job)
+    every = saved_sites(source, revision=job.revision) or list_sites(cfg)
+    sites = () if cfg.normalization_type is None else _chosen(every, job)
     recipe = recipe_of(job, sites)
     _require_made_for(sites, recipe, job)
     length = job.sequence_length

@@ -1,6 +1,7 @@
 """What a checkpoint keeps of a run: weights, optimiser and random numbers, by name."""
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,13 +12,16 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import CheckpointError
+from lnfree_interp.models.inserting import layout_of, varied
 from lnfree_interp.models.norms import Norm
 from lnfree_interp.removal.processes import spread_like, whole
 
 
 def fingerprint(model: HookedTransformer) -> str:
-    """A hash of the weights."""
+    """A hash of the weights, and of the norms where they are not those of the config."""
     digest = hashlib.sha256()
+    if varied(model):
+        digest.update(json.dumps(layout_of(model), sort_keys=True).encode())
     for name, W in model.named_parameters():
         digest.update(name.encode())
         plain = W.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -11,6 +11,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError, TrainingError
+from lnfree_interp.models.folding import reads_stream
 from lnfree_interp.models.site_names import NormSite, sites_in, whole_norm
 from lnfree_interp.models.sites import get_norm
 from lnfree_interp.removal.recipe import Recipe
@@ -210,7 +211,7 @@ class Transition:
 
     def _first(self, event: Event, sigma: float) -> float | None:
         """The constant that first tokens keep, if they keep one."""
-        if not self.special.keep_first:
+        if not (self.special.keep_first and reads_stream(str(event.site))):
             return None
         name = str(event.site)
         norm, other = self.norms[name], self.norms.get(_partner(name) or "")

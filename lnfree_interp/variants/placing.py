@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.inserting import set_map, set_scaler
 from lnfree_interp.models.maps import map_name
-from lnfree_interp.models.sites import get_norm
+from lnfree_interp.models.sites import get_norm, list_norm_sites, list_scalers
 from lnfree_interp.variants.variant import Variant, made
 
 HeadScale = Literal["before W_O", "after W_O"]
@@ -174,8 +174,6 @@ def to_peri_ln(model: HookedTransformer) -> Variant:
         >>> [str(site) for site in lf.list_norm_sites(lf.to_peri_ln(model).model)][2:5]
         ['blocks.0.ln1_post', 'blocks.0.ln2', 'blocks.0.ln2_post']
     """
-    if model.cfg.use_normalization_before_and_after:
-        raise UnsupportedModelError("this model has norms behind its sublayers already")
 
     def change(sited: HookedTransformer) -> tuple[str, ...]:
         kinds = ["ln1_post"] if sited.cfg.attn_only else ["ln1_post", "ln2_post"]
@@ -197,6 +195,9 @@ def _require_sequential(model: HookedTransformer, name: str) -> None:
 
 def _norms(model: HookedTransformer, kinds: Iterable[str], where: str) -> str:
     like = map_name(get_norm(model, "ln_final").map)
+    kinds = tuple(kinds)
+    if there := [site for site in list_norm_sites(model) if site.kind in kinds]:
+        raise UnsupportedModelError(f"this model has a norm at {there[0]} already")
     for layer in range(model.cfg.n_layers):
         for kind in kinds:
             set_map(model, f"blocks.{layer}.{kind}", like)
@@ -204,6 +205,8 @@ def _norms(model: HookedTransformer, kinds: Iterable[str], where: str) -> str:
 
 
 def _factors(model: HookedTransformer, kind: str, where: str) -> str:
+    if there := [name for name in list_scalers(model) if name.endswith(kind)]:
+        raise UnsupportedModelError(f"this model has factors at {there[0]} already")
     for layer in range(model.cfg.n_layers):
         set_scaler(model, f"blocks.{layer}.{kind}")
     return f"a factor {where}, 1 at first"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import get_args
 
 from jaxtyping import Int
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.inserting import set_map
 from lnfree_interp.models.maps import MAPS, map_name
+from lnfree_interp.models.site_names import SiteKind
 from lnfree_interp.models.sites import get_norm, list_norm_sites, with_norm_sites
 from lnfree_interp.removal.statistics import measure_sigma
 from lnfree_interp.variants.variant import Variant, made
@@ -71,7 +73,7 @@ def to_dyt(
         alpha: The initial alpha; or one by kind of site, such as `{"ln1": 0.8, "ln2": 0.2,
             "ln_final": 0.2}`, which the authors use for LLaMA 7B.
         tokens: Text on which each norm's mean scale is measured; alpha is then one over it, so
-            that small entries come out as before. Default: none, alpha is as given.
+            that small entries come out as before, whatever is given. Default: alpha as given.
 
     Returns:
         A `Variant`, another function.
@@ -184,6 +186,9 @@ def _to_curve(
 
 def _alpha(alpha: float | Mapping[str, float], kind: str) -> float:
     if isinstance(alpha, Mapping):
+        known = {*get_args(SiteKind)}
+        if unknown := [name for name in alpha if name not in known]:
+            raise DataError(f"alpha names {unknown[0]}, which is no kind of norm site")
         found = alpha.get(kind, alpha.get(kind.partition(".")[0]))
         if found is None:
             raise DataError(f"alpha names no number for {kind}; it has {', '.join(alpha)}")

@@ -12,6 +12,7 @@ from support.models import freeze_all
 
 import lnfree_interp as lf
 from lnfree_interp.checkpoints.exporting import best_target
+from lnfree_interp.checkpoints.loading import config_of, saved_sites
 from lnfree_interp.errors import (
     CheckpointError,
     DataError,
@@ -20,9 +21,11 @@ from lnfree_interp.errors import (
     UnsupportedModelError,
 )
 from lnfree_interp.models import folding, forms
-from lnfree_interp.models.inserting import set_map, set_scaler
+from lnfree_interp.models.inserting import set_map, set_scaler, varied
 from lnfree_interp.models.maps import MAPS
 from lnfree_interp.models.norms import describe
+from lnfree_interp.models.sites import sites_of
+from lnfree_interp.removal.training_state import fingerprint
 
 PROMPT = [7, 4, 9, 31, 2, 15]
 KINDS = ["gpt2", "llama-grouped"]
@@ -389,3 +392,77 @@ def test_norms_of_variants_can_be_removed(variant):
     run = lf.remove_norms(variant, recipe, data, progress=False, log_every=0)
     assert lf.live_sites(run.model) == ()
     lf.fold(run.model)
+
+
+def test_all_that_a_variant_adds_is_trained(variant):
+    data = torch.randint(2, 300, (16, 16), generator=torch.Generator().manual_seed(5))
+    recipe = lf.Recipe(
+        events=(), steps=2, batch=4, micro_batch=4, lr=1e-2, warmup=0, final_lr=1.0,
+        distillation=0.0, precision="float32",
+    )  # fmt: skip
+    run = lf.remove_norms(variant, recipe, data, progress=False, log_every=0)
+    after = dict(run.model.named_parameters())
+    own = (*map(str, lf.list_norm_sites(variant)), *lf.list_scalers(variant))
+    still = [
+        name
+        for name, W in variant.named_parameters()
+        if name.startswith(own) and torch.equal(W, after[name])
+    ]
+    assert still == []
+
+
+def test_first_tokens_are_not_apart_where_no_form_could_keep_them(stock):
+    model = lf.to_sub_ln(stock).model
+    text = torch.randint(2, 300, (4, 16), generator=torch.Generator().manual_seed(5))
+    frozen = lf.freeze_for(model, lf.list_norm_sites(model), text, progress=False).model
+    apart = {
+        name for name in map(str, lf.list_norm_sites(frozen)) if lf.get_norm(frozen, name).first
+    }
+    assert apart == {name for name in map(str, lf.list_norm_sites(frozen)) if "inner" not in name}
+    lf.attribute_next_tokens(frozen, text[:1], by="head").verify(1e-10)
+    lf.frozen_form(frozen)
+    lf.freeze_site(frozen, "blocks.1.attn.inner", 1.0, first=2.0)
+    with pytest.raises(UnsupportedModelError, match=r"first tokens at blocks\.1\.attn\.inner"):
+        lf.attribute_logits(frozen, PROMPT, 5)
+    with pytest.raises(NormSiteError, match=r"blocks\.1\.attn\.inner divides first tokens"):
+        lf.fold(frozen)
+
+
+def test_the_command_line_removes_the_norms_that_a_folder_has(variant, tmp_path):
+    lf.export(variant, tmp_path / "out", target="transformer_lens")
+    saved = saved_sites(tmp_path / "out") or sites_of(config_of(tmp_path / "out"))
+    assert saved == lf.list_norm_sites(variant)
+
+
+@pytest.mark.parametrize("change", [{"name": "DyT"}, {"factor": 0.5}, {"bias": None}])
+def test_another_final_norm_is_another_architecture(stock, tmp_path, change):
+    model = lf.with_norm_sites(stock)
+    kind = "LayerNorm" if stock.cfg.normalization_type == "LN" else "RMSNorm"
+    set_map(model, "ln_final", **({"name": kind} | change))
+    expected = None if change == {"bias": None} else "ln_final is "
+    assert (varied(model) or "").startswith(expected or "")
+    assert bool(varied(model)) == bool(expected)
+    lf.export(model, tmp_path / "out", target="transformer_lens")
+    assert lf.compare_logits(lf.load(tmp_path / "out", dtype=torch.float64), model).absolute == 0
+
+
+def test_a_run_of_another_architecture_is_another_run(stock):
+    plain = lf.with_norm_sites(stock)
+    for make in (lf.to_layernorm_scaling, lf.to_dyt, crms):
+        other = make(stock).model
+        other.load_state_dict(plain.state_dict(), strict=False)
+        assert fingerprint(other) != fingerprint(plain)
+
+
+def test_what_a_map_has_learned_stays(stock):
+    curved = lf.to_dyt(stock, alpha=0.8).model
+    assert lf.to_layernorm_scaling(curved).same_function
+    frozen = freeze_all(stock)
+    scaled = lf.to_layernorm_scaling(frozen)
+    assert scaled.same_function
+    assert lf.live_sites(scaled.model) == ()
+    for make in (lf.to_normformer, lf.to_sub_ln, lf.to_peri_ln, scaled_by_heads):
+        with pytest.raises(UnsupportedModelError, match="already"):
+            make(make(stock).model)
+    with pytest.raises(DataError, match="ln3"):
+        lf.to_dyt(stock, alpha={"ln1": 0.8, "ln2": 0.2, "ln_final": 0.3, "ln3": 1.0})
