@@ -33,7 +33,16 @@ MEASURED = RECIPES[0]
 
 
 Kind = Literal[
-    "ln1.qk", "ln1.v", "attn.q_norm", "attn.k_norm", "ln1_post", "ln2", "ln2_post", "ln_final"
+    "ln1.qk",
+    "ln1.v",
+    "attn.q_norm",
+    "attn.k_norm",
+    "attn.inner",
+    "ln1_post",
+    "ln2",
+    "mlp.inner",
+    "ln2_post",
+    "ln_final",
 ]
 """The kinds of norm sites that a removal knows."""
 
