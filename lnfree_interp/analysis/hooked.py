@@ -13,7 +13,8 @@ from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, Vie
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.first_token import telling
 from lnfree_interp.models.folding import WITHIN, fold_weights
-from lnfree_interp.models.norms import NormMap, describe
+from lnfree_interp.models.norm_map import NormMap
+from lnfree_interp.models.norms import describe
 from lnfree_interp.models.running import Edit, run_and_keep, to_logits, watched
 from lnfree_interp.models.site_names import SCALERS, name_sites
 from lnfree_interp.models.sites import (
@@ -52,23 +53,23 @@ class HookedView(View):
     def _not_linear_inside(self) -> list[str]:
         """What stands inside or behind the sublayers of a model with norm sites, and is in the way
         of a plain sum."""
-        sites = [site for site in live_sites(self.model) if site.kind in WITHIN]
-        found = [
-            f"live norms inside or behind the sublayers: {name_sites(map(str, sites))}. Freeze "
-            "them first: lf.freeze_for(model, sites, text)"
-        ] * bool(sites)
-        apart = [name for name in first_constants(self.model) if name.endswith(WITHIN)]
-        if apart:
+        found = []
+        if sites := [str(site) for site in live_sites(self.model) if site.kind in WITHIN]:
+            found.append(
+                f"live norms inside or behind the sublayers: {name_sites(sites)}. Freeze them "
+                "first: lf.freeze_for(model, sites, text)"
+            )
+        if apart := [name for name in first_constants(self.model) if name.endswith(WITHIN)]:
             found.append(
                 f"constants of their own for first tokens at {name_sites(apart)}: freeze these "
                 "sites with one constant, freeze_site(model, site, sigma)"
             )
-        scales = [name for name in list_scalers(self.model) if name.endswith("resid_scale")]
-        scaled = [
-            f"factors on the stream itself, {name_sites(scales)} (fold(model) merges them once no "
-            "norm is live)"
-        ]
-        return found + scaled * bool(scales)
+        if scales := [name for name in list_scalers(self.model) if name.endswith("resid_scale")]:
+            found.append(
+                f"factors on the stream itself, {name_sites(scales)} (fold(model) merges them once "
+                "no norm is live)"
+            )
+        return found
 
     def _attention(self, layer: int) -> Attention:
         attn = self.model.blocks[layer].attn

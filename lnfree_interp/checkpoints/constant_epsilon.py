@@ -24,7 +24,7 @@ from lnfree_interp.checkpoints.published import CONSTANT_GAIN
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.folding import rescale_queries_and_keys
 from lnfree_interp.models.forms import constant_norms, reads_mean
-from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.norm_map import NormMap
 from lnfree_interp.models.site_names import whole_norm
 from lnfree_interp.models.sites import has_norm_sites
 from lnfree_interp.numerics import ROUNDING
@@ -57,17 +57,11 @@ def constant_epsilon_weights(
             "the exported gains are 1e6, which float16 cannot hold: use float32"
         )
     norms = constant_norms(model)
-    centres = architecture.centres
     sites = has_norm_sites(model)  # then gains and biases are still in the norms
-    if centres and not sites and (reader := reads_mean(model)):
+    if architecture.centres and not sites and (reader := reads_mean(model)):
         raise UnsupportedModelError(
             f"{reader} reads the mean of the residual stream, which {name}'s LayerNorm subtracts: "
             "only models folded from LayerNorm can be exported to it"
-        )
-    if sites and (other := [site for site, norm in norms.items() if norm.centred != centres]):
-        raise UnsupportedModelError(
-            f"{name} has norms that {'subtract' if centres else 'do not subtract'} the mean, and "
-            f"{other[0]} is not one: fold the model and export it with target='transformer_lens'"
         )
     weights = {key: W for key, W in weights.items() if not key.startswith("ln_final.")}
     for layer in range(cfg.n_layers):

@@ -263,9 +263,9 @@ def best_target(model: HookedTransformer) -> Target:
     """The layout that can hold a model: that of transformers if it has a class for it."""
     architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
     form = form_of(model)
-    if architecture is None or form in ("rms", "crms", "partial") or first_constants(model):
+    if architecture is None or form in ("rms", "crms", "partial"):
         return "transformer_lens"
-    if varied(model):
+    if varied(model) or first_constants(model):
         return "transformer_lens"
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"

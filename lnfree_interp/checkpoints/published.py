@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
-from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.norm_map import NormMap
 from lnfree_interp.models.site_names import sites_in
 from lnfree_interp.numerics import LNFREE_EPSILON
 

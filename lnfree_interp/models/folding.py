@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lnfree_interp.errors import NormSiteError
-from lnfree_interp.models.norms import NormMap
+from lnfree_interp.models.norm_map import NormMap
 from lnfree_interp.models.site_names import whole_norm
 
 Form = Literal["folded", "frozen"]
@@ -122,19 +122,14 @@ def frozen_firsts(norms: ConstantNorms) -> dict[str, float]:
     """The `hook_scale` of first tokens in the frozen form, by the paths of the norms that have one.
 
     Raises:
-        NormSiteError: for a norm that is merged with the weight before it; and where queries and
-            keys would divide the first token by another multiple of their constant than values.
+        NormSiteError: where queries and keys would divide the first token by another multiple of
+            their constant than values.
     """
     firsts: dict[str, float] = {}
     scales = frozen_scales(norms)
     for site, norm in norms.items():
         assert norm.scale is not None
         if not reads_stream(site):
-            if norm.first is not None:
-                raise NormSiteError(
-                    f"{site} divides first tokens by a constant of their own, and stands behind a "
-                    f"weight: freeze it with one constant, freeze_site(model, {site!r}, sigma)"
-                )
             continue
         name = whole_norm(site)
         first = scales[name] * ((norm.first or norm.scale) / norm.scale)
@@ -144,6 +139,21 @@ def frozen_firsts(norms: ConstantNorms) -> dict[str, float]:
                 "constants, and are one norm in this form: give both halves the same two constants"
             )
     return {name: first for name, first in firsts.items() if first != scales[name]}
+
+
+def require_foldable_behind(norms: ConstantNorms) -> None:
+    """Refuse norms that no form can hold: those that are merged with a weight, and divide the
+    first token by a constant of its own.
+
+    Raises:
+        NormSiteError: naming the first one.
+    """
+    for site, norm in norms.items():
+        if norm.first is not None and not reads_stream(site):
+            raise NormSiteError(
+                f"{site} divides first tokens by a constant of their own, and stands behind a "
+                f"weight: freeze it with one constant, freeze_site(model, {site!r}, sigma)"
+            )
 
 
 def residual_gauge(norms: ConstantNorms, n_layers: int) -> list[Float[Tensor, " d_model"]] | None:

@@ -29,10 +29,11 @@ from lnfree_interp.models.folding import (
     frozen_scales,
     in_gauge,
     is_reader,
-    reads_stream,
+    require_foldable_behind,
     residual_gauge,
 )
-from lnfree_interp.models.norms import FrozenNorm, NormMap
+from lnfree_interp.models.norm_map import NormMap
+from lnfree_interp.models.norms import FrozenNorm
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.site_names import whole_norm
 from lnfree_interp.models.sites import (
@@ -63,6 +64,7 @@ def finished_model(
         tokenizer: Goes along.
         form: `"folded"` or `"frozen"`.
     """
+    require_foldable_behind(norms)
     if form == "folded":
         _require_one_constant(norms)
     scales = frozen_scales(norms)
@@ -84,11 +86,6 @@ def finished_model(
 
 def _require_one_constant(norms: ConstantNorms) -> None:
     found = [site for site, norm in norms.items() if norm.first is not None]
-    if behind := [site for site in found if not reads_stream(site)]:
-        raise NormSiteError(
-            f"{behind[0]} divides first tokens by a constant of their own, and stands behind a "
-            f"weight: freeze it with one constant, freeze_site(model, {behind[0]!r}, sigma)"
-        )
     if found:
         raise NormSiteError(
             f"{len(found)} norm sites divide the first token of a prompt by a constant of its own, "

@@ -16,7 +16,8 @@ from lnfree_interp.models.block import InnerNormGatedMLP, InnerNormMLP
 from lnfree_interp.models.folding import WITHIN
 from lnfree_interp.models.forms import epsilon_of
 from lnfree_interp.models.maps import make_map, map_name
-from lnfree_interp.models.norms import Norm, Scaler, SplitNorm, require_positive
+from lnfree_interp.models.norm_map import require_positive
+from lnfree_interp.models.norms import Norm, Scaler, SplitNorm
 from lnfree_interp.models.site_names import SCALERS, NormSite, sites_in, whole_norm
 from lnfree_interp.models.sites import (
     get_norm,
@@ -65,33 +66,34 @@ def set_map(
     if before is None and site.kind not in WITHIN:
         get_norm(model, site)  # which says what there is
     if before is not None and map_name(before.map) == name:
+        # One parameter for both halves.
+        b = _bias(model, before.b, len(before.w), before.b is not None if bias is None else bias)
+        factor = before.factor if factor is None else factor
+        require_positive(factor)
         for half in sites_in(whole_norm(str(site))):
-            _adjust(model, get_norm(model, half), bias, factor)
+            norm = get_norm(model, half)
+            norm.b, norm.factor = b, factor
         return before
     if before is None:
-        width, like = _width(model, site), get_norm(model, "ln_final")
-        has_bias, factor_before = like.b is not None, 1.0
-        w, b = _parameter(model, 1.0, width), _parameter(model, 0.0, width)
+        like, factor_before = get_norm(model, "ln_final"), 1.0
+        w, given_b = _parameter(model, 1.0, _width(model, site)), None
     else:
-        width, has_bias, factor_before = len(before.w), before.b is not None, before.factor
-        w, b = before.w, _parameter(model, 0.0, width) if before.b is None else before.b
-    has_bias = has_bias if bias is None else bias
-    live = make_map(name, width, epsilon_of(model)).to(model.W_E.device, model.W_E.dtype)
-    norm = Norm(live, w, b if has_bias else None, factor_before if factor is None else factor)
+        like, factor_before, w, given_b = before, before.factor, before.w, before.b
+    b = _bias(model, given_b, len(w), like.b is not None if bias is None else bias)
+    live = make_map(name, epsilon_of(model)).to(model.W_E.device, model.W_E.dtype)
+    norm = Norm(live, w, b, factor_before if factor is None else factor)
     _put(model, site, norm.to(model.W_E.device))
     model.setup()
     return get_norm(model, site)
 
 
-def _adjust(model: HookedTransformer, norm: Norm, bias: bool | None, factor: float | None) -> None:
-    """Other settings of a norm whose map stays."""
-    if factor is not None:
-        require_positive(factor)
-        norm.factor = factor
-    if bias is False:
-        norm.b = None
-    elif bias and norm.b is None:
-        norm.b = _parameter(model, 0.0, len(norm.w))
+def _bias(
+    model: HookedTransformer, given: nn.Parameter | None, width: int, wanted: bool
+) -> nn.Parameter | None:
+    """The bias of a norm: the given one, a new one of zeros, or none."""
+    if not wanted:
+        return None
+    return _parameter(model, 0.0, width) if given is None else given
 
 
 def set_scaler(model: HookedTransformer, name: str, value: float = 1.0) -> Scaler:

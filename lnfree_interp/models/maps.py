@@ -31,14 +31,17 @@ class LiveMap(nn.Module, ABC):
     Attributes:
         centred: Whether the mean over d is subtracted first.
         statistic: What it divides by; None for a pointwise map.
-        pointwise: Whether it bends each entry by a curve instead.
+        pointwise: Whether it bends each entry by a curve instead, its `forward`.
         eps: Added under the root; NaN where there is no root.
     """
 
     centred: ClassVar[bool] = False
     statistic: ClassVar[Statistic | None] = None
     pointwise: ClassVar[bool] = False
-    eps: float = math.nan
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
 
     @abstractmethod
     def scale(self, x: Vectors) -> Scales:
@@ -47,10 +50,6 @@ class LiveMap(nn.Module, ABC):
     def token_scale(self, x: Vectors) -> Scales:
         """Each token's own scale, of vectors as they come."""
         return self.scale(centre(x) if self.centred else x)
-
-    def forward(self, x: Vectors) -> Vectors:
-        """The normalised vectors, of ones from which a centred map's mean is subtracted."""
-        return x / self.scale(x)
 
     def fused(
         self, x: Vectors, gain: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None
@@ -61,42 +60,13 @@ class LiveMap(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Its numbers."""
-        return "" if math.isnan(self.eps) else f"eps={self.eps:g}"
-
-
-class LayerNormMap(LiveMap):
-    """LayerNorm: C x / sqrt(mean((C x)^2) + eps), C subtracts the mean. (1607.06450)"""
-
-    centred = True
-    statistic = "standard deviation"
-
-    def __init__(self, d: int, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def scale(self, x: Vectors) -> Scales:
-        """The standard deviation."""
-        return (mean_square(x) + self.eps).sqrt()
-
-    def token_scale(self, x: Vectors) -> Scales:
-        """The standard deviation, in one pass."""
-        return (x.var(-1, keepdim=True, correction=0) + self.eps).sqrt()
-
-    def fused(
-        self, x: Vectors, gain: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None
-    ) -> Vectors | None:
-        """`layer_norm` of torch."""
-        return F.layer_norm(x, gain.shape, gain, bias, self.eps)
+        return f"eps={self.eps:g}"
 
 
 class RMSNormMap(LiveMap):
     """RMSNorm: x / sqrt(mean(x^2) + eps). (1910.07467)"""
 
     statistic = "root mean square"
-
-    def __init__(self, d: int, eps: float):
-        super().__init__()
-        self.eps = eps
 
     def scale(self, x: Vectors) -> Scales:
         """The root mean square."""
@@ -110,6 +80,23 @@ class RMSNormMap(LiveMap):
         return y if bias is None else y + bias
 
 
+class LayerNormMap(RMSNormMap):
+    """LayerNorm: RMSNorm of the vector without its mean. (1607.06450)"""
+
+    centred = True
+    statistic = "standard deviation"
+
+    def token_scale(self, x: Vectors) -> Scales:
+        """The standard deviation, in one pass."""
+        return (x.var(-1, keepdim=True, correction=0) + self.eps).sqrt()
+
+    def fused(
+        self, x: Vectors, gain: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None
+    ) -> Vectors | None:
+        """`layer_norm` of torch."""
+        return F.layer_norm(x, gain.shape, gain, bias, self.eps)
+
+
 class CRMSNormMap(LiveMap):
     """CRMSNorm: RMSNorm of the zero-mean vector (x, -sum(x)), without its last entry. (2305.14858)
 
@@ -118,10 +105,6 @@ class CRMSNormMap(LiveMap):
 
     statistic = "root mean square"
 
-    def __init__(self, d: int, eps: float):
-        super().__init__()
-        self.eps = eps
-
     def scale(self, x: Vectors) -> Scales:
         """The root mean square of the vector that x stands for."""
         square = x.pow(2).sum(-1, keepdim=True) + x.sum(-1, keepdim=True).pow(2)
@@ -129,9 +112,13 @@ class CRMSNormMap(LiveMap):
 
 
 class _Curve(LiveMap):
-    """A curve that is applied to each entry alike."""
+    """A curve that is applied to each entry alike, and divides by nothing."""
 
     pointwise = True
+
+    def __init__(self, eps: float, alpha: float = 0.5):
+        super().__init__(math.nan)
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
 
     def scale(self, x: Vectors) -> Scales:
         """The root mean square of x over that of the curve's output."""
@@ -140,17 +127,7 @@ class _Curve(LiveMap):
 
 
 class DynamicTanh(_Curve):
-    """Dynamic tanh, DyT: tanh(alpha x), alpha a learned number for all entries. (2503.10622)
-
-    Args:
-        d: The width of the vectors.
-        eps: Not used: a curve divides by nothing.
-        alpha: The initial alpha.
-    """
-
-    def __init__(self, d: int, eps: float, alpha: float = 0.5):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+    """Dynamic tanh, DyT: tanh(alpha x), alpha a learned number for all entries. (2503.10622)"""
 
     def forward(self, x: Vectors) -> Vectors:
         """The curve."""
@@ -162,19 +139,11 @@ class DynamicTanh(_Curve):
 
 
 class DynamicErf(_Curve):
-    """Derf: erf(alpha x + shift), both learned numbers for all entries. (2512.10938)
+    """Derf: erf(alpha x + shift), both learned numbers for all entries. (2512.10938)"""
 
-    Args:
-        d: The width of the vectors.
-        eps: Not used: a curve divides by nothing.
-        alpha: The initial alpha.
-        shift: The initial shift.
-    """
-
-    def __init__(self, d: int, eps: float, alpha: float = 0.5, shift: float = 0.0):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
-        self.shift = nn.Parameter(torch.tensor(float(shift)))
+    def __init__(self, eps: float, alpha: float = 0.5):
+        super().__init__(eps, alpha)
+        self.shift = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Vectors) -> Vectors:
         """The curve."""
@@ -195,12 +164,11 @@ MAPS: dict[str, type[LiveMap]] = {
 """Every map by the name that sidecars and error messages use."""
 
 
-def make_map(name: str, d: int, eps: float) -> LiveMap:
+def make_map(name: str, eps: float) -> LiveMap:
     """A map by its name, with its initial numbers.
 
     Args:
         name: A key of `MAPS`.
-        d: The width of the vectors.
         eps: Added under the root, in maps that have one.
 
     Raises:
@@ -210,7 +178,7 @@ def make_map(name: str, d: int, eps: float) -> LiveMap:
         raise NormSiteError(f"{name!r} is no norm that is known here: {', '.join(MAPS)}")
     if not (math.isfinite(eps) and eps >= 0):
         raise NormSiteError(f"a norm cannot add eps={eps} under its root: pass a finite number")
-    return MAPS[name](d, eps)
+    return MAPS[name](eps)
 
 
 def map_name(live: LiveMap) -> str:

@@ -1,4 +1,4 @@
-"""The maps that can stand at a norm site, and one description for all of them.
+"""The modules that can stand at a norm site.
 
 Live, a norm divides by each token's own standard deviation (RMSNorm: root mean square). Frozen, it
 divides by one constant:
@@ -18,8 +18,7 @@ TaperNorm, arXiv 2602.10408; CRMSNorm, arXiv 2305.14858.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -30,61 +29,9 @@ from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.first_token import first_tokens
-from lnfree_interp.models.maps import LiveMap, Statistic, centre, make_map
+from lnfree_interp.models.maps import LiveMap, centre, make_map
+from lnfree_interp.models.norm_map import NormMap, require_positive
 from lnfree_interp.models.running import is_watched
-
-
-@dataclass(frozen=True, eq=False)
-class NormMap:
-    """What a norm does to a vector: x -> (C x / scale) * factor * gain + bias.
-
-    Code that handles norms asks this description, never the class of the module.
-    """
-
-    centred: bool
-    """Whether C subtracts the mean; else C is the identity."""
-    statistic: Statistic | None
-    """What it computes from each token and divides by; None where it divides by a constant."""
-    scale: float | None = None
-    """The constant that it divides by; None while it is live. A norm on its way from live to
-    frozen has both a statistic and a constant."""
-    first: float | None = None
-    """The constant that divides the first token of a prompt; None where it is that of all."""
-    factor: float = 1.0
-    """A constant that multiplies all channels alike."""
-    pointwise: bool = False
-    """Whether a function of each entry, such as tanh, takes the place of the division."""
-    gain: Float[Tensor, " d"] | None = None
-    """What each channel is multiplied by; None for ones."""
-    bias: Float[Tensor, " d"] | None = None
-    """What is added at the end; None for zeros."""
-
-    @property
-    def affine(self) -> bool:
-        """Whether the map is affine: no token is divided by what is computed from itself."""
-        return self.scale is not None and self.statistic is None and not self.pointwise
-
-    @property
-    def multiplier(self) -> Float[Tensor, "*d"]:
-        """What an affine map multiplies each centred channel by, in float64: [d], or a scalar where
-        all channels are multiplied alike. A first token with a constant of its own is left out."""
-        assert self.affine
-        assert self.scale is not None
-        if self.gain is None:
-            return torch.tensor(self.factor / self.scale, dtype=torch.float64)
-        return self.gain.detach().double() * (self.factor / self.scale)
-
-    def showing(self, scale: float) -> "NormMap":
-        """The same affine map, written as a division by another constant.
-
-        Raises:
-            NormSiteError: if the constant is not positive and finite.
-        """
-        require_positive(scale)
-        assert self.scale is not None
-        ratio = scale / self.scale
-        first = None if self.first is None else self.first * ratio
-        return replace(self, scale=scale, first=first, factor=self.factor * ratio)
 
 
 def describe(norm: nn.Module) -> NormMap:
@@ -123,29 +70,6 @@ def describe(norm: nn.Module) -> NormMap:
         "here. Known are LayerNorm and RMSNorm of TransformerLens, with or without gain, and the "
         "norms of lnfree_interp"
     )
-
-
-def stock_map(norm: nn.Module) -> LiveMap:
-    """What a norm of TransformerLens does before gain and bias.
-
-    Raises:
-        UnsupportedModelError: for a module that is not a live norm.
-    """
-    name = "LayerNorm" if describe(norm).centred else "RMSNorm"
-    norms: Any = norm
-    return make_map(name, norms.w.shape[-1], float(norms.eps))
-
-
-def require_positive(sigma: float) -> None:
-    """Refuse a constant that no norm can divide by.
-
-    Raises:
-        NormSiteError: if it is not positive and finite.
-    """
-    if not 0 < sigma < float("inf"):
-        raise NormSiteError(
-            f"a norm cannot divide by sigma={sigma}: pass a positive and finite number"
-        )
 
 
 class _Constants(nn.Module):
@@ -221,14 +145,11 @@ class Norm(_Constants):
         self.hook_normalized = HookPoint()
 
     @classmethod
-    def from_stock(cls, norm: LayerNorm | RMSNorm, live: LiveMap | None = None) -> "Norm":
-        """Take over gain, bias and epsilon of a norm of TransformerLens, without a copy.
-
-        Args:
-            norm: The stock norm.
-            live: The map, where several norms share one.
-        """
-        return cls(stock_map(norm) if live is None else live, norm.w, getattr(norm, "b", None))
+    def from_stock(cls, norm: LayerNorm | RMSNorm) -> "Norm":
+        """Take over gain, bias and epsilon of a norm of TransformerLens, without a copy."""
+        given = describe(norm)
+        name = "LayerNorm" if given.centred else "RMSNorm"
+        return cls(make_map(name, float(norm.eps)), norm.w, cast(Any, given.bias))
 
     @property
     def centred(self) -> bool:

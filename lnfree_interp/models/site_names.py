@@ -8,10 +8,9 @@ from typing import Literal, cast, get_args
 
 from lnfree_interp.errors import NormSiteError
 
-SiteKind = Literal[
+SplitKind = Literal[
     "ln1.qk",
     "ln1.v",
-    "ln1",
     "attn.q_norm",
     "attn.k_norm",
     "attn.inner",
@@ -21,6 +20,10 @@ SiteKind = Literal[
     "ln2_post",
     "ln_final",
 ]
+"""The kinds of sites of a model with norm sites, in the order of computation."""
+
+SiteKind = Literal["ln1", SplitKind]
+"""These, and `ln1` where it is one norm."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.agreement import require_same_logits
 from lnfree_interp.models.block import LookupEmbed, SiteBlock, TiedUnembed
 from lnfree_interp.models.first_token import follow_first_tokens
-from lnfree_interp.models.norms import Norm, NormMap, Scaler, SplitNorm, describe
+from lnfree_interp.models.norm_map import NormMap
+from lnfree_interp.models.norms import Norm, Scaler, SplitNorm, describe
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.site_names import (
     SCALERS,
     NormSite,
     SiteKind,
+    SplitKind,
     stock_name,
     whole_norm,
 )
@@ -124,7 +126,7 @@ def list_norm_sites(model: HookedTransformer) -> tuple[NormSite, ...]:
         return ()
     if not has_norm_sites(model):
         return sites_of(model.cfg, whole_ln1=is_frozen_form(model))
-    kinds = [kind for kind in get_args(SiteKind) if kind != "ln_final"]
+    kinds = [kind for kind in get_args(SplitKind) if kind != "ln_final"]
     every = [NormSite(kind, layer) for layer in range(model.cfg.n_layers) for kind in kinds]
     every.append(NormSite("ln_final"))
     return tuple(site for site in every if isinstance(module_at(model, site), Norm))
@@ -234,11 +236,16 @@ def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTr
         model.blocks[index] = SiteBlock.from_stock(block, index)
     model.ln_final = Norm.from_stock(cast(Any, model.ln_final))
     model.embed = LookupEmbed(model.embed)
-    if torch.equal(model.W_U, model.W_E.T) and not model.b_U.any():
+    if has_tied_unembedding(model):
         model.unembed = TiedUnembed(model.unembed, model.embed)
     follow_first_tokens(model)
     model.setup()
     return model
+
+
+def has_tied_unembedding(model: HookedTransformer) -> bool:
+    """Whether the unembedding is the transposed embedding, without a bias."""
+    return torch.equal(model.W_U, model.W_E.T) and not bool(model.b_U.any())
 
 
 def _copied(model: HookedTransformer, copy_weights: bool) -> HookedTransformer:

@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from lnfree_interp.data.names import is_bundled, text_for
 from lnfree_interp.errors import RecipeError
+from lnfree_interp.models.site_names import SplitKind
 
 RECIPES = (
     "measured",
@@ -32,21 +33,7 @@ MEASURED = RECIPES[0]
 """The recipe that needs a measurement."""
 
 
-Kind = Literal[
-    "ln1.qk",
-    "ln1.v",
-    "attn.q_norm",
-    "attn.k_norm",
-    "attn.inner",
-    "ln1_post",
-    "ln2",
-    "mlp.inner",
-    "ln2_post",
-    "ln_final",
-]
-"""The kinds of norm sites that a removal knows."""
-
-Kinds = Annotated[tuple[Kind, ...] | None, arg(metavar="KIND...")]
+Kinds = Annotated[tuple[SplitKind, ...] | None, arg(metavar="KIND...")]
 
 
 @dataclass(frozen=True, kw_only=True)

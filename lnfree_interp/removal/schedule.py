@@ -8,7 +8,7 @@ from typing import get_args
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.models.site_names import NormSite, SiteKind
+from lnfree_interp.models.site_names import NormSite, SiteKind, SplitKind
 from lnfree_interp.models.sites import list_norm_sites
 
 
@@ -141,7 +141,7 @@ PHASES: tuple[tuple[SiteKind, ...], ...] = (
 """The published order of 2507.02559 (`ln2`, `ln1` for queries and keys, `ln1` for values,
 `ln_final`); sites that GPT-2 does not have stand behind the one whose path they are on."""
 
-assert {kind for phase in PHASES for kind in phase} == set(get_args(SiteKind)) - {"ln1"}
+assert {kind for phase in PHASES for kind in phase} == set(get_args(SplitKind))
 
 
 def published_order(

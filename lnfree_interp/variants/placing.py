@@ -5,7 +5,7 @@ Factors of 1 do not.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -49,8 +49,8 @@ def to_normformer(
         A `Variant`, the same function only without both norms.
 
     Raises:
-        UnsupportedModelError: for parallel blocks, for one that has a norm behind its sublayers
-            already, if nothing is asked for, or there is no such place for factors.
+        UnsupportedModelError: for parallel blocks, for a model that has one of these norms or
+            factors already, if nothing is asked for, or there is no such place for factors.
 
     Source:
         arXiv 2110.09456; factors behind W_O: fairseq
@@ -183,19 +183,14 @@ def to_peri_ln(model: HookedTransformer) -> Variant:
 
 
 def _require_sequential(model: HookedTransformer, name: str) -> None:
-    cfg = model.cfg
-    if cfg.parallel_attn_mlp or cfg.attn_only or cfg.use_normalization_before_and_after:
-        what = (
-            "norms behind its sublayers already"
-            if cfg.use_normalization_before_and_after
-            else "blocks whose MLP does not follow the attention"
+    if model.cfg.parallel_attn_mlp or model.cfg.attn_only:
+        raise UnsupportedModelError(
+            f"{name} is not defined for blocks whose MLP does not follow the attention"
         )
-        raise UnsupportedModelError(f"{name} is not defined for this model, which has {what}")
 
 
-def _norms(model: HookedTransformer, kinds: Iterable[str], where: str) -> str:
+def _norms(model: HookedTransformer, kinds: Sequence[str], where: str) -> str:
     like = map_name(get_norm(model, "ln_final").map)
-    kinds = tuple(kinds)
     if there := [site for site in list_norm_sites(model) if site.kind in kinds]:
         raise UnsupportedModelError(f"this model has a norm at {there[0]} already")
     for layer in range(model.cfg.n_layers):

@@ -12,7 +12,7 @@ from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.inserting import set_map
 from lnfree_interp.models.maps import MAPS, map_name
 from lnfree_interp.models.site_names import SiteKind
-from lnfree_interp.models.sites import get_norm, list_norm_sites, with_norm_sites
+from lnfree_interp.models.sites import get_norm, list_norm_sites
 from lnfree_interp.removal.statistics import measure_sigma
 from lnfree_interp.variants.variant import Variant, made
 
@@ -164,18 +164,15 @@ def _to_curve(
     alpha: float | Mapping[str, float],
     tokens: Int[Tensor, "sequence pos"] | None,
 ) -> Variant:
-    sited = with_norm_sites(model)
-    sites = list_norm_sites(sited)
-    if tokens is None:
-        start = {str(site): _alpha(alpha, site.kind) for site in sites}
-    else:
-        sigma = measure_sigma(sited, sites, tokens)
-        start = {site: 1 / (_SLOPE[name] * mean) for site, mean in sigma.items()}
-        start |= {site: start[f"{site[:-3]}.v"] for site in start if site.endswith(".ln1.qk")}
-
-    def change(changed: HookedTransformer) -> tuple[str, ...]:
+    def change(sited: HookedTransformer) -> tuple[str, ...]:
+        sites = list_norm_sites(sited)
+        if tokens is None:
+            start = {str(site): _alpha(alpha, site.kind) for site in sites}
+        else:
+            sigma = measure_sigma(sited, sites, tokens)
+            start = {site: 1 / (_SLOPE[name] * mean) for site, mean in sigma.items()}
         for site in sites:
-            curve: Tensor = set_map(changed, site, name).map.get_parameter("alpha")
+            curve: Tensor = set_map(sited, site, name).map.get_parameter("alpha")
             curve.fill_(start[str(site)])
         low, high = min(start.values()), max(start.values())
         from_text = "" if tokens is None else ", from the norms' mean scales"

@@ -36,8 +36,8 @@ def at_once(tasks, rounds=ROUNDS):
     with ThreadPoolExecutor(len(tasks)) as pool:
         futures = [pool.submit(repeat, task) for task in tasks]
     errors = [future.exception() for future in futures if future.exception()]
-    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-        raise error
+    if errors:  # that of the task that failed, before those of the others
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))
     return [future.result() for future in futures]
 
 

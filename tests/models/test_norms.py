@@ -65,6 +65,11 @@ def test_what_is_affine_is_called_affine(cfg):
         assert (error.relative < 1e-5) == ("frozen" in name), name
 
 
+def test_where_there_is_no_norm_is_the_identity():
+    found = describe(nn.Identity())
+    assert (found.affine, found.centred, found.multiplier.item()) == (True, False, 1.0)
+
+
 def test_a_norm_between_live_and_frozen_has_both_and_is_not_affine(cfg):
     norm = Norm.from_stock(LayerNorm(cfg))
     norm.freeze(2.0, gate=0.5)

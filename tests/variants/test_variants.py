@@ -227,7 +227,7 @@ def test_a_curve_goes_to_the_identity_with_the_square_of_alpha(stock, name):
     slope = {"DyT": 1.0, "Derf": 2 / math.sqrt(math.pi)}[name]
     errors = []
     for alpha in (0.02, 0.01, 0.005):
-        curve = MAPS[name](9, 0.0).double()
+        curve = MAPS[name](0.0).double()
         curve.alpha.data.fill_(alpha)
         errors.append((curve(x) / (slope * alpha) - x).abs().max().item())
         assert errors[-1] <= alpha**2 * 8 / 3 * 1.001
@@ -452,6 +452,19 @@ def test_a_run_of_another_architecture_is_another_run(stock):
         other = make(stock).model
         other.load_state_dict(plain.state_dict(), strict=False)
         assert fingerprint(other) != fingerprint(plain)
+
+
+def test_both_halves_of_ln1_share_a_new_bias(stock):
+    model = lf.with_norm_sites(stock)
+    kind = "LayerNorm" if stock.cfg.normalization_type == "LN" else "RMSNorm"
+    for name in (kind, "DyT", "DyT"):
+        set_map(model, "blocks.0.ln1.qk", name, bias=True)
+        ln1 = model.blocks[0].ln1
+        assert ln1.qk.b is not None
+        assert ln1.qk.b is ln1.v.b
+        set_map(model, "blocks.0.ln1.v", name, bias=False)
+        assert ln1.qk.b is None
+        assert ln1.v.b is None
 
 
 def test_what_a_map_has_learned_stays(stock):
