@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.evaluation.deletion import deletion_check
     from lnfree_interp.evaluation.deletion_results import DeletionCheck
+    from lnfree_interp.evaluation.depth import DepthReport, depth_report
     from lnfree_interp.evaluation.direct_effects import (
         Additivity,
         DirectEffects,
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
         direct_effects,
     )
     from lnfree_interp.evaluation.evaluate import evaluate
+    from lnfree_interp.evaluation.gradients import GradientBalance, gradient_balance
     from lnfree_interp.evaluation.loss import CrossEntropy, evaluate_loss
     from lnfree_interp.evaluation.patching import (
         Patching,
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
         live_sites,
         with_norm_sites,
     )
+    from lnfree_interp.models.untrained import untrained
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
     from lnfree_interp.removal.freeze_for import FrozenFor, freeze_for
@@ -113,6 +116,7 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.schedule import Event, Ramp
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
     from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait
+    from lnfree_interp.removal.training import finetune, train
     from lnfree_interp.variants.placing import (
         magneto_init,
         to_normformer,
@@ -195,12 +199,16 @@ _HOME = {
     "find_confidence_neurons": "lnfree_interp.evaluation.confidence_neurons",
     "deletion_check": "lnfree_interp.evaluation.deletion",
     "DeletionCheck": "lnfree_interp.evaluation.deletion_results",
+    "DepthReport": "lnfree_interp.evaluation.depth",
+    "depth_report": "lnfree_interp.evaluation.depth",
     "Additivity": "lnfree_interp.evaluation.direct_effects",
     "direct_effect_additivity": "lnfree_interp.evaluation.direct_effects",
     "DirectEffects": "lnfree_interp.evaluation.direct_effects",
     "direct_effects": "lnfree_interp.evaluation.direct_effects",
     "Evaluation": "lnfree_interp.evaluation.results",
     "evaluate": "lnfree_interp.evaluation.evaluate",
+    "GradientBalance": "lnfree_interp.evaluation.gradients",
+    "gradient_balance": "lnfree_interp.evaluation.gradients",
     "CrossEntropy": "lnfree_interp.evaluation.loss",
     "Patching": "lnfree_interp.evaluation.patching",
     "corrupted_pairs": "lnfree_interp.evaluation.patching",
@@ -220,6 +228,7 @@ _HOME = {
     "list_scalers": "lnfree_interp.models.sites",
     "live_sites": "lnfree_interp.models.sites",
     "with_norm_sites": "lnfree_interp.models.sites",
+    "untrained": "lnfree_interp.models.untrained",
     "MeasuredError": "lnfree_interp.numerics",
     "Guard": "lnfree_interp.removal.settings",
     "Recipe": "lnfree_interp.removal.recipe",
@@ -234,6 +243,8 @@ _HOME = {
     "freeze_for": "lnfree_interp.removal.freeze_for",
     "SiteSensitivity": "lnfree_interp.removal.sensitivity",
     "site_sensitivity": "lnfree_interp.removal.sensitivity",
+    "finetune": "lnfree_interp.removal.training",
+    "train": "lnfree_interp.removal.training",
     "magneto_init": "lnfree_interp.variants.placing",
     "to_normformer": "lnfree_interp.variants.placing",
     "to_peri_ln": "lnfree_interp.variants.placing",

@@ -15,6 +15,7 @@ from lnfree_interp.evaluation.confidence_neurons import (
     ablate_neurons,
     find_confidence_neurons,
 )
+from lnfree_interp.evaluation.depth import loss_without_blocks
 from lnfree_interp.evaluation.direct_effects import DirectEffects, direct_effects
 from lnfree_interp.evaluation.loss import CrossEntropy
 from lnfree_interp.evaluation.patching import (
@@ -51,6 +52,7 @@ def evaluate(
     neurons: int = 3,
     pairs: int = 16,
     pairs_of: Pairs = "text",
+    depth: bool = True,
     tasks: str | Sequence[str] = (),
     include: Path | None = None,
     limit: int | None = None,
@@ -79,6 +81,8 @@ def evaluate(
             none.
         pairs_of: `"text"`: prompts of `corrupted_pairs`; `"ioi"`: prompts of `ioi_pairs`, as
             published, for models of English.
+        depth: Whether to leave out each block in turn, on the same 16 sequences, to find the one
+            that is needed least; `lf.depth_report` says more.
         tasks: Tasks of the lm-evaluation-harness, such as `"hellaswag"`.
         include: A folder with your own task files.
         limit: How many examples of each task to use. Default: all.
@@ -107,7 +111,7 @@ def evaluate(
         >>> models = {"live": model, "LN-free": free}
         >>> found = lf.evaluate(models, tokens, original="live", effects=False, neurons=0, pairs=0)
         >>> found.to_frame().shape
-        (15, 2)
+        (16, 2)
         >>> found.models["LN-free"].sinks.by_head.shape
         torch.Size([4, 6])
     """
@@ -155,6 +159,7 @@ def evaluate(
             _effects(model, sample, inner, progress) if effects else None,
             None if picked is None else ablate_neurons(model, sample, picked, inner),
             None if prompts is None else patch_residual(model, *prompts, progress=progress),
+            loss_without_blocks(model, sample, inner) if depth else None,
             scores[name],
         )
     policy = None

@@ -59,6 +59,8 @@ class MeasureOptions:
     pairs_of: Literal["text", "ioi"] = "text"
     """text: pairs differ in one token of the text. ioi: pairs are prompts about an indirect object
     with two names swapped, as published with 480 of them."""
+    depth: bool = True
+    """Leave out each block in turn, to find the one that is needed least."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Precision of matrix products. auto: bfloat16 if the hardware has it."""
     batch: int | None = None

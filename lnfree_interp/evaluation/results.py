@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from lnfree_interp.evaluation.confidence_neurons import NeuronAblation
 from lnfree_interp.evaluation.direct_effects import DirectEffects
@@ -38,6 +40,9 @@ class ModelEvaluation:
     MLPs."""
     patching: Patching | None = None
     """Patching [layer, pos, prompt], in logits; None if not asked for, or the text is too short."""
+    loss_without: Float[Tensor, " layer"] | None = None
+    """What cross-entropy gains when a block is left out, in nats per token; None if not asked
+    for."""
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores by task and metric."""
 
@@ -127,6 +132,8 @@ class Evaluation:
         if model.confidence_neurons is not None:
             ablation = model.confidence_neurons
             figures["entropy without confidence neurons, change"] = ablation.total_entropy_change
+        if model.loss_without is not None:
+            figures["loss without the least needed block, change"] = model.loss_without.min().item()
         for task, scores in model.tasks.items():
             for metric, value in scores.items():
                 figures[f"{task}, {metric}"] = value
@@ -159,6 +166,8 @@ class Evaluation:
             if model.patching is not None:
                 found["patching_error_by_layer"] = model.patching.error_by_layer.tolist()
                 found["patching_correlation"] = model.patching.correlation
+            if model.loss_without is not None:
+                found["loss_without_block"] = model.loss_without.tolist()
             if (ablation := model.confidence_neurons) is not None:
                 found["confidence_neurons"] = {
                     "neurons": list(ablation.neurons),
@@ -181,7 +190,7 @@ def _shown(label: str, value: float | None) -> str:
         return "-"
     if label.startswith(_SHARES):
         return f"{100 * value:.3g} %"
-    if label == "minus original":
+    if label == "minus original" or label.endswith("block, change"):
         return f"{value:+.4f}"
     return f"{value:.1f}" if "residual norm" in label else f"{value:.4f}"
 

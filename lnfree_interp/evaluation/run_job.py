@@ -79,6 +79,7 @@ def run_job(
         neurons=job.neurons,
         pairs=job.pairs,
         pairs_of=job.pairs_of,
+        depth=job.depth,
         tasks=job.tasks,
         include=job.include,
         limit=job.limit,

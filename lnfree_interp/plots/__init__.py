@@ -4,20 +4,25 @@ from lnfree_interp.plots import circuits
 from lnfree_interp.plots.attention import pattern, scores
 from lnfree_interp.plots.attribution import attribution
 from lnfree_interp.plots.deletions import deletions
+from lnfree_interp.plots.depth import angles, depth, spectrum
 from lnfree_interp.plots.direct_effects import direct_effects
 from lnfree_interp.plots.evaluation import loss_by_position, residual_norms
 from lnfree_interp.plots.flow import flow, paths
+from lnfree_interp.plots.gradients import gradient_balance
 from lnfree_interp.plots.lens import lens
 from lnfree_interp.plots.sensitivity import site_sensitivity
 from lnfree_interp.plots.static import save, show_in_notebooks
 from lnfree_interp.plots.training import sigma_drift, training_curve
 
 __all__ = [
+    "angles",
     "attribution",
     "circuits",
     "deletions",
+    "depth",
     "direct_effects",
     "flow",
+    "gradient_balance",
     "lens",
     "loss_by_position",
     "paths",
@@ -28,5 +33,6 @@ __all__ = [
     "show_in_notebooks",
     "sigma_drift",
     "site_sensitivity",
+    "spectrum",
     "training_curve",
 ]

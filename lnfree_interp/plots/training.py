@@ -6,17 +6,21 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.site_names import NormSite, SiteKind
 from lnfree_interp.plots.style import MODEL_COLOURS, MODEL_NAMES, styled
 from lnfree_interp.removal.run import Run, StepRecord
 
-_KIND_COLOURS = {
-    "ln2": "#1b7837",
-    "ln2_post": "#7fbf7b",
-    "qk": "#762a83",
-    "q_norm": "#9970ab",
-    "k_norm": "#c2a5cf",
-    "v": "#c51b7d",
+_KIND_COLOURS: Mapping[SiteKind, str] = {
+    "ln1": "#762a83",
+    "ln1.qk": "#762a83",
+    "ln1.v": "#c51b7d",
+    "attn.q_norm": "#9970ab",
+    "attn.k_norm": "#c2a5cf",
+    "attn.inner": "#de77ae",
     "ln1_post": "#e9a3c9",
+    "ln2": "#1b7837",
+    "mlp.inner": "#5aae61",
+    "ln2_post": "#7fbf7b",
     "ln_final": "#000000",
 }
 
@@ -57,7 +61,7 @@ def training_curve(runs: History | Mapping[str, History], window: int = 10) -> g
     if not any(_steps(run) for run in runs.values()):
         raise DataError("no step was taken, so there is no curve: give a run with steps")
     figure = go.Figure()
-    events: dict[str, list[tuple[int, str, float]]] = {}
+    events: dict[SiteKind, list[tuple[int, str, float]]] = {}
     for name, run in runs.items():
         losses = [record.loss for record in _steps(run)]
         smooth = [
@@ -77,7 +81,7 @@ def training_curve(runs: History | Mapping[str, History], window: int = 10) -> g
         figure.add_scatter(x=steps, y=smooth, name=label, line={"color": colour, "width": 2})
         for record in _steps(run):
             for site, sigma in record.frozen.items():
-                kind = site.rpartition(".")[2]
+                kind = NormSite.parse(site).kind
                 events.setdefault(kind, []).append((record.step, site, sigma))
     for kind, frozen in events.items():
         figure.add_scatter(
@@ -111,7 +115,7 @@ def training_curve(runs: History | Mapping[str, History], window: int = 10) -> g
     figure.update_xaxes(title="step")
     return styled(
         figure,
-        "Removing the norms",
+        "Removing the norms" if events else "Training",
         f"on the text of each step; thick: mean of {window} steps",
         height=460,
     )
@@ -147,13 +151,13 @@ def sigma_drift(run: History) -> go.Figure:
         )
     figure, seen = go.Figure(), set()
     for site, points in curves.items():
-        kind = site.rpartition(".")[2]
+        kind = NormSite.parse(site).kind
         figure.add_scatter(
             x=[step for step, _ in points],
             y=[ratio for _, ratio in points],
             mode="lines+markers",
             marker={"size": 4},
-            line={"color": _KIND_COLOURS.get(kind, "#333333"), "width": 1.5},
+            line={"color": _KIND_COLOURS[kind], "width": 1.5},
             name=kind,
             legendgroup=kind,
             showlegend=kind not in seen,

@@ -1,11 +1,11 @@
-"""Measures how large the residual stream and its activations are, with hooks."""
+"""What is measured of a model in training: how large its residual stream and its gradients are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
@@ -51,3 +51,38 @@ class ResidualProbe:
             "resid_norm_max": largest[:, 2].tolist(),
             "largest_activation": largest[:, 3].max().item(),
         }
+
+
+def block_weights(model: HookedTransformer) -> dict[str, list[nn.Parameter]]:
+    """The weight matrices of the blocks by kind, such as `attn.W_Q`, each from the first layer."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for layer, block in enumerate(model.blocks):
+        for name, W in block.named_parameters():
+            room, _, leaf = name.rpartition(".")
+            if leaf.lstrip("_").startswith("W_") and W.requires_grad:
+                kind = f"{room}.{leaf.lstrip('_')}"
+                found.setdefault(kind, []).append(W)
+                assert len(found[kind]) == layer + 1, f"{kind} is not in every block"
+    return {kind: found[kind] for kind in sorted(found, key=_in_order)}
+
+
+def _in_order(kind: str) -> int:
+    """The place of a kind of weight along the data's way; others come last."""
+    leaf = kind.rpartition(".")[2]
+    order = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out")
+    return order.index(leaf) if leaf in order else len(order)
+
+
+def gradient_sizes(
+    weights: Mapping[str, list[nn.Parameter]], whole: Callable[[Tensor], Tensor] = lambda x: x
+) -> dict[str, list[float]]:
+    """The mean absolute entry of each weight's gradient, by kind, from the first layer.
+
+    Args:
+        weights: As `block_weights` gives them, with gradients.
+        whole: Makes one tensor of what is spread over processes.
+    """
+    return {
+        kind: [0.0 if W.grad is None else whole(W.grad.abs().mean()).item() for W in layers]
+        for kind, layers in weights.items()
+    }

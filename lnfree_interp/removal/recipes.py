@@ -30,6 +30,8 @@ __all__ = [
     "Recipe",
     "at_once",
     "distilled",
+    "finetuning",
+    "from_scratch",
     "gpt2_large",
     "gpt2_medium",
     "gpt2_small",
@@ -550,6 +552,64 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
         guard=Guard(above_best=20.0),  # the loss jumps with the norms, and may come down again
         seed=seed,
     )
+
+
+def from_scratch(*, steps: int = 1000, batch: int = 16, seed: int = 0) -> Recipe:
+    """Training of a model from its first weights, at the settings of the bundled checkpoint.
+
+    Args:
+        steps: Optimiser steps.
+        batch: Sequences of text per step.
+        seed: The random seed of the order of the text; the model's weights have their own.
+
+    Returns:
+        A `Recipe` without events, for `lf.train`: AdamW with a peak learning rate of 2e-3 and
+            weight decay 0.1, a warm-up of a twentieth of the steps, a cosine to a fiftieth.
+
+    Source:
+        Ours: how the bundled checkpoint was trained (`lnfree_interp/bundled/train.py`).
+
+    Examples:
+        >>> lf.recipes.from_scratch(steps=400).warmup
+        20
+    """
+    return Recipe(
+        name="from scratch",
+        events=(),
+        steps=steps,
+        batch=batch,
+        lr=2e-3,
+        warmup=steps // 20,
+        final_lr=0.02,
+        weight_decay=0.1,
+        scale_anchor=0.0,
+        seed=seed,
+    )
+
+
+def finetuning(
+    *, steps: int = 250, batch: int = 8, distillation: float = 0.0, seed: int = 0
+) -> Recipe:
+    """Fine-tuning of a checkpoint, at the rates of `distilled`.
+
+    Args:
+        steps: Optimiser steps.
+        batch: Sequences of text per step.
+        distillation: The share of the KL divergence from the model before in the loss.
+        seed: The random seed of the order of the text.
+
+    Returns:
+        A `Recipe` without events, for `lf.finetune`.
+
+    Source:
+        Ours: `distilled` without its events.
+
+    Examples:
+        >>> lf.recipes.finetuning(steps=100).lr
+        0.0004
+    """
+    recipe = _distilling("fine-tuning", (), steps, seed)
+    return replace(recipe, batch=batch, distillation=distillation, scale_anchor=0.0)
 
 
 BY_NAME = {

@@ -27,7 +27,8 @@ class StepRecord:
     seconds: float = 0.0
     """How long the step took."""
     probes: Mapping[str, Any] = field(default_factory=dict)
-    """Every `log_every` steps: sigma drift by site, residual norms by layer, largest activation."""
+    """Every `log_every` steps: sigma drift by site, residual norms by layer, largest activation,
+    and the mean absolute gradient of each weight by kind and layer, before clipping."""
     heldout: float | None = None
     """Cross-entropy on the held-out text after this step, if it was evaluated."""
     rollback: str | None = None

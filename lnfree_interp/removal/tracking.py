@@ -63,7 +63,7 @@ class Progress:
         self.bar: tqdm[Any]
 
     def __enter__(self) -> "Progress":
-        what = "removing norms" if self.recipe.events else "control"
+        what = "removing norms" if self.recipe.events else self.recipe.name
         self.bar = tqdm(total=self.recipe.steps, desc=what, unit="step", disable=not self.shows)
         if self.names:
             PartialState()  # Accelerate's trackers ask it which process this is
@@ -116,11 +116,16 @@ def _scalars(record: "StepRecord") -> dict[str, float]:
     values: dict[str, Any] = {name: getattr(record, name) for name in names}
     values |= record.losses
     values |= {f"sigma/{site}": sigma for site, sigma in record.frozen.items()}
-    for name, probe in record.probes.items():
-        if isinstance(probe, Mapping):
-            values |= {f"{name}/{key}": value for key, value in probe.items()}
-        elif isinstance(probe, list):
-            values |= {f"{name}/{layer}": value for layer, value in enumerate(probe)}
-        else:
-            values[name] = probe
+    values |= _flat(record.probes)
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _flat(probes: Mapping[str, Any]) -> dict[str, Any]:
+    """Probes by site, kind and layer as numbers by one name each, `resid_norm_mean/3`."""
+    found: dict[str, Any] = {}
+    for name, probe in probes.items():
+        if isinstance(probe, list):
+            probe = {str(layer): value for layer, value in enumerate(probe)}
+        inner = _flat(probe) if isinstance(probe, Mapping) else {"": probe}
+        found |= {f"{name}/{key}".rstrip("/"): value for key, value in inner.items()}
+    return found

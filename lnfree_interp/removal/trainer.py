@@ -26,8 +26,8 @@ from lnfree_interp.removal import training_state
 from lnfree_interp.removal.divergence import DivergenceWatch, find_runaway
 from lnfree_interp.removal.losses import Objective, require_terms
 from lnfree_interp.removal.optimizer import adamw
-from lnfree_interp.removal.probes import ResidualProbe
-from lnfree_interp.removal.processes import Processes
+from lnfree_interp.removal.probes import ResidualProbe, block_weights, gradient_sizes
+from lnfree_interp.removal.processes import Processes, whole
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run import Run, StepRecord
 from lnfree_interp.removal.run_folder import Checkpoint, RunFolder
@@ -270,6 +270,7 @@ class Trainer:
                     (part * losses.total).backward()
                 terms = [losses.terms[name].double() for name in weights]
                 sums += part * torch.stack(terms)
+        gradients = gradient_sizes(block_weights(self.model), whole) if probing else {}
         gradient = self.processes.clip(list(self.objective.parameters()), recipe.clip)
         means = (self.processes.sum(sums) / self.processes.world).tolist()
         if math.isfinite(gradient):  # else the weights stay, to find where it came from
@@ -279,7 +280,8 @@ class Trainer:
         measured = self.transition.after()
         probes = {}
         if probing:
-            probes = {"drift": self.transition.drift(measured), **self.residual.read()}
+            drift = self.transition.drift(measured)
+            probes = {"drift": drift, "gradients": gradients, **self.residual.read()}
         return StepRecord(
             step, dict(zip(weights, means, strict=True)), lr, frozen, gradient,
             time.monotonic() - began, probes, rollback=rollback,

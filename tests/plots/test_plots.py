@@ -76,11 +76,24 @@ def test_training_curve_shows_losses_and_marks_every_event(live):
     marks = {trace.name: list(trace.x) for trace in figure.data if trace.mode == "markers"}
     assert {name: len(steps) for name, steps in marks.items()} == {
         "ln2 frozen": 3,
-        "qk frozen": 3,
-        "v frozen": 3,
+        "ln1.qk frozen": 3,
+        "ln1.v frozen": 3,
         "ln_final frozen": 1,
     }
     assert marks["ln_final frozen"] == [recipe.events[-1].step]
+    assert figure.layout.title.text == "Removing the norms"
+    assert lf.plots.training_curve(runs["vanilla"]).layout.title.text == "Training"
+
+
+def test_figures_of_a_run_know_the_norms_inside_sublayers(live):
+    data = torch.randint(300, (16, 20), generator=torch.Generator().manual_seed(0))
+    variant = lf.to_sub_ln(lf.to_peri_ln(live).model).model
+    recipe = lf.recipes.distilled(variant, steps=40)
+    run = lf.remove_norms(variant, recipe, data, progress=False, log_every=5)
+    names = {line.name for line in lf.plots.training_curve(run).data}
+    assert {"attn.inner frozen", "mlp.inner frozen", "ln1_post frozen"} <= names
+    kinds = {line.name for line in lf.plots.sigma_drift(run).data}
+    assert {"attn.inner", "mlp.inner", "ln2_post", "ln1.v"} <= kinds
 
 
 @pytest.fixture

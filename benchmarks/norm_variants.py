@@ -1,0 +1,211 @@
+"""Architectures that vary their norms, trained alike: loss, depth, gradients, speed, and what the
+removal of all their norms costs.
+
+    python benchmarks/norm_variants.py rows.jsonl [--depths 4 16] [--seeds 0 1 2] [--only Pre-LN]
+    python benchmarks/norm_variants.py rows.jsonl --print
+
+Models of width 64 are trained from scratch on the standard library's source, with equal tokens and
+a d_mlp that makes their numbers of parameters equal within 0.5 %. Then every norm of each is
+removed (`distilled`), and its control has the same steps, text and rates. Each finished row is a
+line of `rows.jsonl`; rows that are there are not run again, so that the benchmark can be stopped
+and continued. `--print` makes the tables of what there is.
+"""
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformers.utils import logging
+
+import lnfree_interp as lf
+from lnfree_interp.removal.statistics import measure_sigma
+
+WIDTH, HEADS, LENGTH = 64, 4, 128
+Make = Callable[[HookedTransformer, Tensor], HookedTransformer]
+
+
+def ln_free(model: HookedTransformer, tokens: Tensor) -> HookedTransformer:
+    """Norms that divide by a constant from the first step on, their inputs' initial scale."""
+    sited = lf.with_norm_sites(model)
+    sites = lf.list_norm_sites(sited)
+    for site, sigma in measure_sigma(sited, sites, tokens).items():
+        lf.freeze_site(sited, site, sigma)
+    return sited
+
+
+ARCHITECTURES: dict[str, Make] = {
+    "Pre-LN": lambda model, _: lf.with_norm_sites(model),
+    "RMSNorm": lambda model, _: lf.to_map(model, "RMSNorm", bias=False).model,
+    "CRMSNorm": lambda model, _: lf.to_map(model, "CRMSNorm", bias=False).model,
+    "Peri-LN": lambda model, _: lf.to_peri_ln(model).model,
+    "NormFormer": lambda model, _: lf.to_normformer(model).model,
+    "Sub-LN": lambda model, _: lf.to_sub_ln(model).model,
+    "Sub-LN, Magneto's initialisation": lambda model, _: lf.to_sub_ln(model, initialise=True).model,
+    "LayerNorm Scaling": lambda model, _: lf.to_layernorm_scaling(model, keep_function=False).model,
+    "DyT": lambda model, _: lf.to_dyt(model).model,
+    "LN-free from the start": ln_free,
+}
+
+
+def count(model: HookedTransformer) -> int:
+    """Parameters, a tied unembedding once."""
+    return sum(W.numel() for W in lf.with_norm_sites(model, copy_weights=False).parameters())
+
+
+def matched(name: str, like: HookedTransformer, tokens: Tensor, depth: int, seed: int) -> Any:
+    """A new model of an architecture with as many parameters as Pre-LN has, nearly."""
+    make = ARCHITECTURES[name]
+
+    def new(d_mlp: int) -> HookedTransformer:
+        small = lf.untrained(
+            like, n_layers=depth, d_model=WIDTH, n_heads=HEADS, d_mlp=d_mlp, n_ctx=LENGTH, seed=seed
+        )
+        return make(small, tokens)
+
+    plain, model = new(4 * WIDTH), new(4 * WIDTH)
+    wanted = count(ARCHITECTURES["Pre-LN"](
+        lf.untrained(like, n_layers=depth, d_model=WIDTH, n_heads=HEADS, n_ctx=LENGTH), tokens
+    ))  # fmt: skip
+    unit = count(new(4 * WIDTH + 1)) - count(plain)
+    more = round((wanted - count(model)) / unit)
+    model = new(4 * WIDTH + more) if more else model
+    assert abs(count(model) / wanted - 1) < 0.005
+    return model
+
+
+def measured(
+    name: str, depth: int, seed: int, like: HookedTransformer, train: Tensor, heldout: Tensor,
+    steps: int, removal: int, batch: int,
+) -> dict[str, Any]:  # fmt: skip
+    """A row: an architecture at a depth, with a seed."""
+    model = matched(name, like, train[:16], depth, seed)
+    recipe = lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed)
+    began = time.perf_counter()
+    run = lf.train(model, recipe, train, progress=False)
+    speed = batch * LENGTH / statistics.median(record.seconds for record in run.history)
+    report = lf.depth_report(run.model, heldout[:32], eigenvalues=4, progress=False)
+    balance = lf.GradientBalance.of_run(run, from_step=steps // 2)
+    row: dict[str, Any] = {
+        "name": name, "depth": depth, "seed": seed, "parameters": count(run.model),
+        "steps": [steps, removal, batch], "loss": lf.evaluate_loss(run.model, heldout).mean,
+        "tokens_per_second": speed, "diverged": [],
+        "variance": report.variance.tolist(), "angle": report.angles.diagonal(1).tolist(),
+        "jacobian_distance": report.jacobian_distance.tolist(),
+        "spectral_radius": report.spectral_radius.tolist(),
+        "loss_without": report.loss_without.tolist(),
+        "gradients": {kind: sizes.tolist() for kind, sizes in balance.by_kind.items()},
+    }  # fmt: skip
+    if lf.live_sites(run.model):
+        distilled = lf.recipes.distilled(run.model, steps=removal, seed=seed)
+        for what, this in (("free", distilled), ("control", distilled.vanilla())):
+            try:
+                after = lf.remove_norms(run.model, this, train, progress=False, log_every=0)
+                row[what] = lf.evaluate_loss(after.model, heldout).mean
+            except lf.errors.TrainingError as error:
+                row[what] = math.nan
+                row["diverged"].append(f"{what}: {error}")
+    row["minutes"] = (time.perf_counter() - began) / 60
+    return row
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The tables of the rows that there are, by depth."""
+    for depth in sorted({row["depth"] for row in rows}):
+        here = [row for row in rows if row["depth"] == depth]
+        n = len({row["seed"] for row in here})
+        print(f"\n{depth} layers, {here[0]['parameters']:,} parameters, {n} seeds\n")
+        print("| architecture | held-out loss | LN-free minus control | tokens/s | variance, last "
+              "over first block | angle of a block, median | norm of J - I, median | without the "
+              "least needed block | gradient of W_out, first over last layer |")  # fmt: skip
+        print("|" + "---|" * 9)
+        for name in ARCHITECTURES:
+            if not (of := [row for row in here if row["name"] == name]):
+                continue
+            price = [row["free"] - row["control"] for row in of if "free" in row]
+            cells = [
+                spread([row["loss"] for row in of], ".3f"),
+                spread(price, "+.3f") if price else "no norm",
+                spread([row["tokens_per_second"] for row in of], ",.0f", False),
+                spread([row["variance"][-1] / row["variance"][1] for row in of], ".3g", False),
+                spread([statistics.median(row["angle"]) for row in of], ".3f", False),
+                spread([statistics.median(row["jacobian_distance"]) for row in of], ".3f", False),
+                spread([min(row["loss_without"]) for row in of], "+.3f", False),
+                spread([row["gradients"]["mlp.W_out"][0] / row["gradients"]["mlp.W_out"][-1]
+                        for row in of], ".2f", False),
+            ]  # fmt: skip
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+def spread(values: Sequence[float], form: str, deviation: bool = True) -> str:
+    """The mean over seeds, and their standard deviation."""
+    good = [x for x in values if math.isfinite(x)]
+    if not good:
+        return "diverged"
+    lost = f" ({len(values) - len(good)} diverged)" if len(good) < len(values) else ""
+    more = f" ± {statistics.stdev(good):.3f}" if deviation and len(good) > 1 else ""
+    return f"{statistics.mean(good):{form}}{more}{lost}"
+
+
+def main(
+    rows: tyro.conf.Positional[Path],
+    depths: tuple[int, ...] = (4, 16),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    steps: int = 200,
+    removal: int = 120,
+    batch: int = 16,
+    only: tuple[str, ...] = (),
+    print_only: Annotated[bool, tyro.conf.arg(name="print")] = False,
+) -> None:
+    """Run the benchmark.
+
+    Args:
+        rows: The file of finished rows; it is made if it does not exist.
+        depths: Numbers of layers.
+        seeds: Seeds of weights and of the order of the text.
+        steps: Steps of training.
+        removal: Steps of the removal and of its control.
+        batch: Sequences of 128 tokens in a step of training; the removal has 8.
+        only: Architectures, by name. Default: all.
+        print_only: Run nothing: print the tables of the rows that there are.
+    """
+    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    if not print_only:
+        logging.disable_progress_bar()
+        like = lf.load(lf.bundled_checkpoint(), device="cpu")
+        train, heldout = (
+            lf.pack(lf.stdlib_corpus(split), like.tokenizer, LENGTH)
+            for split in ("train", "heldout")
+        )
+        heldout = heldout[:: max(1, len(heldout) // 256)][:256]
+        for seed in seeds:
+            for depth in depths:
+                for name in only or ARCHITECTURES:
+                    if any(
+                        (row["name"], row["depth"], row["seed"]) == (name, depth, seed)
+                        for row in done
+                    ):
+                        continue
+                    row = measured(name, depth, seed, like, train, heldout, steps, removal, batch)
+                    done.append(row)
+                    with rows.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(f"{name}, {depth} layers, seed {seed}: loss {row['loss']:.3f}, "
+                          f"{row['minutes']:.1f} minutes", flush=True)  # fmt: skip
+        cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+        print(f"\n{steps * batch * LENGTH:,} tokens of training, {removal * 8 * LENGTH:,} of "
+              f"removal; {heldout.numel():,} held-out tokens; torch {torch.__version__}, "
+              f"{torch.get_num_threads()} threads of {cpu}")  # fmt: skip
+    show(done)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

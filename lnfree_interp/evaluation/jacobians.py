@@ -1,0 +1,98 @@
+"""The Jacobian of what a block writes, by vector-Jacobian products; no such matrix is formed."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Complex, Float
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
+from torch import Tensor, nn
+
+_TOLERANCE: Any = 1e-4
+"""Of an eigenvalue, relative to the largest."""
+
+
+class Written:
+    """What a block writes at the last position, with its derivative by the stream there.
+
+    With J the Jacobian of the stream behind the block by the one before it, both at the last
+    position of a prompt, calling it multiplies with the transpose of J - I. That has the
+    eigenvalues and the Frobenius norm of J - I.
+    """
+
+    def __init__(self, block: nn.Module, resid: Float[Tensor, "prompt pos d_model"]):
+        with torch.enable_grad():
+            self.last = resid[:, -1].detach().requires_grad_()
+            whole = torch.cat([resid[:, :-1].detach(), self.last[:, None]], 1)
+            self.written = block(whole)[:, -1] - self.last
+
+    def __call__(self, vectors: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "prompt d_model"]:
+        """The transpose of J - I times a vector for each prompt."""
+        (product,) = torch.autograd.grad(self.written, self.last, vectors, retain_graph=True)
+        return product
+
+
+def distance_from_identity(
+    written: Written, vectors: int, seed: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """||J - I||_F / sqrt(d_model), over prompts, and its error.
+
+    The mean square of a product with a vector of random signs is the squared Frobenius norm.
+
+    Args:
+        written: What a block writes.
+        vectors: The number of random vectors for each prompt.
+        seed: Their seed.
+    """
+    generator, like = torch.Generator().manual_seed(seed), written.last
+    squares = []
+    for _ in range(vectors):
+        signs = torch.randint(2, like.shape, generator=generator).to(like) * 2 - 1
+        squares.append(written(signs).double().square().sum(-1).cpu() / like.shape[-1])
+    each = torch.stack(squares)  # [vector, prompt]
+    # Means of prompts spread with the vectors within them too; one prompt has its vectors alone.
+    means = each.mean(0) if each.shape[1] > 1 else each[:, 0]
+    error, root = means.std() / len(means) ** 0.5, each.mean().sqrt()
+    return root, torch.where(root > 0, error / (2 * root), 0.0)
+
+
+class _OfOnePrompt(LinearOperator):
+    """The transpose of J - I at one prompt, for SciPy."""
+
+    def __init__(self, written: Written, prompt: int):
+        d_model = written.last.shape[1]
+        super().__init__(np.dtype(np.float64), (d_model, d_model))
+        self.written, self.prompt = written, prompt
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        vectors = torch.zeros_like(self.written.last)
+        vectors[self.prompt] = torch.from_numpy(np.asarray(x).reshape(-1)).to(vectors)
+        return self.written(vectors)[self.prompt].double().cpu().numpy()
+
+
+def largest_eigenvalues(
+    written: Written, k: int, seed: int
+) -> Complex[Tensor, "prompt eigenvalue"]:
+    """The k eigenvalues of J - I with the largest absolute values, for each prompt.
+
+    Args:
+        written: What a block writes.
+        k: How many; nan takes the place of those that the iteration did not find.
+        seed: The seed of the vector that it starts from.
+    """
+    prompts, d_model = written.last.shape
+    start = np.random.default_rng(seed).standard_normal(d_model)
+    found = torch.full((prompts, k), torch.nan, dtype=torch.complex128)
+    for prompt in range(prompts if k else 0):
+        operator = _OfOnePrompt(written, prompt)
+        if not operator.matvec(start).any():  # ARPACK refuses the zero matrix
+            found[prompt] = 0
+            continue
+        try:
+            values = eigs(operator, k, v0=start, tol=_TOLERANCE, return_eigenvectors=False)
+        except ArpackNoConvergence as error:
+            values = error.eigenvalues
+        values = np.asarray(values)
+        values = values[np.argsort(-np.abs(values))][:k]
+        found[prompt, : len(values)] = torch.from_numpy(values)
+    return found

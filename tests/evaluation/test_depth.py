@@ -1,0 +1,202 @@
+"""The depth report against brute force, at the edges, and in other bases of the stream."""
+
+import copy
+import math
+
+import jaxtyping
+import pytest
+import torch
+from support.architectures import make_model
+
+import lnfree_interp as lf
+from lnfree_interp.errors import DataError
+
+ARCHITECTURES = ["gpt2", "llama-grouped", "neox", "gemma2"]
+
+
+def report_of(model, tokens, **options):
+    return lf.depth_report(model, tokens, progress=False, **options)
+
+
+def random_tokens(model, sequences=4, pos=10, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.cfg.d_vocab, (sequences, pos), generator=generator)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def stock(request):
+    return lf.load(make_model(request.param), dtype=torch.float64, check=False)
+
+
+def jacobian(model, layer, tokens):
+    """The whole Jacobian of a block's stream at the last position by the stream there."""
+    name = "resid_pre"
+    _, cache = model.run_with_cache(tokens, prepend_bos=False)
+    resid, block = cache[name, layer], model.blocks[layer]
+
+    def last(x):
+        return block(torch.cat([resid[:, :-1], x[None, None]], 1))[0, -1]
+
+    return torch.autograd.functional.jacobian(last, resid[0, -1])
+
+
+def test_distance_and_eigenvalues_are_those_of_the_whole_jacobian(stock):
+    tokens = random_tokens(stock, 2)
+    report = report_of(stock, tokens, prompts=2, vectors=300, eigenvalues=6)
+    eye = torch.eye(stock.cfg.d_model, dtype=torch.float64)
+    for layer in range(stock.cfg.n_layers):
+        whole = [jacobian(stock, layer, row[None]) - eye for row in tokens]
+        for prompt, difference in enumerate(whole):
+            expected = torch.linalg.eigvals(difference).abs().sort(descending=True).values[:6]
+            found = report.eigenvalues[layer, prompt].abs()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+        squares = torch.stack([one.square().sum() for one in whole])
+        expected = (squares.mean() / len(eye)).sqrt().item()
+        assert report.jacobian_distance[layer].item() == pytest.approx(expected, rel=0.05)
+
+
+def test_the_error_of_the_distance_covers_it(stock):
+    tokens, eye = random_tokens(stock, 1), torch.eye(stock.cfg.d_model, dtype=torch.float64)
+    exact = (jacobian(stock, 1, tokens) - eye).norm() / len(eye) ** 0.5
+    far = []
+    for seed in range(20):
+        report = report_of(stock, tokens, prompts=1, vectors=12, eigenvalues=0, seed=seed)
+        error = report.jacobian_distance_error[1]
+        far.append(((report.jacobian_distance[1] - exact) / error).abs().item())
+    assert sum(x < 2.2 for x in far) >= 15, far
+    assert max(far) < 8, far
+
+
+def test_what_a_block_is_for_is_the_loss_of_the_model_in_which_it_writes_nothing(stock):
+    tokens = random_tokens(stock)
+    report = report_of(stock, tokens, eigenvalues=0)
+    before = lf.evaluate_loss(stock, tokens).mean
+    assert report.loss == pytest.approx(before, rel=1e-12)
+    for layer in range(stock.cfg.n_layers):
+        after = lf.evaluate_loss(silenced(stock, layer), tokens).mean
+        assert report.loss_without[layer].item() == pytest.approx(after - before, rel=1e-9)
+        assert abs(after - before) > 1e-4
+
+
+def silenced(model, layer):
+    """The model with a block that writes nothing."""
+    quiet = copy.deepcopy(model)
+    block = quiet.blocks[layer]
+    parts = [block.attn.W_O, block.attn.b_O, block.mlp.W_out, block.mlp.b_out]
+    for name in ("ln1_post", "ln2_post"):
+        if getattr(block, name, None) is not None:
+            parts += [*getattr(block, name).parameters()]
+    for W in parts:
+        W.data.zero_()
+    return quiet
+
+
+def test_a_block_that_writes_nothing_turns_nothing_and_costs_nothing(stock):
+    quiet = silenced(stock, 1)
+    report = report_of(quiet, random_tokens(stock), prompts=2)
+    assert report.angles[1, 2] == 0
+    assert report.jacobian_distance[1] == 0
+    assert report.jacobian_distance_error[1] == 0
+    assert (report.eigenvalues[1] == 0).all()
+    assert report.loss_without[1] == 0
+    assert report.least_needed == 1 or report.loss_without.min() < 0
+    for layer in {*range(stock.cfg.n_layers)} - {1}:  # all others do something
+        assert report.angles[layer, layer + 1] > 1e-3
+        assert report.jacobian_distance[layer] > 1e-3
+        assert report.eigenvalues[layer].abs().min() > 1e-4
+        assert report.loss_without[layer] != 0
+
+
+def test_variances_and_angles_are_those_of_the_cached_stream(stock):
+    tokens, n = random_tokens(stock, 5), stock.cfg.n_layers
+    report = report_of(stock, tokens, prompts=1, eigenvalues=0, batch=2)
+    _, cache = stock.run_with_cache(tokens, prepend_bos=False)
+    streams = [cache["resid_pre", 0], *(cache["resid_post", layer] for layer in range(n))]
+    for place, x in enumerate(streams):
+        variance = ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1)
+        torch.testing.assert_close(report.variance[place], variance[:, 1:].mean())
+        torch.testing.assert_close(report.variance_first[place], variance[:, 0].mean())
+    cosine = torch.cosine_similarity(streams[0][:, -1], streams[n][:, -1], dim=-1)
+    expected = (cosine.clamp(-1, 1).arccos() / math.pi).mean()
+    torch.testing.assert_close(report.angles[0, n], expected)
+    torch.testing.assert_close(report.angles, report.angles.T)
+    assert (report.angles.diagonal() == 0).all()
+
+
+def test_the_report_knows_which_of_its_measures_are_about_the_function(folded, live, tokens):
+    def measure(name):
+        def metric(model):
+            found = getattr(report_of(model, tokens, prompts=1, vectors=8, eigenvalues=4), name)
+            return found.abs() if found.is_complex() else found
+
+        return metric
+
+    every = ("variance", "variance_first", "angles", "jacobian_distance")
+    always = ("eigenvalues", "loss_without")
+    report = report_of(folded, tokens, prompts=1)
+    assert report.basis_free == always
+    for name in always:
+        checked = lf.gauge_check(measure(name), folded, bases=2)
+        # Eigenvalues are found to a tolerance of their own.
+        assert checked.error.relative < 1e-3, (name, checked)
+    for name in every:
+        assert lf.gauge_check(measure(name), folded, bases=1).error.relative > 0.01, name
+    assert report_of(live, tokens, prompts=1).basis_free == (*every, *always)
+
+
+def test_one_live_norm_that_reads_the_stream_fixes_the_basis(frozen, tokens):
+    assert not report_of(frozen, tokens, prompts=1, eigenvalues=0).basis_fixed
+    lf.get_norm(frozen, "blocks.1.ln2").thaw()
+    assert report_of(frozen, tokens, prompts=1, eigenvalues=0).basis_fixed
+
+
+def test_a_norm_inside_a_sublayer_does_not_fix_the_basis(frozen, tokens):
+    inside = lf.to_sub_ln(frozen).model
+    assert lf.live_sites(inside)
+    assert not report_of(inside, tokens, prompts=1, eigenvalues=0).basis_fixed
+
+
+def test_frame_repr_and_figures_have_a_row_for_each_block(live, tokens):
+    report = report_of(live, tokens)
+    frame = report.to_frame()
+    assert frame["layer"].tolist() == [0, 1, 2]
+    assert frame["loss_without"].idxmin() == report.least_needed
+    assert f"block {report.least_needed} is needed least" in repr(report)
+    drawn = lf.plots.depth({"original": report, "lnfree": report})
+    assert [len(line.x) for line in drawn.data] == [4, 3, 3, 3] * 2
+    assert list(drawn.data[3].y) == report.loss_without.tolist()
+    assert lf.plots.angles(report).data[0].z[0][-1] == report.angles[0, -1].item()
+    spectrum = lf.plots.spectrum(report)
+    assert list(spectrum.data[1].y) == report.eigenvalues[0].abs().flatten().tolist()
+
+
+def test_model_and_gradients_stay_as_they_are(live, tokens):
+    before = {name: W.clone() for name, W in live.named_parameters()}
+    report_of(live, tokens)
+    assert all(W.grad is None and torch.equal(W, before[n]) for n, W in live.named_parameters())
+    assert not any(point._forward_hooks for point in live.hook_dict.values())
+
+
+def test_numbers_that_are_not_allowed_are_refused(live, tokens):
+    for wrong in ({"prompts": 0}, {"vectors": 1}, {"eigenvalues": -1}, {"eigenvalues": 31}):
+        with pytest.raises(DataError, match="give at least 1 prompt"):
+            report_of(live, tokens, **wrong)
+    with pytest.raises(DataError, match="tokenized for another model"):
+        report_of(live, tokens + 300)
+    with pytest.raises(DataError, match="at least one depth report"):
+        lf.plots.depth({})
+    with pytest.raises((DataError, jaxtyping.TypeCheckError)):
+        report_of(live, tokens[0])
+    with pytest.raises(DataError, match="has no eigenvalues"):
+        lf.plots.spectrum(report_of(live, tokens, eigenvalues=0))
+
+
+def test_the_evaluation_has_the_least_needed_block(live, folded, tokens):
+    options = {"effects": False, "neurons": 0, "pairs": 0}
+    found = lf.evaluate({"live": live, "free": folded}, tokens, **options)
+    label = "loss without the least needed block, change"
+    report = report_of(live, tokens, prompts=1, eigenvalues=0)
+    assert found.to_frame().loc[label, "live"] == pytest.approx(report.loss_without.min().item())
+    assert "loss_without_block" in found.to_json()
+    without = lf.evaluate(live, tokens, depth=False, **options)
+    assert label not in without.to_frame().index
