@@ -222,10 +222,10 @@ def load_checkpoint(
     return Loaded(model, recognised, error)
 
 
-def saved_sites(
+def saved_live_sites(
     source: str | os.PathLike[str], *, revision: str | None = None
 ) -> tuple[NormSite, ...] | None:
-    """The norm sites of a checkpoint that has others than its config says; None for any other.
+    """The live norm sites of a checkpoint that was written with its sites; None for any other.
 
     Args:
         source: Hub id, local folder or GGUF file.
@@ -235,7 +235,9 @@ def saved_sites(
         CheckpointError: if they cannot be read.
     """
     path = locate(source, revision, weights=False)
-    return native.saved_sites(path) if native.is_native(path) else None
+    if not native.is_native(path):
+        return None
+    return native.saved_live_sites(path, config_of(source, revision=revision))
 
 
 def config_of(

@@ -170,20 +170,27 @@ def read(
     return model, error.require(f"{folder}: logits against those of the model that was written")
 
 
-def saved_sites(folder: Path) -> tuple[NormSite, ...] | None:
-    """The norm sites of a model whose norms are not those of its config; None for any other.
+def saved_live_sites(folder: Path, cfg: HookedTransformerConfig) -> tuple[NormSite, ...] | None:
+    """The live norm sites of a model that was written with its sites; None for any other.
+
+    Args:
+        folder: In TransformerLens' layout.
+        cfg: Its config, for a model whose norms stand where the config says.
 
     Raises:
         CheckpointError: if the layout cannot be read.
     """
     file = folder / CONFIG
     try:
-        layout = json.loads(file.read_text(encoding="utf-8")).get("layout")
-        if not layout:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("sites") is not True:
             return None
+        layout = content.get("layout", {})
         names = [name for name, found in layout.items() if "map" in found]
-        return tuple(sorted(map(NormSite.parse, names), key=lambda site: site.order))
-    except (NormSiteError, AttributeError, TypeError, ValueError) as error:
+        every = map(NormSite.parse, names) if layout else sites_of(cfg)
+        live = [site for site in every if str(site) not in content["frozen"]]
+        return tuple(sorted(live, key=lambda site: site.order))
+    except (NormSiteError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: layout: {first_line(error):.200}") from error
 
 

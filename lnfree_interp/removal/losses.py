@@ -209,7 +209,8 @@ class Objective(nn.Module):
         self.model, self.dtype, self.groups = model, dtype, groups
         self._original = (original,)  # in a tuple, so that its parameters are not ours
         self.anchor_target: float | None = None
-        self._biased = model.unembed.b_U.requires_grad or bool(model.unembed.b_U.any())
+        biases = [one.unembed.b_U for one in (model, original) if one is not None]
+        self._biased = any(b_U.requires_grad or bool(b_U.any()) for b_U in biases)
 
     @property
     def original(self) -> HookedTransformer | None:

@@ -39,6 +39,7 @@ def remove_norms(
     minutes: float | None = None,
     progress: bool = True,
     copy_weights: bool = True,
+    teacher: HookedTransformer | None = None,
 ) -> Run:
     """Fine-tune a copy of the model while its norms are frozen one by one.
 
@@ -67,6 +68,9 @@ def remove_norms(
         progress: Whether to show a progress bar.
         copy_weights: False: train the model's own weights, which saves the memory of a copy. The
             model given then has the trained weights, and its norms are live: do not use it.
+        teacher: The model that a recipe with a distillation distils from, with live or frozen
+            norms, such as the original of a model some of whose norms are gone, or the one that a
+            variant was made of. It does not change. Default: the model before the first step.
 
     Returns:
         A `Run`: the trained model with norm sites, and what happened at each step.
@@ -98,6 +102,8 @@ def remove_norms(
         raise RecipeError("pausing needs the run's folder, to continue from: give out=...")
     require_records(checkpoint_every, log_every, trackers)
     _require_sound(model, recipe, data, heldout)
+    if teacher is not None:
+        _require_teacher(model, recipe, teacher)
     source = _source(data, recipe)
     processes = Processes(model.W_E.device)
     if recipe.batch % processes.world:
@@ -127,6 +133,7 @@ def remove_norms(
         log_every=log_every,
         minutes=minutes,
         copy_weights=copy_weights,
+        teacher=teacher,
     )
     if folder is not None:
         run = {"recipe": recipe.to_json(), **trainer.fingerprints, "start": start}
@@ -182,6 +189,23 @@ def _require_sound(
         raise RecipeError("stopping early (patience) needs held-out text: give heldout=...")
 
 
+def _require_teacher(model: HookedTransformer, recipe: Recipe, teacher: HookedTransformer) -> None:
+    """Refuse a teacher whose predictions or stream cannot be compared with the model's."""
+    require_hooked(teacher)
+    if teacher.cfg.d_vocab_out != model.cfg.d_vocab_out:
+        raise RecipeError(
+            f"the teacher has {teacher.cfg.d_vocab_out} tokens and the model "
+            f"{model.cfg.d_vocab_out}: distil from a model with the same tokenizer"
+        )
+    shapes = [(m.cfg.n_layers, m.cfg.d_model) for m in (teacher, model)]
+    if recipe.losses and shapes[0] != shapes[1]:
+        raise RecipeError(
+            f"the recipe compares residual streams ({', '.join(recipe.losses)}), and the teacher "
+            f"has {shapes[0][0]} layers of width {shapes[0][1]}, the model {shapes[1][0]} of "
+            f"{shapes[1][1]}: set losses={{}}"
+        )
+
+
 def _source(data: TokenSequences | Tensor, recipe: Recipe) -> TokenSequences:
     """The text as an endless source."""
     if not isinstance(data, Tensor):
@@ -200,8 +224,8 @@ def _require_same_run(folder: RunFolder, before: Mapping[str, Any], run: Mapping
         return Recipe.from_json(value) if what == "recipe" and value else value
 
     now = json.loads(json.dumps(run))  # tuples become lists
-    for what in ("model", "data", "recipe"):
-        if known(what, before.get(what)) != known(what, now[what]):
+    for what in ("model", "data", "recipe", "teacher"):
+        if known(what, before.get(what)) != known(what, now.get(what)):
             raise RecipeError(
                 f"{folder.path} is a run with another {what}: resume it with the same one"
             )

@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.exporting import Target, best_target, export
-from lnfree_interp.checkpoints.loading import config_of, load_checkpoint, saved_sites
+from lnfree_interp.checkpoints.loading import config_of, load_checkpoint, saved_live_sites
 from lnfree_interp.data.names import STDLIB
 from lnfree_interp.data.prefetch import Prefetched
 from lnfree_interp.data.sequences import TokenSequences
@@ -156,7 +156,8 @@ def run_job(
     source = str(bundled_checkpoint()) if job.model is None else job.model
     shown = "the bundled checkpoint" if job.model is None else source
     cfg = config_of(source, revision=job.revision)
-    every = saved_sites(source, revision=job.revision) or list_sites(cfg)
+    live = saved_live_sites(source, revision=job.revision)
+    every = list_sites(cfg) if live is None else live
     sites = () if cfg.normalization_type is None else _chosen(every, job)
     recipe = recipe_of(job, sites)
     _require_made_for(sites, recipe, job)
@@ -176,7 +177,10 @@ def run_job(
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.device("cpu") if several else None  # else all processes load onto one GPU
     loaded = load_checkpoint(source, revision=job.revision, device=device)
-    model = loaded.model
+    model, teacher = loaded.model, None
+    if job.teacher is not None:
+        say(f"loading {job.teacher}, to distil from")
+        teacher = load_checkpoint(job.teacher, device=device).model
     if loaded.error is not None:
         say(f"    largest logit difference from transformers: {loaded.error}")
     sites_of(model)  # the config of an LN-free checkpoint may have norms
@@ -225,6 +229,7 @@ def run_job(
             minutes=None if minutes is None else minutes - (time.monotonic() - began) / 60,
             progress=progress,
             copy_weights=False,
+            teacher=teacher,
         )
     if os.environ.get("RANK", "0") == "0":
         finished, errors = None, {}
@@ -247,7 +252,7 @@ def _from_anywhere(job: RemovalJob) -> dict[str, Any]:
     """The job as plain data, with absolute local paths, so that it is the same in any folder."""
     about = {field.name: getattr(job, field.name) for field in fields(RemovalJob)}
     about["data"] = job.text
-    for key in ("model", "data"):
+    for key in ("model", "data", "teacher"):
         if about[key] is not None and about[key] != STDLIB:
             about[key] = anywhere(about[key])
     return about

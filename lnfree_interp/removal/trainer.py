@@ -59,6 +59,7 @@ class Trainer:
         log_every: int = 10,
         minutes: float | None = None,
         copy_weights: bool = True,
+        teacher: HookedTransformer | None = None,
     ):
         """A run before its first step.
 
@@ -76,6 +77,7 @@ class Trainer:
             log_every: Steps between two measurements of the probes; 0: none.
             minutes: Pause after so many. Default: never.
             copy_weights: False: train the original's own weights.
+            teacher: The model to distil from. Default: the original.
 
         Raises:
             LnfreeError: for what `remove_norms` refuses.
@@ -89,18 +91,22 @@ class Trainer:
         model = with_norm_sites(original, copy_weights)
         _require_hook_points(model, [*fwd_hooks, *bwd_hooks])
         self.model = model.to(processes.device, print_details=False)
-        distils = extremes(recipe.distillation)[1] > 0
-        teacher = copy.deepcopy(self.model).requires_grad_(False) if distils else None
         self.fingerprints = {
             "model": training_state.fingerprint(self.model),
             "data": data.fingerprint(),
         }
+        own = None
+        if extremes(recipe.distillation)[1] > 0:
+            own = copy.deepcopy(self.model) if teacher is None else with_norm_sites(teacher)
+            own = own.requires_grad_(False).to(processes.device, print_details=False)
+        if own is not None and teacher is not None:
+            self.fingerprints["teacher"] = training_state.fingerprint(own)
         self.text = self._shared(processes.on_main(self._first_sequences), "sequences for sigma")
         self.heldout = None if heldout is None else self._shared(heldout, "held-out sequences")
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
-        self.objective = Objective(self.model, teacher, dtype, self.transition.groups)
+        self.objective = Objective(self.model, own, dtype, self.transition.groups)
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
         self.residual = ResidualProbe(self.model)
         self.divergence = DivergenceWatch(recipe.guard, distils=recipe.always_distils)

@@ -32,6 +32,7 @@ class RunOptions(TypedDict, total=False):
     minutes: float | None
     progress: bool
     copy_weights: bool
+    teacher: HookedTransformer | None
 
 
 def train(
@@ -92,7 +93,8 @@ def finetune(
         model: A model of any architecture of this package, with the weights to start from. It does
             not change.
         recipe: Such as `lf.recipes.finetuning(...)`, or the `vanilla()` of a recipe for removal.
-            With a `distillation` the loss holds the model to what it was before.
+            With a `distillation` the loss holds the model to what it was before, or to a
+            `teacher`, such as the model that a variant was made of.
         data: Packed text, as for `remove_norms`.
         **options: As for `remove_norms`.
 

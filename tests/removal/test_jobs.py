@@ -14,7 +14,7 @@ from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import sites_of
 from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.recipes import BY_NAME
-from lnfree_interp.removal.run_job import make_recipe
+from lnfree_interp.removal.run_job import make_recipe, run_job
 from lnfree_interp.removal.schedule import Event, Ramp, moved, sequential_sites
 from lnfree_interp.removal.trial import Trial, distils_at, try_steps
 
@@ -189,3 +189,27 @@ def test_every_process_has_a_sequence_of_the_default_recipe(monkeypatch, world, 
     assert make_recipe(RemovalJob(), SITES).batch == batch
     assert make_recipe(RemovalJob(batch=6), SITES).batch == 6
     assert make_recipe(RemovalJob(recipe="distilled"), SITES).batch == 8
+
+
+@pytest.mark.parametrize("recipe", ["measured", "distilled"])
+def test_norms_can_go_in_stages_and_the_original_stays_the_teacher(gpt2_folder, tmp_path, recipe):
+    text = tmp_path / "text.txt"
+    text.write_text("for i in range(10):\n    print(i)\n" * 400)
+    job = RemovalJob(
+        model=str(gpt2_folder), data=str(text), recipe=recipe, sequence_length=16, heldout=4,
+        kinds=("ln1.v", "ln_final"), steps=40, batch=2, micro_batch=2,
+    )  # fmt: skip
+    run_job(job, tmp_path / "first", progress=False)
+    first = lf.load(tmp_path / "first" / "model")
+    assert {site.kind for site in lf.live_sites(first)} == {"ln1.qk", "ln2"}
+    rest = replace(
+        job, model=str(tmp_path / "first" / "model"), kinds=None, teacher=str(gpt2_folder)
+    )
+    run = run_job(rest, tmp_path / "rest", progress=False)
+    assert {event.site for event in run.recipe.events} == set(lf.live_sites(first))
+    assert run.history[0].losses["distillation"] > 1e-4  # from the original, not from the first
+    finished = lf.load(tmp_path / "rest" / "model")
+    assert not lf.live_sites(finished)
+    lf.compare_logits(finished, run.model).require("the finished model")
+    with pytest.raises(RecipeError, match=r"no norm site of the kind ln1\.v; it has ln1\.qk, ln2"):
+        run_job(replace(rest, kinds=("ln1.v",)), tmp_path / "again", progress=False)

@@ -7,7 +7,9 @@ import torch
 from support.architectures import make_model
 
 import lnfree_interp as lf
+from lnfree_interp.data.sequences import ShuffledSequences
 from lnfree_interp.errors import RecipeError, UnsupportedModelError
+from lnfree_interp.evaluation.text_pass import measure_text
 
 
 @pytest.fixture
@@ -148,3 +150,34 @@ def test_sizes_that_do_not_fit_are_refused(small, frozen, folded):
     for model in (frozen, folded):
         with pytest.raises(UnsupportedModelError, match="stock model with live norms"):
             lf.untrained(model)
+
+
+def test_a_variant_may_learn_from_the_model_that_it_was_made_of(small, data):
+    variant = lf.to_dyt(small, tokens=data[:4]).model
+    recipe = lf.recipes.finetuning(steps=12, distillation=1.0)
+    run = lf.finetune(variant, recipe, data, teacher=small, progress=False)
+    own = lf.finetune(variant, recipe, data, progress=False)
+    assert own.history[0].losses["distillation"] == pytest.approx(0, abs=1e-5)
+    batch = ShuffledSequences(data, 0).take(8)
+    found = measure_text({"small": small, "variant": variant}, batch, "small")["variant"]
+    assert run.history[0].losses["distillation"] == pytest.approx(found.kl.mean().item(), rel=1e-4)
+    assert run.history[-1].losses["distillation"] < run.history[0].losses["distillation"]
+    assert all(W.requires_grad and W.grad is None for W in small.parameters())
+
+
+def test_a_teacher_must_fit_and_stay_the_same(small, data, tmp_path):
+    recipe = lf.recipes.finetuning(steps=2, distillation=1.0)
+    other = lf.load(make_model("gpt2", vocab_size=280), check=False)
+    with pytest.raises(RecipeError, match="the teacher has 280 tokens and the model 300"):
+        lf.finetune(small, recipe, data, teacher=other, progress=False)
+    deeper = lf.untrained(small, n_layers=4)
+    lf.finetune(small, recipe, data, teacher=deeper, progress=False)
+    stream = replace(recipe, losses={"stream": 1.0})
+    with pytest.raises(RecipeError, match=r"residual streams \(stream\), .* 4 layers of width 32"):
+        lf.finetune(small, stream, data, teacher=deeper, progress=False)
+    options = {"out": tmp_path / "run", "progress": False}
+    with pytest.raises(lf.errors.PausedError):
+        lf.finetune(small, recipe, data, teacher=deeper, minutes=1e-9, **options)
+    with pytest.raises(RecipeError, match="a run with another teacher"):
+        lf.finetune(small, recipe, data, resume=True, **options)
+    lf.finetune(small, recipe, data, teacher=deeper, resume=True, **options)

@@ -12,7 +12,7 @@ from support.models import freeze_all
 
 import lnfree_interp as lf
 from lnfree_interp.checkpoints.exporting import best_target
-from lnfree_interp.checkpoints.loading import config_of, saved_sites
+from lnfree_interp.checkpoints.loading import saved_live_sites
 from lnfree_interp.errors import (
     CheckpointError,
     DataError,
@@ -24,7 +24,6 @@ from lnfree_interp.models import folding, forms
 from lnfree_interp.models.inserting import set_map, set_scaler, varied
 from lnfree_interp.models.maps import MAPS
 from lnfree_interp.models.norms import describe
-from lnfree_interp.models.sites import sites_of
 from lnfree_interp.removal.training_state import fingerprint
 
 PROMPT = [7, 4, 9, 31, 2, 15]
@@ -430,8 +429,10 @@ def test_first_tokens_are_not_apart_where_no_form_could_keep_them(stock):
 
 def test_the_command_line_removes_the_norms_that_a_folder_has(variant, tmp_path):
     lf.export(variant, tmp_path / "out", target="transformer_lens")
-    saved = saved_sites(tmp_path / "out") or sites_of(config_of(tmp_path / "out"))
-    assert saved == lf.list_norm_sites(variant)
+    assert saved_live_sites(tmp_path / "out") == lf.list_norm_sites(variant)
+    lf.freeze_site(variant, "blocks.1.ln2", 2.0)
+    lf.export(variant, tmp_path / "partly", target="transformer_lens")
+    assert saved_live_sites(tmp_path / "partly") == lf.live_sites(variant)
 
 
 @pytest.mark.parametrize("change", [{"name": "DyT"}, {"factor": 0.5}, {"bias": None}])
