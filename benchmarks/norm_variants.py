@@ -1,5 +1,5 @@
-"""Architectures that vary their norms, trained alike: loss, depth, gradients, speed, and what the
-removal of all their norms costs.
+"""Architectures that vary their norms, trained alike: loss, depth, gradients, and what the removal
+of all their norms costs.
 
     python benchmarks/norm_variants.py rows.jsonl [--depths 4 16] [--seeds 0 1 2] [--only Pre-LN]
     python benchmarks/norm_variants.py rows.jsonl --print
@@ -8,7 +8,7 @@ Models of width 64 are trained from scratch on the standard library's source, wi
 a d_mlp that makes their numbers of parameters equal within 0.5 %. Then every norm of each is
 removed (`distilled`), and its control has the same steps, text and rates. Each finished row is a
 line of `rows.jsonl`; rows that are there are not run again, so that the benchmark can be stopped
-and continued. `--print` makes the tables of what there is.
+and continued. `--print` makes the tables of what there is. How fast they are: `norm_speed.py`.
 """
 
 import json
@@ -91,13 +91,12 @@ def measured(
     recipe = lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed)
     began = time.perf_counter()
     run = lf.train(model, recipe, train, progress=False)
-    speed = batch * LENGTH / statistics.median(record.seconds for record in run.history)
     report = lf.depth_report(run.model, heldout[:32], eigenvalues=4, progress=False)
     balance = lf.GradientBalance.of_run(run, from_step=steps // 2)
     row: dict[str, Any] = {
         "name": name, "depth": depth, "seed": seed, "parameters": count(run.model),
         "steps": [steps, removal, batch], "loss": lf.evaluate_loss(run.model, heldout).mean,
-        "tokens_per_second": speed, "diverged": [],
+        "diverged": [],
         "variance": report.variance.tolist(), "angle": report.angles.diagonal(1).tolist(),
         "jacobian_distance": report.jacobian_distance.tolist(),
         "spectral_radius": report.spectral_radius.tolist(),
@@ -123,10 +122,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         here = [row for row in rows if row["depth"] == depth]
         n = len({row["seed"] for row in here})
         print(f"\n{depth} layers, {here[0]['parameters']:,} parameters, {n} seeds\n")
-        print("| architecture | held-out loss | LN-free minus control | tokens/s | variance, last "
+        print("| architecture | held-out loss | LN-free minus control | variance, last "
               "over first block | angle of a block, median | norm of J - I, median | without the "
               "least needed block | gradient of W_out, first over last layer |")  # fmt: skip
-        print("|" + "---|" * 9)
+        print("|" + "---|" * 8)
         for name in ARCHITECTURES:
             if not (of := [row for row in here if row["name"] == name]):
                 continue
@@ -134,7 +133,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             cells = [
                 spread([row["loss"] for row in of], ".3f"),
                 spread(price, "+.3f") if price else "no norm",
-                spread([row["tokens_per_second"] for row in of], ",.0f", False),
                 spread([row["variance"][-1] / row["variance"][1] for row in of], ".3g", False),
                 spread([statistics.median(row["angle"]) for row in of], ".3f", False),
                 spread([statistics.median(row["jacobian_distance"]) for row in of], ".3f", False),

@@ -97,13 +97,13 @@ class DepthReport:
         )
 
     def __repr__(self) -> str:
-        growth = (self.variance[-1] / self.variance[0]).item()
+        growth = (self.variance[-1] / self.variance[1]).item()
         least = self.least_needed
         basis = "" if self.basis_fixed else ", which depends on the basis of the stream"
         return (
             f"DepthReport({len(self.loss_without)} blocks, {self.n_tokens:,} tokens of loss "
             f"{self.loss:.3f}: block {least} is needed least, {self.loss_without[least]:+.4f} nats "
-            f"without it; variance grows {growth:.3g} times{basis})"
+            f"without it; behind the first block variance grows {growth:.3g} times{basis})"
         )
 
 
