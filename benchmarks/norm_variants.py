@@ -90,13 +90,19 @@ def measured(
     model = matched(name, like, train[:16], depth, seed)
     recipe = lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed)
     began = time.perf_counter()
-    run = lf.train(model, recipe, train, progress=False)
+    row: dict[str, Any] = {
+        "name": name, "depth": depth, "seed": seed, "parameters": count(model),
+        "steps": [steps, removal, batch], "diverged": [],
+    }  # fmt: skip
+    try:
+        run = lf.train(model, recipe, train, progress=False)
+    except lf.errors.TrainingError as error:
+        minutes = (time.perf_counter() - began) / 60
+        return row | {"loss": math.nan, "diverged": [f"training: {error}"], "minutes": minutes}
     report = lf.depth_report(run.model, heldout[:32], eigenvalues=4, progress=False)
     balance = lf.GradientBalance.of_run(run, from_step=steps // 2)
-    row: dict[str, Any] = {
-        "name": name, "depth": depth, "seed": seed, "parameters": count(run.model),
-        "steps": [steps, removal, batch], "loss": lf.evaluate_loss(run.model, heldout).mean,
-        "diverged": [],
+    row |= {
+        "loss": lf.evaluate_loss(run.model, heldout).mean,
         "variance": report.variance.tolist(), "angle": report.angles.diagonal(1).tolist(),
         "jacobian_distance": report.jacobian_distance.tolist(),
         "spectral_radius": report.spectral_radius.tolist(),
@@ -129,9 +135,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         for name in ARCHITECTURES:
             if not (of := [row for row in here if row["name"] == name]):
                 continue
+            lost = [row for row in of if not math.isfinite(row["loss"])]
+            if len(lost) == len(of):
+                print(f"| {name} | diverged |{' |' * 6}")
+                continue
+            of = [row for row in of if row not in lost]
             price = [row["free"] - row["control"] for row in of if "free" in row]
             cells = [
-                spread([row["loss"] for row in of], ".3f"),
+                spread([row["loss"] for row in (*of, *lost)], ".3f"),
                 spread(price, "+.3f") if price else "no norm",
                 spread([row["variance"][-1] / row["variance"][1] for row in of], ".3g", False),
                 spread([statistics.median(row["angle"]) for row in of], ".3f", False),
@@ -188,7 +199,8 @@ def main(
             for depth in depths:
                 for name in only or ARCHITECTURES:
                     if any(
-                        (row["name"], row["depth"], row["seed"]) == (name, depth, seed)
+                        (row["name"], row["depth"], row["seed"], row["steps"])
+                        == (name, depth, seed, [steps, removal, batch])
                         for row in done
                     ):
                         continue

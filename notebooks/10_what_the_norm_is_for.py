@@ -86,7 +86,8 @@ assert reports["lnfree"].basis_free == ("eigenvalues", "loss_without")
 # %% [markdown]
 # The second answer is short for a reason. Without norms the stream can be written in any basis, so
 # that its variance, angles and distances are facts about the basis that training found. Losses and
-# eigenvalues stay what they are in every basis. Dotted lines are those to be careful with.
+# eigenvalues stay what they are in every basis. Dotted lines are those to be careful with. With
+# live norms only one factor for the whole stream is free: read its variance as growth.
 
 # %%
 lf.plots.depth(reports)
@@ -115,7 +116,7 @@ def frozen_at_once(new):
     """Norms that divide by a constant from the first step on."""
     sited = lf.with_norm_sites(new)
     for site in lf.list_norm_sites(sited):
-        lf.freeze_site(sited, site, sigma=0.05)  # about the scale of the stream before training
+        lf.freeze_site(sited, site, sigma=0.03)  # about the scale of the stream before training
     return sited
 
 

@@ -23,11 +23,11 @@ from lnfree_interp.evaluation.text_pass import fitting_batch
 from lnfree_interp.models.folding import reads_stream
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import run, run_and_keep
-from lnfree_interp.models.sites import live_sites
+from lnfree_interp.models.sites import live_sites, norm_at
 
 IN_A_BASIS = ("variance", "variance_first", "angles", "jacobian_distance")
-"""The measures that a change of basis of the stream changes; only live norms forbid such a
-change."""
+"""The measures that a change of basis of the stream changes. Live norms forbid all changes but
+rotations, one factor for the whole stream, and, where they subtract it, a change of its mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +36,14 @@ class DepthReport:
 
     variance: Float[Tensor, " place"]
     """The variance of the stream over channels before each block and after the last, averaged over
-    all tokens but the first of each sequence."""
+    all tokens but the first of each sequence; its mean square in a model whose norms do not
+    subtract the mean. One factor for all places says nothing: norms do not see it."""
     variance_first: Float[Tensor, " place"]
     """The same of the first tokens, which in many models have massive activations."""
     angles: Float[Tensor, "place place"]
     """The angle between the stream at two places, over pi: 0 for one direction, 1/2 for orthogonal
-    ones, 1 for opposite ones; averaged over the last tokens of the sequences."""
+    ones, 1 for opposite ones; averaged over the last tokens of the sequences. Without the stream's
+    mean over channels where norms subtract it, as in `jacobian_distance`."""
     jacobian_distance: Float[Tensor, " layer"]
     """How far each block is from doing nothing: the Frobenius norm of J - I over sqrt(d_model),
     where J is the Jacobian of a token's stream behind the block by its own before it. The root of
@@ -167,7 +169,8 @@ def depth_report(
     with tqdm(total=total, desc="depth", unit="sequence or block", disable=not progress) as bar:
         if batch is None:
             batch = fitting_batch(model, tokens.shape[1])
-        sums = _StreamSums(n_layers)
+        centred = _norms_centre(model)
+        sums = _StreamSums(n_layers, centred)
         losses = []
         for chunk in batches(tokens, batch):
             loss, streams = _left_out(model, chunk)
@@ -177,21 +180,25 @@ def depth_report(
         distances, found = [], []
         for block, resid in _blocks(model, sample):
             written = Written(block, resid)
-            distances.append(distance_from_identity(written, vectors, seed))
-            found.append(largest_eigenvalues(written, eigenvalues, seed))
+            distances.append(distance_from_identity(written, vectors, seed, centred))
+            found.append(largest_eigenvalues(block, resid, eigenvalues, seed))
             bar.update()
     mean = torch.cat(losses, 1).mean(1)
-    n_targets = tokens[:, 1:].numel()
     return DepthReport(
-        *sums.read(),
-        torch.stack([distance for distance, _ in distances]),
-        torch.stack([error for _, error in distances]),
-        torch.stack(found),
-        mean[0].item(),
-        mean[1:] - mean[0],
-        any(reads_stream(str(site)) for site in live_sites(model)),
-        n_targets,
+        **sums.read(),
+        jacobian_distance=torch.stack([distance for distance, _ in distances]),
+        jacobian_distance_error=torch.stack([error for _, error in distances]),
+        eigenvalues=torch.stack(found),
+        loss=mean[0].item(),
+        loss_without=mean[1:] - mean[0],
+        basis_fixed=any(reads_stream(str(site)) for site in live_sites(model)),
+        n_tokens=tokens[:, 1:].numel(),
     )
+
+
+def _norms_centre(model: HookedTransformer) -> bool:
+    """Whether the model's norms subtract the mean of the stream, which nothing reads then."""
+    return model.cfg.normalization_type is not None and norm_at(model, "ln_final").centred
 
 
 @torch.no_grad()
@@ -217,42 +224,56 @@ def _left_out(
 ) -> tuple[Float[Tensor, "model target"], list[Float[Tensor, "batch pos d_model"]]]:
     """The losses of the model and of it without each block, and the stream at every place."""
     n_layers = model.cfg.n_layers
-    places = [Place(layer).hook for layer in range(n_layers + 1)]
-    last, found = run_and_keep(model, tokens, places, n_layers)
+    last, streams = _streams(model, tokens)
 
     def losses(stream: Tensor, layer: int) -> Tensor:
         logits = run(model, stream, start_at_layer=layer)
         return next_token_loss(logits, tokens.to(logits.device), "none").double().cpu()
 
     rows = [losses(last, n_layers)]
-    rows += [losses(found[places[layer]], layer + 1) for layer in range(n_layers)]
-    return torch.stack(rows), [found[place] for place in places]
+    rows += [losses(streams[layer], layer + 1) for layer in range(n_layers)]
+    return torch.stack(rows), [*streams, last]
+
+
+def _streams(
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos d_model"], list[Float[Tensor, "batch pos d_model"]]]:
+    """The stream behind the last block, and before each; the first block's own hook on it is for
+    the block to call."""
+    places = [Place(layer).hook for layer in range(1, model.cfg.n_layers)]
+    last, found = run_and_keep(model, tokens, places, model.cfg.n_layers)
+    return last, [run(model, tokens, 0), *(found[place] for place in places)]
 
 
 class _StreamSums:
     """Sums of what is measured of the stream, over batches."""
 
-    def __init__(self, n_layers: int):
+    def __init__(self, n_layers: int, centred: bool):
+        self.centred = centred
         self.variances = torch.zeros(2, n_layers + 1, dtype=torch.float64)  # first tokens, others
         self.counts = torch.zeros(2, dtype=torch.float64)
         self.angles = torch.zeros(n_layers + 1, n_layers + 1, dtype=torch.float64)
 
     def add(self, streams: list[Float[Tensor, "batch pos d_model"]]) -> None:
-        variance = torch.stack([x.double().var(-1, unbiased=False).cpu() for x in streams])
+        streams = [x.double().cpu() for x in streams]
+        if self.centred:
+            streams = [x - x.mean(-1, keepdim=True) for x in streams]
+        variance = torch.stack([x.square().mean(-1) for x in streams])
         first, others = variance[..., 0], variance[..., 1:]
         self.variances += torch.stack([first.sum(1), others.sum((1, 2))])
         self.counts += torch.tensor([first[0].numel(), others[0].numel()])
-        last = torch.stack([x[:, -1].double().cpu() for x in streams], 1)
+        last = torch.stack([x[:, -1] for x in streams], 1)
         unit = last / last.norm(dim=-1, keepdim=True)
         pairs = unit[:, :, None], unit[:, None]
         # The arc cosine has no digits left at small angles.
         sine, cosine = (pairs[0] - pairs[1]).norm(dim=-1), (pairs[0] + pairs[1]).norm(dim=-1)
         self.angles += (2 * torch.atan2(sine, cosine) / torch.pi).sum(0)
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Variances of others and of first tokens, and angles, as means."""
+    def read(self) -> dict[str, Tensor]:
+        """Means, by the fields of the report."""
         first, others = self.variances / self.counts[:, None]
-        return others, first, self.angles / self.counts[0]
+        angles = self.angles / self.counts[0]
+        return {"variance": others, "variance_first": first, "angles": angles}
 
 
 @torch.no_grad()
@@ -260,7 +281,5 @@ def _blocks(
     model: HookedTransformer, tokens: Int[Tensor, "prompt pos"]
 ) -> Iterator[tuple[nn.Module, Float[Tensor, "prompt pos d_model"]]]:
     """Each block, and the stream before it."""
-    places = [Place(layer).hook for layer in range(model.cfg.n_layers)]
-    _, found = run_and_keep(model, tokens, places, model.cfg.n_layers)
-    for block, place in zip(model.blocks, places, strict=True):
-        yield block, found[place].to(next(block.parameters()).device)
+    for block, resid in zip(model.blocks, _streams(model, tokens)[1], strict=True):
+        yield block, resid.to(next(block.parameters()).device)

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.analysis.prompts import batches, read_sequences
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import next_token_loss
-from lnfree_interp.models.running import run
+from lnfree_interp.models.running import require_hooked, run
 from lnfree_interp.removal.probes import block_weights
 from lnfree_interp.removal.run import Run, StepRecord
 
@@ -47,14 +47,14 @@ class GradientBalance:
         ]  # fmt: skip
         if not found:
             raise DataError(
-                f"no step from {from_step} on measured gradients: give a run with log_every above "
-                "0 and an earlier from_step"
+                f"no step from {from_step} on measured gradients: give a run of this version with "
+                "log_every above 0, and an earlier from_step"
             )
         means = {
             kind: torch.tensor([one[kind] for one in found], dtype=torch.float64).mean(0)
             for kind in found[0]
         }
-        return cls(means, f"mean of {len(found)} steps")
+        return cls(means, f"the run's own loss, mean of {len(found)} steps")
 
     @property
     def first_over_last(self) -> dict[str, float]:
@@ -76,7 +76,8 @@ def gradient_balance(
 ) -> GradientBalance:
     """How large the gradients of the loss are in each layer, by kind of weight.
 
-    A run measures the same every `log_every` steps: `lf.GradientBalance.of_run(run)`.
+    A run measures it of its own loss, distillation and further terms included, every `log_every`
+    steps: `lf.GradientBalance.of_run(run)`. This is cross-entropy alone.
 
     Args:
         model: A `HookedTransformer` in any form. Neither it nor its gradients change.
@@ -101,11 +102,14 @@ def gradient_balance(
         >>> sorted(balance.first_over_last)[:2]
         ['attn.W_K', 'attn.W_O']
     """
+    require_hooked(model)
     tokens = read_sequences(model, text, packed=True)
-    # The same weights, which require gradients here whatever the model's parameters do.
-    shared: dict[int, Any] = {id(W): nn.Parameter(W.detach()) for W in model.parameters()}
-    own = copy.deepcopy(model, shared | {id(model.tokenizer): model.tokenizer})
-    weights = block_weights(own)
+    own, weights = model, block_weights(model)
+    if not all(W.requires_grad for layers in weights.values() for W in layers):
+        # The same weights, which require gradients here whatever the model's parameters do.
+        shared: dict[int, Any] = {id(W): nn.Parameter(W.detach()) for W in model.parameters()}
+        own = copy.deepcopy(model, shared | {id(model.tokenizer): model.tokenizer})
+        weights = block_weights(own)
     every = [W for layers in weights.values() for W in layers]
     sums = [torch.zeros_like(W) for W in every]
     with torch.enable_grad():
@@ -115,4 +119,4 @@ def gradient_balance(
                 total += gradient
     sizes = iter([gradient.abs().mean().double().cpu() for gradient in sums])
     found = {kind: torch.stack([next(sizes) for _ in layers]) for kind, layers in weights.items()}
-    return GradientBalance(found, f"{tokens[:, 1:].numel():,} tokens")
+    return GradientBalance(found, f"cross-entropy of {tokens[:, 1:].numel():,} tokens")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Complex, Float
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor, nn
 
 _TOLERANCE: Any = 1e-4
@@ -33,7 +33,7 @@ class Written:
 
 
 def distance_from_identity(
-    written: Written, vectors: int, seed: int
+    written: Written, vectors: int, seed: int, centred: bool = False
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """||J - I||_F / sqrt(d_model), over prompts, and its error.
 
@@ -43,11 +43,14 @@ def distance_from_identity(
         written: What a block writes.
         vectors: The number of random vectors for each prompt.
         seed: Their seed.
+        centred: Whether the mean over channels of what the block writes does not count.
     """
     generator, like = torch.Generator().manual_seed(seed), written.last
     squares = []
     for _ in range(vectors):
         signs = torch.randint(2, like.shape, generator=generator).to(like) * 2 - 1
+        if centred:
+            signs = signs - signs.mean(-1, keepdim=True)
         squares.append(written(signs).double().square().sum(-1).cpu() / like.shape[-1])
     each = torch.stack(squares)  # [vector, prompt]
     # Means of prompts spread with the vectors within them too; one prompt has its vectors alone.
@@ -59,39 +62,44 @@ def distance_from_identity(
 class _OfOnePrompt(LinearOperator):
     """The transpose of J - I at one prompt, for SciPy."""
 
-    def __init__(self, written: Written, prompt: int):
+    def __init__(self, written: Written):
         d_model = written.last.shape[1]
         super().__init__(np.dtype(np.float64), (d_model, d_model))
-        self.written, self.prompt = written, prompt
+        self.written = written
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
-        vectors = torch.zeros_like(self.written.last)
-        vectors[self.prompt] = torch.from_numpy(np.asarray(x).reshape(-1)).to(vectors)
-        return self.written(vectors)[self.prompt].double().cpu().numpy()
+        vector = torch.from_numpy(np.asarray(x).reshape(1, -1)).to(self.written.last)
+        return self.written(vector)[0].double().cpu().numpy()
 
 
 def largest_eigenvalues(
-    written: Written, k: int, seed: int
+    block: nn.Module, resid: Float[Tensor, "prompt pos d_model"], k: int, seed: int
 ) -> Complex[Tensor, "prompt eigenvalue"]:
     """The k eigenvalues of J - I with the largest absolute values, for each prompt.
 
     Args:
-        written: What a block writes.
+        block: The block.
+        resid: The stream before it.
         k: How many; nan takes the place of those that the iteration did not find.
         seed: The seed of the vector that it starts from.
     """
-    prompts, d_model = written.last.shape
+    prompts, _, d_model = resid.shape
     start = np.random.default_rng(seed).standard_normal(d_model)
     found = torch.full((prompts, k), torch.nan, dtype=torch.complex128)
     for prompt in range(prompts if k else 0):
-        operator = _OfOnePrompt(written, prompt)
-        if not operator.matvec(start).any():  # ARPACK refuses the zero matrix
+        operator = _OfOnePrompt(Written(block, resid[prompt : prompt + 1]))
+        product = operator.matvec(start)
+        if not np.isfinite(product).all():
+            continue
+        if not product.any():  # ARPACK refuses the zero matrix
             found[prompt] = 0
             continue
         try:
             values = eigs(operator, k, v0=start, tol=_TOLERANCE, return_eigenvectors=False)
         except ArpackNoConvergence as error:
             values = error.eigenvalues
+        except ArpackError:
+            continue
         values = np.asarray(values)
         values = values[np.argsort(-np.abs(values))][:k]
         found[prompt, : len(values)] = torch.from_numpy(values)

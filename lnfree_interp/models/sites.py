@@ -221,15 +221,16 @@ def with_norm_sites(model: HookedTransformer, copy_weights: bool = True) -> Hook
         13
     """
     require_hooked(model)
-    if has_norm_sites(model):
-        return _copied(model, copy_weights)
     split = split_norms(model, copy_weights)
-    require_same_logits(split, model, "model with norm sites against stock")
+    if not has_norm_sites(model):
+        require_same_logits(split, model, "model with norm sites against stock")
     return split
 
 
 def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTransformer:
-    """The copy that `with_norm_sites` makes of a stock model, without comparing logits."""
+    """The copy that `with_norm_sites` makes, without comparing logits."""
+    if has_norm_sites(model):
+        return _copied(model, copy_weights)
     _require_pre_norm(model)
     model = _copied(model, copy_weights)
     for index, block in enumerate(model.blocks):

@@ -110,7 +110,13 @@ def _resized(
                 )
             new["n_key_value_heads"] = heads // groups
         if old.rotary_dim is not None:
-            new["rotary_dim"] = new["d_head"] * old.rotary_dim // old.d_head
+            rotary = Fraction(new["d_head"] * old.rotary_dim, old.d_head)
+            if rotary.denominator > 1 or rotary % 2:
+                raise UnsupportedModelError(
+                    f"rotary embeddings turn pairs of dimensions, and {rotary} of a d_head of "
+                    f"{new['d_head']} would be turned: give a larger d_model, or fewer heads"
+                )
+            new["rotary_dim"] = int(rotary)
         new["attn_scale"] = old.attn_scale * (new["d_head"] / old.d_head) ** 0.5
         if old.d_mlp is not None and d_mlp is None:
             new["d_mlp"] = width * old.d_mlp // old.d_model

@@ -54,15 +54,15 @@ def depth(reports: DepthReport | Mapping[str, DepthReport]) -> go.Figure:
             (2, 1, layers, report.jacobian_distance.tolist(), dash),
             (2, 2, layers, report.loss_without.tolist(), "solid"),
         )
+        errors = {"array": report.jacobian_distance_error.tolist()}
         for row, col, x, y, style in panels:
             figure.add_scatter(
                 x=x, y=y, row=row, col=col, mode="lines+markers",
                 name=html.escape(MODEL_NAMES.get(name, name)),
                 legendgroup=name, showlegend=(row, col) == (2, 2),
                 line={"color": colours[name], "dash": style, "width": 1.8}, marker={"size": 5},
+                error_y=errors if (row, col) == (2, 1) else None,
             )  # fmt: skip
-        errors = report.jacobian_distance_error.tolist()
-        figure.update_traces(error_y={"array": errors}, selector={"name": name}, row=2, col=1)
     figure.update_yaxes(type="log", row=1, col=1)
     figure.update_yaxes(title="norm over sqrt(d_model)", type="log", row=2, col=1)
     figure.update_yaxes(title="nats per token added", rangemode="tozero", row=2, col=2)

@@ -72,6 +72,8 @@ def _started_from(about: Mapping[str, Any] | None) -> str | None:
         return None
     if about["model"] is None:
         return str(bundled_checkpoint())
+    if about.get("teacher"):  # a later stage: what the first one started from
+        return str(about["teacher"])
     revision = about.get("revision")
     return f"{about['model']}@{revision}" if revision else str(about["model"])
 

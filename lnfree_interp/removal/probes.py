@@ -54,16 +54,18 @@ class ResidualProbe:
 
 
 def block_weights(model: HookedTransformer) -> dict[str, list[nn.Parameter]]:
-    """The weight matrices of the blocks by kind, such as `attn.W_Q`, each from the first layer."""
+    """The weight matrices that every block has, by kind such as `attn.W_Q`, from the first layer.
+
+    Whether they are trained does not matter.
+    """
     found: dict[str, list[nn.Parameter]] = {}
-    for layer, block in enumerate(model.blocks):
+    for block in model.blocks:
         for name, W in block.named_parameters():
             room, _, leaf = name.rpartition(".")
-            if leaf.lstrip("_").startswith("W_") and W.requires_grad:
-                kind = f"{room}.{leaf.lstrip('_')}"
-                found.setdefault(kind, []).append(W)
-                assert len(found[kind]) == layer + 1, f"{kind} is not in every block"
-    return {kind: found[kind] for kind in sorted(found, key=_in_order)}
+            if leaf.lstrip("_").startswith("W_"):
+                found.setdefault(f"{room}.{leaf.lstrip('_')}", []).append(W)
+    every = [kind for kind, layers in found.items() if len(layers) == model.cfg.n_layers]
+    return {kind: found[kind] for kind in sorted(every, key=_in_order)}
 
 
 def _in_order(kind: str) -> int:
@@ -76,13 +78,18 @@ def _in_order(kind: str) -> int:
 def gradient_sizes(
     weights: Mapping[str, list[nn.Parameter]], whole: Callable[[Tensor], Tensor] = lambda x: x
 ) -> dict[str, list[float]]:
-    """The mean absolute entry of each weight's gradient, by kind, from the first layer.
+    """The mean absolute entry of each weight's gradient, by kind, from the first layer; 0 where a
+    weight has none because it is not trained.
 
     Args:
         weights: As `block_weights` gives them, with gradients.
         whole: Makes one tensor of what is spread over processes.
     """
-    return {
-        kind: [0.0 if W.grad is None else whole(W.grad.abs().mean()).item() for W in layers]
-        for kind, layers in weights.items()
-    }
+    found = {}
+    for kind, layers in weights.items():
+        means = [
+            torch.zeros((), device=W.device) if W.grad is None else whole(W.grad.abs().mean())
+            for W in layers
+        ]
+        found[kind] = torch.stack([mean.to(means[0].device) for mean in means]).tolist()
+    return found

@@ -555,7 +555,7 @@ def at_once(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
 
 
 def from_scratch(*, steps: int = 1000, batch: int = 16, seed: int = 0) -> Recipe:
-    """Training of a model from its first weights, at the settings of the bundled checkpoint.
+    """Training of a model from its first weights, at the rates of the bundled checkpoint.
 
     Args:
         steps: Optimiser steps.
@@ -564,14 +564,14 @@ def from_scratch(*, steps: int = 1000, batch: int = 16, seed: int = 0) -> Recipe
 
     Returns:
         A `Recipe` without events, for `lf.train`: AdamW with a peak learning rate of 2e-3 and
-            weight decay 0.1, a warm-up of a twentieth of the steps, a cosine to a fiftieth.
+            weight decay 0.1, a warm-up over a twenty-fifth of the steps, a cosine to a fiftieth.
 
     Source:
         Ours: how the bundled checkpoint was trained (`lnfree_interp/bundled/train.py`).
 
     Examples:
         >>> lf.recipes.from_scratch(steps=400).warmup
-        20
+        16
     """
     return Recipe(
         name="from scratch",
@@ -579,7 +579,7 @@ def from_scratch(*, steps: int = 1000, batch: int = 16, seed: int = 0) -> Recipe
         steps=steps,
         batch=batch,
         lr=2e-3,
-        warmup=steps // 20,
+        warmup=steps // 25,
         final_lr=0.02,
         weight_decay=0.1,
         scale_anchor=0.0,
@@ -595,7 +595,8 @@ def finetuning(
     Args:
         steps: Optimiser steps.
         batch: Sequences of text per step.
-        distillation: The share of the KL divergence from the model before in the loss.
+        distillation: The share of the KL divergence from the teacher in the loss, which is the
+            model before the first step unless another is given.
         seed: The random seed of the order of the text.
 
     Returns:

@@ -13,10 +13,12 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.data.sequences import ShuffledSequences, TokenSequences
 from lnfree_interp.errors import DataError, RecipeError, UnsupportedModelError
 from lnfree_interp.models.running import require_hooked, require_tokens
+from lnfree_interp.models.sites import list_norm_sites
 from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.run_folder import RunFolder
+from lnfree_interp.removal.schedule import extremes
 from lnfree_interp.removal.statistics import Hooks
 from lnfree_interp.removal.tracking import Progress, require_trackers
 from lnfree_interp.removal.trainer import Trainer
@@ -103,7 +105,8 @@ def remove_norms(
     require_records(checkpoint_every, log_every, trackers)
     _require_sound(model, recipe, data, heldout)
     if teacher is not None:
-        _require_teacher(model, recipe, teacher)
+        length = data.shape[1] if isinstance(data, Tensor) else data.sequence_length
+        _require_teacher(model, recipe, teacher, length)
     source = _source(data, recipe)
     processes = Processes(model.W_E.device)
     if recipe.batch % processes.world:
@@ -189,13 +192,31 @@ def _require_sound(
         raise RecipeError("stopping early (patience) needs held-out text: give heldout=...")
 
 
-def _require_teacher(model: HookedTransformer, recipe: Recipe, teacher: HookedTransformer) -> None:
-    """Refuse a teacher whose predictions or stream cannot be compared with the model's."""
+def _require_teacher(
+    model: HookedTransformer, recipe: Recipe, teacher: HookedTransformer, length: int
+) -> None:
+    """Refuse a teacher that is not asked, or whose predictions cannot be compared."""
     require_hooked(teacher)
-    if teacher.cfg.d_vocab_out != model.cfg.d_vocab_out:
+    if extremes(recipe.distillation)[1] == 0:
         raise RecipeError(
-            f"the teacher has {teacher.cfg.d_vocab_out} tokens and the model "
-            f"{model.cfg.d_vocab_out}: distil from a model with the same tokenizer"
+            f"a teacher was given, and the recipe {recipe.name} does not distil: set distillation "
+            "above 0"
+        )
+    if not list_norm_sites(teacher):
+        raise RecipeError(
+            "the teacher has no norms any more: give it with norm sites, live or frozen, such as "
+            "lf.load(folder, form='sites')"
+        )
+    sizes = [(m.cfg.d_vocab, m.cfg.d_vocab_out) for m in (teacher, model)]
+    if sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"the teacher has {sizes[0][1]} tokens and the model {sizes[1][1]}: distil from a "
+            "model with the same tokenizer"
+        )
+    if length > teacher.cfg.n_ctx:
+        raise RecipeError(
+            f"sequences have {length} tokens, and the teacher's context {teacher.cfg.n_ctx}: give "
+            "shorter sequences"
         )
     shapes = [(m.cfg.n_layers, m.cfg.d_model) for m in (teacher, model)]
     if recipe.losses and shapes[0] != shapes[1]:

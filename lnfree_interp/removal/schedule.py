@@ -9,7 +9,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.site_names import NormSite, SiteKind, SplitKind
-from lnfree_interp.models.sites import list_norm_sites
+from lnfree_interp.models.sites import live_sites
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,15 @@ Sites = HookedTransformer | Sequence[NormSite]
 
 
 def sites_of(model: Sites) -> tuple[NormSite, ...]:
-    """The sites of a model, or the given ones.
+    """The live sites of a model, or the given ones.
 
     Raises:
         RecipeError: if there is none.
     """
-    sites = list_norm_sites(model) if isinstance(model, HookedTransformer) else tuple(model)
+    sites = live_sites(model) if isinstance(model, HookedTransformer) else model
     if not sites:
-        raise RecipeError("there are no norm sites: is the model LN-free already?")
-    return sites
+        raise RecipeError("there are no live norm sites: is the model LN-free already?")
+    return tuple(sites)
 
 
 def sequential_sites(n_layers: int) -> tuple[NormSite, ...]:

@@ -333,7 +333,7 @@ class Trainer:
         self.transition.meter.sums = {}
         where += "" if began is None else f"; {began}"
         if guard.action == "stop" or self.folder is None:
-            advice = "lower lr, or widen the gaps"
+            advice = "lower lr, or widen the gaps" if self.recipe.events else "lower lr"
             if began is not None:
                 advice = (
                     "freeze that site later, or keep such tokens apart for longer (outliers_until "

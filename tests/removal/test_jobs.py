@@ -13,6 +13,7 @@ from lnfree_interp.errors import CheckpointError, RecipeError, TooFewStepsError
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import sites_of
 from lnfree_interp.removal.job import RemovalJob
+from lnfree_interp.removal.named_models import find_model
 from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.run_job import make_recipe, run_job
 from lnfree_interp.removal.schedule import Event, Ramp, moved, sequential_sites
@@ -208,6 +209,7 @@ def test_norms_can_go_in_stages_and_the_original_stays_the_teacher(gpt2_folder, 
     run = run_job(rest, tmp_path / "rest", progress=False)
     assert {event.site for event in run.recipe.events} == set(lf.live_sites(first))
     assert run.history[0].losses["distillation"] > 1e-4  # from the original, not from the first
+    assert find_model(tmp_path / "rest").original == str(gpt2_folder)  # not the first stage
     finished = lf.load(tmp_path / "rest" / "model")
     assert not lf.live_sites(finished)
     lf.compare_logits(finished, run.model).require("the finished model")

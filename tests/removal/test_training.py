@@ -10,6 +10,7 @@ import lnfree_interp as lf
 from lnfree_interp.data.sequences import ShuffledSequences
 from lnfree_interp.errors import RecipeError, UnsupportedModelError
 from lnfree_interp.evaluation.text_pass import measure_text
+from lnfree_interp.models.sites import split_norms
 
 
 @pytest.fixture
@@ -147,6 +148,9 @@ def test_sizes_that_do_not_fit_are_refused(small, frozen, folded):
     grouped = lf.load(make_model("llama-grouped"), check=False)
     with pytest.raises(UnsupportedModelError, match="share keys and values"):
         lf.untrained(grouped, n_heads=1)
+    rotary = lf.load(make_model("llama"), check=False)
+    with pytest.raises(UnsupportedModelError, match="5 of a d_head of 5"):
+        lf.untrained(rotary, d_model=20)
     for model in (frozen, folded):
         with pytest.raises(UnsupportedModelError, match="stock model with live norms"):
             lf.untrained(model)
@@ -181,3 +185,47 @@ def test_a_teacher_must_fit_and_stay_the_same(small, data, tmp_path):
     with pytest.raises(RecipeError, match="a run with another teacher"):
         lf.finetune(small, recipe, data, resume=True, **options)
     lf.finetune(small, recipe, data, teacher=deeper, resume=True, **options)
+
+
+def test_a_teacher_that_cannot_teach_is_refused(small, folded, data):
+    recipe = lf.recipes.finetuning(steps=2, distillation=1.0)
+    silent = lf.recipes.finetuning(steps=2)
+    for call in (lf.train, lf.finetune):
+        with pytest.raises(RecipeError, match="does not distil: set distillation above 0"):
+            call(small, silent, data, teacher=small, progress=False)
+    short = lf.untrained(small, n_ctx=8)
+    with pytest.raises(RecipeError, match="24 tokens, and the teacher's context 8"):
+        lf.finetune(small, recipe, data, teacher=short, progress=False)
+    with pytest.raises(RecipeError, match="the teacher has no norms any more"):
+        lf.finetune(small, recipe, data, teacher=folded, progress=False)
+
+
+def test_recipes_are_for_the_norms_that_are_live(small, data):
+    sited = lf.with_norm_sites(small)
+    lf.freeze_site(sited, "blocks.0.ln1.v", 1.0)
+    for recipe in (lf.recipes.distilled(sited, steps=20), lf.recipes.at_once(sited, steps=20)):
+        assert {event.site for event in recipe.events} == set(lf.live_sites(sited))
+    lf.remove_norms(sited, lf.recipes.distilled(sited, steps=20), data, progress=False)
+    for site in lf.live_sites(sited):
+        lf.freeze_site(sited, site, 1.0)
+    with pytest.raises(RecipeError, match="no live norm sites"):
+        lf.recipes.distilled(sited)
+
+
+def test_blocks_that_are_not_trained_have_no_gradient_and_break_nothing(small, data):
+    for block in (small.blocks[0], small.blocks[2]):
+        block.requires_grad_(False)
+    run = lf.train(small, lf.recipes.from_scratch(steps=2, batch=4), data, progress=False)
+    sizes = lf.GradientBalance.of_run(run).by_kind["attn.W_Q"]
+    assert sizes.tolist() == [0.0, pytest.approx(sizes[1].item()), 0.0]
+    assert sizes[1] > 0
+    alone = lf.gradient_balance(small, data[:4]).by_kind["attn.W_Q"]
+    assert (alone > 0).all()
+
+
+def test_a_copy_with_sites_can_be_copied_again(small):
+    """As several processes do when they put a spread model together."""
+    variant = lf.to_peri_ln(small).model
+    again = split_norms(variant)
+    assert lf.list_norm_sites(again) == lf.list_norm_sites(variant)
+    lf.compare_logits(again, variant).require("the copy")
