@@ -117,12 +117,20 @@ def names(shared, tmp_path, monkeypatch) -> dict[str, Any]:
         statistics = replace(recipe.statistics, sequences=2)
         return replace(recipe, batch=2, micro_batch=2, sequence_length=None, statistics=statistics)
 
+    def quick(make):
+        def made(**more):
+            return replace(make(**more), steps=2, batch=2, micro_batch=2, warmup=0)
+
+        return made
+
     def of_little_text(*args, **more):
         return evaluation_text(*args, **more)[:4]
 
     monkeypatch.setattr(lf, "load", load_here, raising=False)
     monkeypatch.setattr(lf, "evaluation_text", of_little_text, raising=False)
     monkeypatch.setattr(lf.recipes, "distilled", in_few_steps)
+    for recipe in ("from_scratch", "finetuning"):
+        monkeypatch.setattr(lf.recipes, recipe, quick(getattr(lf.recipes, recipe)))
     monkeypatch.setattr(losses, "TERMS", dict(losses.TERMS))
     return {key: value for key, value in shared.items() if key != "demo"}
 
