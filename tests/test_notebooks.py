@@ -27,8 +27,8 @@ def test_a_notebook_is_its_source_and_has_been_run(source):
     assert counts == list(range(1, len(counts) + 1))
 
 
-def test_there_are_nine():
-    assert len(SOURCES) == 9
+def test_there_are_ten():
+    assert len(SOURCES) == 10
 
 
 NEEDS_SMOLLM2 = ["8_indirect_objects.py", "9_induction_and_a_fact.py"]
