@@ -116,7 +116,7 @@ def sites_of(model: Sites) -> tuple[NormSite, ...]:
     """
     sites = live_sites(model) if isinstance(model, HookedTransformer) else model
     if not sites:
-        raise RecipeError("there are no live norm sites: is the model LN-free already?")
+        raise RecipeError("there are no norm sites that are live: is the model LN-free already?")
     return tuple(sites)
 
 

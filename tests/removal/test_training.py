@@ -208,7 +208,7 @@ def test_recipes_are_for_the_norms_that_are_live(small, data):
     lf.remove_norms(sited, lf.recipes.distilled(sited, steps=20), data, progress=False)
     for site in lf.live_sites(sited):
         lf.freeze_site(sited, site, 1.0)
-    with pytest.raises(RecipeError, match="no live norm sites"):
+    with pytest.raises(RecipeError, match="no norm sites that are live"):
         lf.recipes.distilled(sited)
 
 
