@@ -71,11 +71,11 @@ def matched(name: str, like: HookedTransformer, tokens: Tensor, depth: int, seed
         )
         return make(small, tokens)
 
-    plain, model = new(4 * WIDTH), new(4 * WIDTH)
+    model = new(4 * WIDTH)
     wanted = count(ARCHITECTURES["Pre-LN"](
         lf.untrained(like, n_layers=depth, d_model=WIDTH, n_heads=HEADS, n_ctx=LENGTH), tokens
     ))  # fmt: skip
-    unit = count(new(4 * WIDTH + 1)) - count(plain)
+    unit = count(new(4 * WIDTH + 1)) - count(model)
     more = round((wanted - count(model)) / unit)
     model = new(4 * WIDTH + more) if more else model
     assert abs(count(model) / wanted - 1) < 0.005

@@ -35,7 +35,7 @@ class Written:
 def distance_from_identity(
     written: Written, vectors: int, seed: int, centred: bool = False
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """||J - I||_F / sqrt(d_model), over prompts, and its error.
+    """The root of the mean over prompts of ||J - I||_F^2 / d_model, and its standard error.
 
     The mean square of a product with a vector of random signs is the squared Frobenius norm.
 

@@ -46,8 +46,8 @@ def remove_norms(
     """Fine-tune a copy of the model while its norms are frozen one by one.
 
     Args:
-        model: A stock `HookedTransformer` with live norms. It does not change unless
-            `copy_weights` is False.
+        model: A `HookedTransformer`, stock or with norm sites, some of them live. It does not
+            change unless `copy_weights` is False.
         recipe: What to do when; `recipe.vanilla()` gives the control run.
         data: Packed text. A tensor, such as `pack(...)`, is drawn in an order that depends on
             `recipe.seed` alone, every sequence once per epoch; `open_sequences(...)` reads a text

@@ -178,7 +178,7 @@ def run_job(
     device = torch.device("cpu") if several else None  # else all processes load onto one GPU
     loaded = load_checkpoint(source, revision=job.revision, device=device)
     model, teacher = loaded.model, None
-    if job.teacher is not None:
+    if job.teacher is not None and not job.vanilla:  # a control distils from nothing
         say(f"loading {job.teacher}, to distil from")
         teacher = load_checkpoint(job.teacher, device=device).model
     if loaded.error is not None:

@@ -64,7 +64,7 @@ class Trainer:
         """A run before its first step.
 
         Args:
-            original: A stock model with live norms.
+            original: A stock model with live norms, or one with norm sites.
             recipe: What to do when.
             data: The training text.
             processes: The processes that share the work.

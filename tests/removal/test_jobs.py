@@ -213,5 +213,7 @@ def test_norms_can_go_in_stages_and_the_original_stays_the_teacher(gpt2_folder, 
     finished = lf.load(tmp_path / "rest" / "model")
     assert not lf.live_sites(finished)
     lf.compare_logits(finished, run.model).require("the finished model")
+    control = run_job(replace(rest, vanilla=True), tmp_path / "control", progress=False)
+    assert lf.live_sites(control.model) == lf.live_sites(first)
     with pytest.raises(RecipeError, match=r"no norm site of the kind ln1\.v; it has ln1\.qk, ln2"):
         run_job(replace(rest, kinds=("ln1.v",)), tmp_path / "again", progress=False)
