@@ -288,9 +288,10 @@ def test_drift_compares_with_the_constant(model, text):
 
 
 def test_what_is_frozen_already_is_not_removed_again(model, text):
+    recipe = a_recipe(all_at_once(model, step=1))
     lf.freeze_site(model, "blocks.1.ln2", 2.0)
     with pytest.raises(NormSiteError, match=r"blocks\.1\.ln2 is frozen already"):
-        Transition(model, a_recipe(all_at_once(model, step=1)), text)
+        Transition(model, recipe, text)
 
 
 def test_the_control_has_no_transition(model, text):
