@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View
+from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View, noted
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.first_token import telling
 from lnfree_interp.models.folding import WITHIN, fold_weights
@@ -20,6 +20,7 @@ from lnfree_interp.models.site_names import SCALERS, name_sites
 from lnfree_interp.models.sites import (
     first_constants,
     has_norm_sites,
+    list_norm_sites,
     list_scalers,
     live_sites,
     module_at,
@@ -36,28 +37,34 @@ class HookedView(View):
         cfg = self.cfg
         positions = cfg.positional_embedding_type
         unsupported = {
-            "norms behind the sublayers (fold(model) merges them once they are frozen)": (
-                cfg.use_normalization_before_and_after and not has_norm_sites(self.model)
-            ),
             "a norm behind the embedding": cfg.post_embedding_ln,
             f"{positions!r} positions": positions not in ("standard", "rotary"),
             "mixtures of experts": cfg.num_experts is not None,
             "token types": getattr(cfg, "use_token_type_ids", False),
         }
         found = [what for what, is_so in unsupported.items() if is_so]
-        if has_norm_sites(self.model):
+        if has_norm_sites(self.model) or cfg.use_normalization_before_and_after:
             found += self._not_linear_inside()
         if found:
             raise UnsupportedModelError(f"cannot take apart a model with {', '.join(found)}")
 
+    @property
+    def inner_sites(self) -> list[str]:
+        """As `View.inner_sites`."""
+        if self.cfg.normalization_type is None:
+            return []
+        return [str(site) for site in list_norm_sites(self.model) if site.kind in WITHIN]
+
     def _not_linear_inside(self) -> list[str]:
-        """What stands inside or behind the sublayers of a model with norm sites, and is in the way
-        of a plain sum."""
+        """What stands inside or behind the sublayers, and is in the way of a plain sum."""
         found = []
-        if sites := [str(site) for site in live_sites(self.model) if site.kind in WITHIN]:
+        live = map(str, live_sites(self.model))
+        sites = [site for site in live if site in self.inner_sites]
+        if sites and not noted(sites):
             found.append(
-                f"live norms inside or behind the sublayers: {name_sites(sites)}. Freeze them "
-                "first: lf.freeze_for(model, sites, text)"
+                f"live norms inside or behind the sublayers: {name_sites(sites)}. "
+                "lf.freeze_for(model, question, text) freezes them, with all else that the "
+                "question reads through, and measures the price"
             )
         if apart := [name for name in first_constants(self.model) if name.endswith(WITHIN)]:
             found.append(
@@ -86,6 +93,8 @@ class HookedView(View):
         block = sublayer.rpartition(".")[0]
         places = [f"{block}.{kind}" for kind in (*WITHIN, *SCALERS)]
         maps = {name: describe(at) for name in places if (at := module_at(self.model, name))}
+        if noted([]):  # the numbers do not count then, and norms may be live
+            maps = {name: norm for name, norm in maps.items() if norm.affine}
         named = {f"{sublayer}.W_{leaf}": W, f"{sublayer}.b_{leaf}": b}
         found = dict(fold_weights(named, maps, "folded"))
         return found[f"{sublayer}.W_{leaf}"], found[f"{sublayer}.b_{leaf}"]

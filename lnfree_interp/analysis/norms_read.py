@@ -4,11 +4,13 @@ Exactness is local: a question is exact on a model in which these norms are affi
 others do.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from lnfree_interp.analysis.attribute import attribute
 from lnfree_interp.analysis.targets import Target
+from lnfree_interp.analysis.trace import Question as Asked
 from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.analysis.view import LOGIT_CAP, SCORE_CAP, noting_reads
 from lnfree_interp.errors import DataError
@@ -17,14 +19,31 @@ from lnfree_interp.models.site_names import NormSite
 Question = Target | Callable[[Trace], Any]
 """A target, or a function that asks something of a trace."""
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _noting(ask: Asked[P, R]) -> Asked[P, R]:
+    """Note reads before there is a trace: norms inside sublayers are in the way of one."""
+
+    @functools.wraps(ask)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        with noting_reads():
+            return ask(*args, **kwargs)
+
+    return asked
+
+
+@_noting
 @question
 def norms_read(trace: Trace, of: Question) -> tuple[NormSite, ...]:
     """The norms that a question reads through: those that must be affine for an exact answer.
 
     Direct logit attribution reads through `ln_final` alone, the scores of a head through its own
     `ln1.qk`, a neuron's input through its `ln2`; paths and flow read through the norms of all
-    sublayers that they pass. `freeze_for` freezes what this lists.
+    sublayers that they pass. Norms inside or behind sublayers (Gemma 2, Sub-LN) are read by every
+    question: what attention and MLPs write is a sum over heads and neurons only once they are
+    affine. `freeze_for` freezes what this lists.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments. The prompt only has to be long
@@ -58,5 +77,6 @@ def norms_read(trace: Trace, of: Question) -> tuple[NormSite, ...]:
         )
     with noting_reads() as noted:
         attribute(trace, of, "layer") if isinstance(of, Target) else of(trace)
-    sites = [NormSite.parse(name) for name in noted if name not in (LOGIT_CAP, SCORE_CAP)]
+    names = dict.fromkeys([*noted, *trace.view.inner_sites])
+    sites = [NormSite.parse(name) for name in names if name not in (LOGIT_CAP, SCORE_CAP)]
     return tuple(sorted(sites, key=lambda site: site.order))

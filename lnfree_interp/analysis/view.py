@@ -6,7 +6,7 @@ adapters, `hooked` and `bridge`, are the only files that know a generation of Tr
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -36,13 +36,25 @@ _noted: ContextVar[dict[str, None] | None] = ContextVar("norms that are read", d
 
 @contextmanager
 def noting_reads() -> Iterator[dict[str, None]]:
-    """Note what questions read through, norms and soft caps, and answer as if all were affine."""
+    """Note what questions read through, norms and soft caps, and answer as if all were affine.
+
+    Yields:
+        What is noted, in the order in which it was asked for.
+    """
     noted: dict[str, None] = {}
     before = _noted.set(noted)
     try:
         yield noted
     finally:
         _noted.reset(before)
+
+
+def noted(names: Iterable[str]) -> bool:
+    """Whether reads are noted now; if so, these are."""
+    if (here := _noted.get()) is None:
+        return False
+    here.update(dict.fromkeys(names))
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +288,11 @@ class View(ABC):
         """The first place where the stream includes what a layer's attention writes."""
         return Place(layer + 1) if self.parallel or not self.has_mlps else Place(layer, mid=True)
 
+    @property
+    def inner_sites(self) -> list[str]:
+        """The norms inside and behind sublayers, which all parts of the stream come through."""
+        return []
+
     @abstractmethod
     def require_plain_sum(self) -> None:
         """Raise an error if the model's stream is not the plain sum of the parts known here.
@@ -375,8 +392,7 @@ class View(ABC):
         """
         caps = [LOGIT_CAP] * (logits and self.logit_cap > 0)
         caps += [SCORE_CAP] * (scores and self.score_cap > 0)
-        if (noted := _noted.get()) is not None:
-            noted.update(dict.fromkeys([*sites, *caps]))
+        if noted([*sites, *caps]):
             return []
         return [site for site in sites if not self.is_affine(site)] + caps
 

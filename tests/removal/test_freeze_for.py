@@ -11,7 +11,13 @@ from support.models import freeze_all
 from support.questions import QUESTIONS
 
 import lnfree_interp as lf
-from lnfree_interp.errors import DataError, InexactError, NormSiteError, RecipeError
+from lnfree_interp.errors import (
+    DataError,
+    InexactError,
+    NormSiteError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import run
 from lnfree_interp.models.site_names import name_sites
@@ -94,6 +100,38 @@ def test_a_soft_cap_is_held_and_no_advice_is_given_to_freeze_it():
     assert "freeze" not in str(error.value)
     assert "share of its own: hold it at the value it had" in str(error.value)
     lf.attribute_logits(lf.trace(capped, PROMPT, hold=True), 3)
+
+
+def sub_ln():
+    return lf.to_sub_ln(lf.load(make_model("gpt2"), dtype=torch.float64, check=False)).model
+
+
+def gemma2():
+    return lf.load(make_model("gemma2-no-caps"), dtype=torch.float64, check=False)
+
+
+@pytest.mark.parametrize("make", [sub_ln, gemma2, lambda: lf.with_norm_sites(gemma2())])
+@pytest.mark.parametrize("name", ["logits by head", "scores", "neuron", "residual", "flow"])
+def test_norms_inside_and_behind_sublayers_are_read_by_every_question(make, name):
+    model, ask = make(), QUESTIONS[name]
+    inner = {site for site in names(lf.list_norm_sites(model)) if "inner" in site or "post" in site}
+    sites = set(names(lf.norms_read(model, PROMPT, ask)))
+    assert sites == inner | set(names(lf.norms_read(without_inner(model, inner), PROMPT, ask)))
+    with pytest.raises(UnsupportedModelError, match=r"lf\.freeze_for\(model, question, text\)"):
+        ask(lf.trace(model, PROMPT))
+    frozen = lf.freeze_for(model, ask, TEXT, progress=False)
+    assert set(names(frozen.sites)) == sites
+    result = ask(lf.trace(frozen.model, PROMPT)).verify()
+    assert result.held == ()
+    assert result.error.relative < 1e-10
+    assert lf.norms_read(frozen.model, PROMPT, ask) == lf.norms_read(model, PROMPT, ask)
+
+
+def without_inner(model, inner):
+    sited = lf.with_norm_sites(model)
+    for site in inner:
+        lf.freeze_site(sited, site, 1.0)
+    return sited
 
 
 @pytest.mark.parametrize("of", [3, "ln_final", None])
