@@ -54,6 +54,9 @@ class ModelOptions:
     kinds: Kinds = None
     """Kinds of norm sites to remove, such as ln1.qk ln1.v ln_final; the others stay live. Default:
     all."""
+    keep: Annotated[tuple[str, ...] | None, arg(metavar="SITE...")] = None
+    """Norm sites that stay live, by name or by a pattern in quotes, such as blocks.8.ln2 or
+    'blocks.[0-9].ln2'. Default: none."""
     vanilla: bool = False
     """Run the control instead: the same steps, text and learning rates, but the norms stay."""
 

@@ -1,5 +1,6 @@
 """Runs a removal job: from the names of a model and a text to a folder with the finished model."""
 
+import fnmatch
 import math
 import os
 import time
@@ -25,7 +26,7 @@ from lnfree_interp.errors import CheckpointError, DataError, RecipeError, TooFew
 from lnfree_interp.files import anywhere, require_writable
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.forms import fold, frozen_form
-from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.models.site_names import NormSite, name_sites
 from lnfree_interp.models.sites import first_constants, live_sites
 from lnfree_interp.models.sites import sites_of as list_sites
 from lnfree_interp.numerics import MeasuredError
@@ -96,9 +97,7 @@ def _recipe_in(job: RemovalJob, model: Sites | SiteSensitivity, steps: int | Non
     given = {} if steps is None else {"steps": steps}
     # The published ones are made for one size of GPT-2 and a number of steps.
     recipe = make() if job.recipe.startswith("gpt2") else make(model, **given)
-    if job.kinds is not None:
-        events = tuple(event for event in recipe.events if event.site.kind in job.kinds)
-        recipe = replace(recipe, events=events)
+    recipe = replace(recipe, events=tuple(e for e in recipe.events if _goes(e.site, job)))
     return replace(
         recipe,
         **_given(job, Recipe) | given,
@@ -332,16 +331,28 @@ def write_finished(
     return target
 
 
+def _goes(site: NormSite, job: RemovalJob) -> bool:
+    """Whether a site is to be removed."""
+    kept = any(fnmatch.fnmatchcase(str(site), pattern) for pattern in job.keep or ())
+    return not kept and (job.kinds is None or site.kind in job.kinds)
+
+
 def _chosen(sites: Sequence[NormSite], job: RemovalJob) -> tuple[NormSite, ...]:
     """The sites to remove."""
-    if job.kinds is None:
-        return tuple(sites)
     here = dict.fromkeys(site.kind for site in sites)
-    if wrong := [kind for kind in job.kinds if kind not in here]:
+    if wrong := [kind for kind in job.kinds or () if kind not in here]:
         raise RecipeError(
             f"the model has no norm site of the kind {wrong[0]}; it has {', '.join(here)}"
         )
-    return tuple(site for site in sites if site.kind in job.kinds)
+    for pattern in job.keep or ():
+        if not fnmatch.filter(map(str, sites), pattern):
+            raise RecipeError(
+                f"keep: no norm site is called {pattern!r}; there are {name_sites(map(str, sites))}"
+            )
+    chosen = tuple(site for site in sites if _goes(site, job))
+    if sites and not chosen:
+        raise RecipeError("kinds and keep leave no norm site to remove: keep fewer")
+    return chosen
 
 
 def _require_made_for(sites: Sequence[NormSite], recipe: Recipe, job: RemovalJob) -> None:

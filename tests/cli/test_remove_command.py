@@ -176,6 +176,8 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, gpt2_folder, text, capsys)
         ((*DISTILLED, "--steps", "9", "--start", "4"), "10 norm sites: give at least 14 steps"),
         (("--recipe", "taper", "--steps", "9"), "too few for a taper: give at least 10 steps"),
         (("--kinds", "attn.q_norm"), "no norm site of the kind attn.q_norm; it has ln1.qk"),
+        (("--keep", "blocks.*.ln3"), "no norm site is called 'blocks.*.ln3'; there are ln1.qk in"),
+        (("--keep", "*"), "kinds and keep leave no norm site to remove"),
         (("--gap", "-1"), "start=None, gap=-1 and taper=None are numbers of steps"),
         (("--sigma-momentum", "1"), "momentum must lie in 0..1"),
         (("--data", "./nothing.jsonl"), "nothing.jsonl: no such file or folder"),
@@ -267,6 +269,18 @@ def test_some_kinds_of_norms_go_and_the_others_stay(monkeypatch, tmp_path, gpt2_
     model = lf.load(out / "model", form="sites")
     assert {site.kind for site in lf.live_sites(model)} == {"ln1.qk", "ln2"}
     assert len(lf.list_norm_sites(model)) - len(lf.live_sites(model)) == 4
+
+
+def test_sites_that_are_kept_by_name_or_pattern_stay_live(monkeypatch, tmp_path, gpt2_folder, text):
+    out = tmp_path / "run"
+    lnfree(
+        monkeypatch, "remove", gpt2_folder, "--out", out, "--data", text, *QUICK,
+        "--kinds", "ln1.v", "ln2", "--keep", "blocks.*.ln1.v", "blocks.1.ln2",
+    )  # fmt: skip
+    sites = lf.load(out / "model", form="sites")
+    gone = set(lf.list_norm_sites(sites)) - set(lf.live_sites(sites))
+    assert {site.kind for site in gone} == {"ln2"}
+    assert 1 not in {site.layer for site in gone}
 
 
 @pytest.mark.parametrize("first_matters", [False, True])
