@@ -107,10 +107,13 @@ class SigmaMeter:
         self.groups = groups
         self.sums: dict[str, Float[Tensor, "group moment"]] = {}
 
-    @property
-    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
-        """For `model.hooks(fwd_hooks=...)`; they change nothing."""
-        return [(f"{name}.hook_in", self._add) for name in self.norms]
+    def hooks(self, sites: Iterable[str] | None = None) -> list[tuple[str, Callable[..., None]]]:
+        """For `model.hooks(fwd_hooks=...)`; they change nothing.
+
+        Args:
+            sites: Some of the meter's. Default: all.
+        """
+        return [(f"{name}.hook_in", self._add) for name in (self.norms if sites is None else sites)]
 
     @torch.no_grad()
     def _add(self, x: Float[Tensor, "batch pos *head d"], hook: HookPoint) -> None:
@@ -176,7 +179,7 @@ def measure(
     """
     groups = TokenGroups(end_of_text(model)) if groups is None else groups
     meter = SigmaMeter(model, sites, groups)
-    with model.hooks(fwd_hooks=[*fwd_hooks, *meter.hooks]):
+    with model.hooks(fwd_hooks=[*fwd_hooks, *meter.hooks()]):
         for batch in tokens.split(_MEASURING_BATCH):
             groups.mark(batch)
             model(batch, return_type=None) if forward is None else forward(batch)

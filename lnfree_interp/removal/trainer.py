@@ -327,7 +327,7 @@ class Trainer:
         """Go back to the last good checkpoint with wider gaps, or end the run."""
         guard, where = self.recipe.guard, f"at step {record.step}: {wrong}"
         began = find_runaway(
-            self.model, self.transition.norms, self.last_batch.to(self.processes.device),
+            self.model, self.transition.watched, self.last_batch.to(self.processes.device),
             [*self.fwd_hooks, *self.transition.hooks()], guard.sigma_factor, self._run_model,
         )  # fmt: skip
         self.transition.meter.sums = {}

@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from lnfree_interp.errors import NormSiteError, TrainingError
 from lnfree_interp.models.folding import reads_stream
 from lnfree_interp.models.site_names import NormSite, sites_in, whole_norm
-from lnfree_interp.models.sites import get_norm
+from lnfree_interp.models.sites import get_norm, list_norm_sites
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, last_step
 from lnfree_interp.removal.statistics import (
@@ -67,11 +67,16 @@ class Transition:
         self.norms = {str(event.site): get_norm(model, event.site) for event in recipe.events}
         if frozen := [name for name, norm in self.norms.items() if not norm.live]:
             raise NormSiteError(f"{frozen[0]} is frozen already: it cannot be removed again")
+        # Those that an earlier stage froze can run away too.
+        frozen = {str(site): get_norm(model, site) for site in list_norm_sites(model)}
+        self.watched = {
+            name: norm for name, norm in frozen.items() if name in self.norms or norm.frozen
+        }
         self.text, self.fwd_hooks, self.reduce = text, tuple(fwd_hooks), reduce
         self.groups = TokenGroups(end_of_text(model))
         self.estimates: dict[str, dict[Group, Moments]] = {}
         self.scales: dict[str, dict[Group, float]] = {}
-        self.meter = SigmaMeter(model, self.norms, self.groups)
+        self.meter = SigmaMeter(model, self.watched, self.groups)
         self.step = 0
         self._own: dict[str, Tensor] = {}
 
@@ -115,7 +120,7 @@ class Transition:
         """The forward hooks of this step: special tokens, and the meter if sigma moves.
 
         Args:
-            metering: Measure every site, for the probes.
+            metering: Measure every site, for the probes; those too that are frozen from the start.
         """
         hooks: list[tuple[str, Callable[..., Any]]] = []
         sites = [name for name, norm in self.norms.items() if not norm.live]
@@ -125,14 +130,14 @@ class Transition:
             hooks += [(f"{name}.hook_in", self._see_scale) for name in sites]
             hooks += [(f"{name}.hook_sigma", self._capped) for name in sites]
         if metering or self._moving:
-            hooks += self.meter.hooks
+            hooks += self.meter.hooks(self.watched if metering else self.norms)
         return hooks
 
     def after(self) -> dict[str, dict[Group, Moments]]:
         """Take in what was measured in this step, and return it."""
         found = self.meter.read(self.reduce)
         if found and self._moving:
-            for name, new in found.items():
+            for name, new in ((name, found[name]) for name in found if name in self.norms):
                 old = self.estimates.get(name, new)
                 self.estimates[name] = {group: self._blend(old[group], new[group]) for group in new}
         return found
@@ -140,9 +145,9 @@ class Transition:
     def drift(self, found: Mapping[str, Mapping[Group, Moments]]) -> dict[str, float]:
         """By frozen site, the sigma of its inputs over its constant."""
         return {
-            name: common(dict(groups), self.statistics) / self.norms[name].constant
+            name: common(dict(groups), self.statistics) / self.watched[name].constant
             for name, groups in found.items()
-            if self.norms[name].frozen
+            if self.watched[name].frozen
         }
 
     def _blend(self, old: Moments, new: Moments) -> Moments:

@@ -287,6 +287,21 @@ def test_drift_compares_with_the_constant(model, text):
     assert drift["blocks.1.ln2"] > 1.1
 
 
+def test_sites_of_an_earlier_stage_are_watched(model, text):
+    lf.freeze_site(model, "blocks.0.ln1.v", 0.01)
+    recipe = a_recipe((Event(2, NormSite("ln2", 1)),), statistics=Statistics(source="ema"))
+    transition = Transition(model, recipe, text)
+    frozen, measured = step(transition, text, 0, metering=True)
+    now = deviations(model, text, "blocks.0.ln1.v").mean().item()
+    assert transition.drift(measured) == {"blocks.0.ln1.v": pytest.approx(now / 0.01, rel=1e-5)}
+    assert frozen == {}
+    _, measured = step(transition, text, 1)
+    assert set(measured) == {"blocks.1.ln2"}  # what sigma needs, and no more
+    assert set(transition.estimates) == {"blocks.1.ln2"}
+    step(transition, text, 3)
+    assert lf.get_norm(model, "blocks.0.ln1.v").constant == pytest.approx(0.01)
+
+
 def test_what_is_frozen_already_is_not_removed_again(model, text):
     recipe = a_recipe(all_at_once(model, step=1))
     lf.freeze_site(model, "blocks.1.ln2", 2.0)
