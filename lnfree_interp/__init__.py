@@ -32,22 +32,15 @@ if TYPE_CHECKING:
     from lnfree_interp.analysis.interventions import Effects, Intervention, ablate
     from lnfree_interp.analysis.lens import Lens, logit_lens
     from lnfree_interp.analysis.levels import Level, level
+    from lnfree_interp.analysis.logit_targets import Logit, LogitDifference, NextTokens
     from lnfree_interp.analysis.neurons import Flips, flip_distances
     from lnfree_interp.analysis.norms_read import norms_read
     from lnfree_interp.analysis.paths import expand_paths
     from lnfree_interp.analysis.residual import decompose_residual
     from lnfree_interp.analysis.results import Contributions, load_result
+    from lnfree_interp.analysis.score_targets import LogOdds, Score
     from lnfree_interp.analysis.scores import ScoreAttribution, attribute_scores
-    from lnfree_interp.analysis.targets import (
-        Logit,
-        LogitDifference,
-        LogOdds,
-        Neuron,
-        NextTokens,
-        Probe,
-        Score,
-        Target,
-    )
+    from lnfree_interp.analysis.targets import Neuron, Probe, Target
     from lnfree_interp.analysis.trace import Trace, trace
     from lnfree_interp.analysis.view import Place
     from lnfree_interp.analysis.weights import (
@@ -163,13 +156,13 @@ _HOME = {
     "load_result": "lnfree_interp.analysis.results",
     "ScoreAttribution": "lnfree_interp.analysis.scores",
     "attribute_scores": "lnfree_interp.analysis.scores",
-    "Logit": "lnfree_interp.analysis.targets",
-    "LogitDifference": "lnfree_interp.analysis.targets",
-    "LogOdds": "lnfree_interp.analysis.targets",
+    "Logit": "lnfree_interp.analysis.logit_targets",
+    "LogitDifference": "lnfree_interp.analysis.logit_targets",
+    "LogOdds": "lnfree_interp.analysis.score_targets",
     "Neuron": "lnfree_interp.analysis.targets",
-    "NextTokens": "lnfree_interp.analysis.targets",
+    "NextTokens": "lnfree_interp.analysis.logit_targets",
     "Probe": "lnfree_interp.analysis.targets",
-    "Score": "lnfree_interp.analysis.targets",
+    "Score": "lnfree_interp.analysis.score_targets",
     "Target": "lnfree_interp.analysis.targets",
     "Trace": "lnfree_interp.analysis.trace",
     "trace": "lnfree_interp.analysis.trace",

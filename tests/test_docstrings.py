@@ -86,6 +86,7 @@ def test_methods_name_their_source(name: str, package: griffe.Module):
     homes = (
         "analysis",
         "evaluation",
+        "removal.published_recipes",
         "removal.recipes",
         "removal.remove",
         "removal.training",

@@ -12,9 +12,10 @@ from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.gaps import token_gap
 from lnfree_interp.analysis.levels import Level
+from lnfree_interp.analysis.logit_targets import Logit, LogitDifference
 from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.results import CertifiedResult, Contributions
-from lnfree_interp.analysis.targets import Logit, LogitDifference, Reading, Target
+from lnfree_interp.analysis.targets import Reading, Target
 from lnfree_interp.analysis.trace import GivenBlock, Trace, question
 from lnfree_interp.analysis.view import Place, Stream
 from lnfree_interp.errors import DataError

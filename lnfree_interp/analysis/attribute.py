@@ -9,18 +9,13 @@ from typing import Any, Literal, SupportsIndex
 
 from lnfree_interp.analysis.gaps import target_gap
 from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.logit_targets import Logit, LogitDifference, NextTokens
 from lnfree_interp.analysis.parts import project
 from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.results import Contributions
+from lnfree_interp.analysis.score_targets import Score
 from lnfree_interp.analysis.scores import attribute_scores
-from lnfree_interp.analysis.targets import (
-    Logit,
-    LogitDifference,
-    Neuron,
-    NextTokens,
-    Score,
-    Target,
-)
+from lnfree_interp.analysis.targets import Neuron, Target
 from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.errors import DataError
 

@@ -21,8 +21,8 @@ from lnfree_interp.analysis.components import KINDS, Component, as_labels, find_
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import expand
 from lnfree_interp.analysis.results import CertifiedResult, largest_rows
+from lnfree_interp.analysis.score_targets import ScoreParts, require_head
 from lnfree_interp.analysis.scores import project_side
-from lnfree_interp.analysis.targets import ScoreParts, require_head
 from lnfree_interp.analysis.trace import Positions, Trace, question
 from lnfree_interp.analysis.view import Place, Stream
 from lnfree_interp.errors import DataError

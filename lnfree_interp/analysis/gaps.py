@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lnfree_interp.analysis.components import Component
+from lnfree_interp.analysis.logit_targets import POSITIONS
 from lnfree_interp.analysis.parts import Part, expand
-from lnfree_interp.analysis.targets import POSITIONS, Reading
+from lnfree_interp.analysis.targets import Reading
 from lnfree_interp.analysis.trace import GivenBlock, Trace
 from lnfree_interp.analysis.view import Stream
 from lnfree_interp.models.running import Edit

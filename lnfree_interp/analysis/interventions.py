@@ -20,7 +20,8 @@ from lnfree_interp.analysis.components import Component, as_labels, nearest
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Part
 from lnfree_interp.analysis.results import CertifiedResult, largest_rows
-from lnfree_interp.analysis.targets import Target, require_head
+from lnfree_interp.analysis.score_targets import require_head
+from lnfree_interp.analysis.targets import Target
 from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.analysis.view import Place, Stream
 from lnfree_interp.errors import DataError

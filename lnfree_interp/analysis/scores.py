@@ -25,7 +25,7 @@ from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import transform
 from lnfree_interp.analysis.prompts import read_key_position, read_position
 from lnfree_interp.analysis.results import Contributions, Result, largest_rows
-from lnfree_interp.analysis.targets import ScoreParts, Side, require_head
+from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
 from lnfree_interp.analysis.trace import Positions, Trace, question, read_number
 from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError

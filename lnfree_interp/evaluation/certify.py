@@ -15,12 +15,13 @@ from lnfree_interp.analysis.gaps import token_gap
 from lnfree_interp.analysis.interventions import ablate
 from lnfree_interp.analysis.lens import logit_lens
 from lnfree_interp.analysis.levels import LEVELS
+from lnfree_interp.analysis.logit_targets import LogitDifference
 from lnfree_interp.analysis.neurons import flip_distances
 from lnfree_interp.analysis.paths import expand_paths
 from lnfree_interp.analysis.prompts import Prompt
 from lnfree_interp.analysis.residual import decompose_residual
+from lnfree_interp.analysis.score_targets import LogOdds, Score
 from lnfree_interp.analysis.scores import attribute_scores
-from lnfree_interp.analysis.targets import LogitDifference, LogOdds, Score
 from lnfree_interp.analysis.trace import Trace, trace
 from lnfree_interp.analysis.view import Model, view_of
 from lnfree_interp.analysis.weights import ov_table, virtual_weights

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities import get_act_name
 
+from lnfree_interp.analysis.logit_targets import POSITIONS
 from lnfree_interp.analysis.prompts import batches, read_sequences
-from lnfree_interp.analysis.targets import POSITIONS, require_mlp
+from lnfree_interp.analysis.targets import require_mlp
 from lnfree_interp.analysis.view import View, view_of
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of

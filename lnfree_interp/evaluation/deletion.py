@@ -17,15 +17,10 @@ from tqdm.auto import tqdm
 
 from lnfree_interp.analysis.components import Component, as_labels
 from lnfree_interp.analysis.levels import Level, level
+from lnfree_interp.analysis.logit_targets import Logit, LogitDifference
 from lnfree_interp.analysis.parts import Part, expand, project
 from lnfree_interp.analysis.prompts import Answers, Prompt, read_answers, whole_number
-from lnfree_interp.analysis.targets import (
-    Logit,
-    LogitDifference,
-    ScoreParts,
-    Side,
-    require_head,
-)
+from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
 from lnfree_interp.analysis.trace import Positions, Trace, trace
 from lnfree_interp.analysis.view import Model, Place, View
 from lnfree_interp.errors import DataError

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.logit_targets import POSITIONS
 from lnfree_interp.analysis.prompts import batches, read_sequences
-from lnfree_interp.analysis.targets import POSITIONS
 from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of

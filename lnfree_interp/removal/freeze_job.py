@@ -9,9 +9,11 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.flow import flow_graph
+from lnfree_interp.analysis.logit_targets import NextTokens
 from lnfree_interp.analysis.norms_read import Question, norms_read
 from lnfree_interp.analysis.paths import expand_paths
-from lnfree_interp.analysis.targets import Neuron, NextTokens, Score
+from lnfree_interp.analysis.score_targets import Score
+from lnfree_interp.analysis.targets import Neuron
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.exporting import export
 from lnfree_interp.checkpoints.loading import load
