@@ -49,8 +49,8 @@ class ModelOptions:
     gpt2-medium, gpt2-large, gpt2-xl or gpt2-small-2024. measured measures what each norm costs
     before the first step, and lets norms go slowly if it finds massive activations."""
     teacher: str | None = None
-    """Hub id or local folder of the model to distil from, such as the original of a MODEL some of
-    whose norms are gone. Default: MODEL as it is before the first step."""
+    """Hub id, id@revision or local folder of the model to distil from, such as the original of a
+    MODEL some of whose norms are gone. Default: MODEL as it is before the first step."""
     kinds: Kinds = None
     """Kinds of norm sites to remove, such as ln1.qk ln1.v ln_final; the others stay live. Default:
     all."""

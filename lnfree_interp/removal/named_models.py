@@ -78,6 +78,12 @@ def _started_from(about: Mapping[str, Any] | None) -> str | None:
     return f"{about['model']}@{revision}" if revision else str(about["model"])
 
 
+def with_revision(name: str) -> tuple[str, str | None]:
+    """Source and revision of `id@revision`, a hub id or a local folder."""
+    source, _, revision = name.rpartition("@")
+    return (name, None) if not source or os.path.exists(name) else (source, revision)
+
+
 def load_named(
     name: str, tokenizer: PreTrainedTokenizerBase | None = None, recorded_by: str | None = None
 ) -> HookedTransformer:
@@ -94,9 +100,7 @@ def load_named(
     """
     if not name.strip():
         raise CheckpointError("the name of the model is empty: give a hub id or a folder")
-    source, _, revision = name.rpartition("@")
-    if not source or os.path.exists(name):
-        source, revision = name, None
+    source, revision = with_revision(name)
     try:
         if tokenizer is not None and has_tokenizer(source, revision):
             tokenizer = None

@@ -31,6 +31,7 @@ from lnfree_interp.models.sites import first_constants, live_sites
 from lnfree_interp.models.sites import sites_of as list_sites
 from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.removal.job import MEASURED, RemovalJob
+from lnfree_interp.removal.named_models import with_revision
 from lnfree_interp.removal.plan import plan
 from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe
@@ -179,7 +180,8 @@ def run_job(
     model, teacher = loaded.model, None
     if job.teacher is not None and not job.vanilla:  # a control distils from nothing
         say(f"loading {job.teacher}, to distil from")
-        teacher = load_checkpoint(job.teacher, device=device).model
+        name, revision = with_revision(job.teacher)
+        teacher = load_checkpoint(name, revision=revision, device=device).model
     if loaded.error is not None:
         say(f"    largest logit difference from transformers: {loaded.error}")
     sites_of(model)  # the config of an LN-free checkpoint may have norms
@@ -195,7 +197,7 @@ def run_job(
         if job.recipe == MEASURED:
             say("order, pace and position 0: by a measurement before the first step")
         say("timing a few steps on random tokens")
-        say(str(try_steps(model, recipe, length, heldout=job.heldout)))
+        say(str(try_steps(model, recipe, length, heldout=job.heldout, teacher=teacher)))
         return None
     first_matters = False
     if job.recipe == MEASURED and not resume:

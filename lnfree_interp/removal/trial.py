@@ -52,6 +52,8 @@ class Trial:
     """Bytes of the weights."""
     gradients: int
     """Bytes of the gradients."""
+    original: int
+    """Bytes of the model that the recipe distils from; 0 if it does not distil."""
     activations: int
     """Bytes that a micro-batch of the trial keeps for its backward pass."""
     peak: str
@@ -83,7 +85,7 @@ class Trial:
             "weights": self.weights,
             "gradients": self.gradients,
             "AdamW": 2 * self.gradients,
-            "original": self.weights if True in self.micro_batch else 0,
+            "original": self.original if True in self.micro_batch else 0,
             f"activations of {recipe.micro_batch} sequences": kept,
         }
         memory = " + ".join(f"{what} {_size(size)}" for what, size in parts.items() if size)
@@ -110,6 +112,7 @@ def try_steps(
     sequence_length: int,
     *,
     heldout: int = 0,
+    teacher: HookedTransformer | None = None,
     clock: Clock = time.perf_counter,
 ) -> Trial:
     """Time a few micro-batches of a recipe, and the optimiser's step, on random tokens.
@@ -119,6 +122,7 @@ def try_steps(
         recipe: The recipe. Its norms stay live, which takes as long.
         sequence_length: Tokens per sequence.
         heldout: Sequences that a run will be evaluated on.
+        teacher: What the recipe distils from. Default: a copy of the model.
         clock: Says what time it is, in seconds.
 
     Returns:
@@ -131,7 +135,7 @@ def try_steps(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        return _Bench(model, recipe, sequence_length, clock).trial(heldout)
+        return _Bench(model, recipe, sequence_length, teacher, clock).trial(heldout)
     except torch.OutOfMemoryError as error:
         raise RecipeError(
             f"a micro-batch of {recipe.micro_batch} x {sequence_length} tokens does not fit into "
@@ -142,14 +146,22 @@ def try_steps(
 class _Bench:
     """The parts of a trainer that take time."""
 
-    def __init__(self, model: HookedTransformer, recipe: Recipe, length: int, clock: Clock):
+    def __init__(
+        self, model: HookedTransformer, recipe: Recipe, length: int,
+        teacher: HookedTransformer | None, clock: Clock,
+    ):  # fmt: skip
         self.recipe, self.length, self.clock = recipe, length, clock
         self.model = with_norm_sites(model, copy_weights=False)
         self.device = model.W_E.device
         distils = extremes(recipe.distillation)[1] > 0
-        teacher = copy.deepcopy(self.model).requires_grad_(False) if distils else None
+        self.original = None
+        if distils:
+            of = copy.deepcopy(self.model) if teacher is None else with_norm_sites(teacher, False)
+            self.original = of.requires_grad_(False)
         dtype = products_dtype(recipe.precision, model.cfg.dtype, self.device)
-        self.objective = Objective(self.model, teacher, dtype, TokenGroups(end_of_text(model)))
+        self.objective = Objective(
+            self.model, self.original, dtype, TokenGroups(end_of_text(model))
+        )
         self.objective.train()
         self.optimizer = adamw(self.model, recipe)
 
@@ -179,8 +191,9 @@ class _Bench:
             micro_batch=timed,
             optimizer=update,
             forward=forward,
-            weights=sum(p.nbytes for p in self.model.parameters()),
+            weights=_nbytes(self.model),
             gradients=sum(p.nbytes for p in trained),
+            original=0 if self.original is None else _nbytes(self.original),
             activations=kept.bytes,
             peak=_peak(self.device),
             machine=_machine(self.device),
@@ -231,6 +244,10 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
             self._known.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return x
+
+
+def _nbytes(model: HookedTransformer) -> int:
+    return sum(p.nbytes for p in model.parameters())
 
 
 def _machine(device: torch.device) -> str:

@@ -131,7 +131,7 @@ def test_a_trial_counts_micro_batches_optimiser_and_forward_passes():
     trial = Trial(
         recipe=recipe, sequences=2, sequence_length=16, heldout=6,
         micro_batch={True: 3.0, False: 1.0}, optimizer=0.5, forward=0.25, weights=10, gradients=10,
-        activations=7_000, peak="", machine="",
+        original=10, activations=7_000, peak="", machine="",
     )  # fmt: skip
     assert sum(distils_at(recipe, step) for step in range(100)) == 60
     measured = len({event.step for event in recipe.events}) * 64  # each at its event
@@ -162,6 +162,19 @@ def test_a_trial_runs_the_recipes_own_steps(distillation):
     assert 4 * n > trial.weights == trial.gradients > 2 * n
     # Each block keeps its input, and more, of every token.
     assert trial.activations > 2 * 4 * (4 * 24 * model.cfg.d_model)
+
+
+def test_a_trial_runs_the_teacher_of_the_run():
+    model, teacher = (lf.load(make_gpt2(n_layer=n), device="cpu") for n in (2, 4))
+    recipe = replace(BY_NAME["distilled"](model, steps=20), precision="float32")
+    trial = try_steps(model, recipe, 24, teacher=teacher, clock=ticks(0.01))
+    own = try_steps(lf.load(make_gpt2(n_layer=2)), recipe, 24, clock=ticks(0.01))
+    assert own.original == own.weights
+    assert trial.original > own.original
+    assert trial.weights == own.weights
+    assert trial.micro_batch.keys() == {True}
+    asked = str(replace(trial, original=2_500_000_000))
+    assert "original 2.5 GB" in asked
 
 
 def test_a_slow_machine_is_given_smaller_micro_batches():
