@@ -15,7 +15,7 @@ from lnfree_interp.removal.statistics import Hooks
 
 
 class DivergenceWatch:
-    """Decides after each step whether the run has diverged.
+    """Judges each step, and so whether the run has diverged.
 
     Attributes:
         what: The loss that is watched, in words: the KL divergence from the original if the recipe
@@ -23,6 +23,7 @@ class DivergenceWatch:
         term: Its name in `StepRecord.losses`.
         best: The lowest of a step so far, in nats per token.
         rollbacks: How often the run has gone back to a checkpoint.
+        in_a_row: How many steps in a row have been wrong.
     """
 
     def __init__(self, guard: Guard, *, distils: bool = False):
@@ -31,23 +32,34 @@ class DivergenceWatch:
         self.what = "KL divergence from the original" if distils else "cross-entropy"
         self.best = math.inf
         self.rollbacks = 0
+        self.in_a_row = 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether as many steps in a row have been wrong as the guard allows."""
+        return self.in_a_row >= self.guard.in_a_row
 
     def verdict(
         self, loss: float, gradient: float, drift: Mapping[str, float] | None = None
     ) -> str | None:
-        """Why the run has diverged, in words; None if it has not.
+        """What is wrong with a step, in words; None if nothing is.
 
         Args:
             loss: The step's loss that is watched.
             gradient: The norm of its gradient.
             drift: By frozen site, the sigma of its inputs over its constant, if it was measured.
         """
+        wrong = self._wrong(loss, gradient, drift or {})
+        self.in_a_row = 0 if wrong is None else self.in_a_row + 1
+        return wrong
+
+    def _wrong(self, loss: float, gradient: float, drift: Mapping[str, float]) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             return f"{self.what} {loss:.4g}, gradient norm {gradient:.4g}"
         if loss > self.best + self.guard.above_best:
             return f"{self.what} {loss:.4g}, {loss - self.best:.3g} above the lowest so far"
         self.best = min(self.best, loss)
-        for site, ratio in (drift or {}).items():
+        for site, ratio in drift.items():
             if not 1 / self.guard.sigma_factor < ratio < self.guard.sigma_factor:
                 return f"the inputs of {site} have {ratio:.3g} times its constant sigma"
         return None

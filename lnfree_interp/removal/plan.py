@@ -67,11 +67,12 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
         else f"then back to a checkpoint, gaps {guard.widen:g} times as wide, learning rate "
         f"{guard.slower:g} times as high"
     )
+    after = f", in {guard.in_a_row} steps in a row" if guard.in_a_row > 1 else ""
     watched = "KL divergence" if recipe.always_distils else "cross-entropy"
     yield (
         "diverging",
         f"{watched} {guard.above_best:g} above the lowest, or a site's inputs "
-        f"{guard.sigma_factor:g} times its sigma; {action}",
+        f"{guard.sigma_factor:g} times its sigma{after}; {action}",
     )
     yield "norms", f"{len(recipe.events)} sites; all gone at step {recipe.removed_at}"
     if recipe.wait is not None:

@@ -164,9 +164,9 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     makes too large: it grows from layer to layer, because a gated MLP answers with the square. So
     there is a cap on how large a token may come out, which rises once all sites are frozen, until
     it is gone; sigma follows the text until then; terms of the loss pull outliers down and hold the
-    residual stream to the original's; and the schedule waits while the model is far from the
-    original. First tokens keep a constant of their own if they need one; such a model is exact, but
-    cannot be folded.
+    residual stream to the original's; the schedule waits while the model is far from the original;
+    and one sequence that runs away does not end the run, three steps in a row do. First tokens keep
+    a constant of their own if they need one; such a model is exact, but cannot be folded.
 
     Args:
         costs: `lf.site_sensitivity(model, text)`. A model or its sites: without a measurement every
@@ -235,6 +235,7 @@ def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_firs
             outliers_from=frozen,
             outliers_until=round(0.85 * scheduled),
         ),
+        guard=Guard(in_a_row=3),
         wait=Wait(above=0.3, steps=wait),
         seed=seed,
     )

@@ -203,6 +203,9 @@ class Guard:
     sigma_factor: float = 30.0
     """The run diverges if the inputs of a frozen site have a sigma this many times larger or
     smaller than its constant. It is measured every `log_every` steps."""
+    in_a_row: int = 1
+    """How many steps in a row have to be so. Where a batch is one sequence, one that runs away says
+    little, and its gradient, clipped, is what teaches the model; it is skipped if not finite."""
     widen: float = 2.0
     """The factor on the remaining gaps at every rollback."""
     slower: float = 0.5
@@ -226,3 +229,5 @@ class Guard:
             )
         if self.rollbacks < 0:
             raise RecipeError(f"rollbacks cannot be negative: {self.rollbacks}")
+        if self.in_a_row < 1:
+            raise RecipeError(f"in_a_row={self.in_a_row}: give a number of steps, at least 1")

@@ -176,11 +176,17 @@ class Trainer:
             drift = record.probes.get("drift")
             watched = record.losses[self.divergence.term]
             wrong = self.divergence.verdict(watched, record.gradient, drift)
-            if wrong is not None:
+            if self.divergence.diverged:
+                assert wrong is not None
                 self._roll_back(record, wrong)
                 rollback = wrong
                 continue
-            if self.next_step in self.saved:
+            if wrong is not None:
+                self.progress.say(
+                    f"step {record.step}: {wrong}; the run goes on, and counts as diverged after "
+                    f"{self.recipe.guard.in_a_row} such steps in a row"
+                )
+            elif self.next_step in self.saved:
                 self.saved[self.next_step] = True
             self.next_step += 1
             self.waited += self._waits(record)
@@ -384,7 +390,11 @@ class Trainer:
             "recipe": self.recipe.to_json(),
             "transition": self.transition.state_dict(),
             "data": self.data.state_dict(),
-            "divergence": [self.divergence.best, self.divergence.rollbacks],
+            "divergence": [
+                self.divergence.best,
+                self.divergence.rollbacks,
+                self.divergence.in_a_row,
+            ],
             "heldout": [self.heldout_best, self.heldout_since],
             "anchor_target": self.objective.anchor_target,
             "waited": self.waited,
@@ -417,7 +427,9 @@ class Trainer:
         self.recipe, self.next_step = Recipe.from_json(plain["recipe"]), checkpoint.step
         self.waited = plain["waited"]
         self.transition.follow(self.recipe)
-        self.divergence.best, self.divergence.rollbacks = plain["divergence"]
+        watch = self.divergence
+        # Checkpoints of an earlier version have two numbers.
+        watch.best, watch.rollbacks, watch.in_a_row = [*plain["divergence"], 0][:3]
         self.heldout_best, self.heldout_since = plain["heldout"]
         self.objective.anchor_target = plain["anchor_target"]
         training_state.set_random_state(plain["random"][self.processes.rank])

@@ -151,7 +151,7 @@ class Transition:
         }
 
     def _blend(self, old: Moments, new: Moments) -> Moments:
-        if new.count == 0:
+        if new.count == 0 or not math.isfinite(new.second):  # a step that ran away teaches nothing
             return old
         if old.count == 0 or self.statistics.source == "batch":
             return new

@@ -51,6 +51,33 @@ def test_a_diverging_run_goes_back_with_wider_gaps(model, data, tmp_path):
     assert all(math.isfinite(record.loss) for record in run.history)
 
 
+def explode_in(steps):
+    """A hook that makes the loss not finite in some steps of a run with two micro-batches."""
+    state = {"forward": 0}
+
+    def explode(x, hook):
+        if not torch.is_grad_enabled():
+            return None
+        state["forward"] += 1
+        return x * math.inf if (state["forward"] - 1) // 2 in steps else None
+
+    return explode
+
+
+def test_single_steps_that_run_away_are_passed_over_if_the_guard_allows_it(model, data, tmp_path):
+    recipe = a_recipe(guard=Guard(in_a_row=3))
+    run = train(model, data, None, recipe=recipe, hook=explode_in({4, 5, 12}))
+    lost = [record.step for record in run.history if not math.isfinite(record.loss)]
+    assert lost == [4, 5, 12]
+    assert [record.step for record in run.history] == list(range(STEPS))
+    assert lf.live_sites(run.model) == ()
+    assert all(W.isfinite().all() for W in run.model.parameters())
+    constants = [lf.get_norm(run.model, site).constant for site in lf.list_norm_sites(run.model)]
+    assert all(math.isfinite(sigma) and sigma > 0 for sigma in constants)
+    with pytest.raises(TrainingError, match=r"diverged at step 6: KL divergence .* nan"):
+        train(model, data, None, recipe=recipe, hook=explode_in({2, 4, 5, 6}))
+
+
 def test_a_run_that_diverges_again_and_again_stops(model, data, tmp_path):
     recipe = a_recipe(guard=Guard(action="rollback", rollbacks=2))
     with pytest.raises(TrainingError, match=r"diverged at step 8: .*2 rollbacks did not help"):
@@ -110,6 +137,16 @@ def test_verdicts():
     assert "blocks.0.ln2 have 11 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 11.0})
     assert "0.05 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 0.05})
     assert "nan times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": math.nan})
+
+
+def test_steps_in_a_row():
+    watch = DivergenceWatch(Guard(above_best=2.0, in_a_row=2))
+    for loss, wrong, diverged in ((1, 0, 0), (4, 1, 0), (2, 0, 0), (4, 1, 0), (9, 1, 1)):
+        assert (watch.verdict(float(loss), 1.0) is not None) is bool(wrong)
+        assert watch.diverged is bool(diverged)
+    assert watch.best == 1
+    with pytest.raises(RecipeError, match="in_a_row=0: give a number of steps"):
+        Guard(in_a_row=0)
 
 
 def test_a_sigma_that_runs_away_is_noticed(model, data, tmp_path):
