@@ -2,7 +2,8 @@
 
     python benchmarks/english_text.py text.jsonl
 
-It needs `apt-get` and `dpkg` of a Debian or Ubuntu, and no rights. Documents are in a random order
+It needs `apt-get` and `dpkg` of a Debian or Ubuntu, and no rights. The kernel's documentation has
+translations, which are left out. Documents are in a random order
 that is the same on every machine with these versions of the packages.
 """
 
@@ -22,6 +23,8 @@ from tyro.conf import Positional
 PACKAGES = ("debian-handbook", "python3.11-doc", "linux-doc-6.1")
 SHORTEST = 500
 """Characters; shorter documents are tables of contents."""
+LATIN = 0.95
+"""The least share of ASCII characters."""
 
 
 def fetch(folder: Path) -> Path:
@@ -37,6 +40,8 @@ def documents(folder: Path) -> Iterator[str]:
     """The text of each document, the same for every order of the file system."""
     for path in sorted(folder.rglob("*")):
         name = str(path)
+        if "/translations/" in name:
+            continue
         if name.endswith((".rst.txt", ".rst")):
             yield path.read_text(encoding="utf-8", errors="ignore")
         elif name.endswith(".rst.gz"):
@@ -48,6 +53,11 @@ def documents(folder: Path) -> Iterator[str]:
             yield re.sub(r"\n\s*\n\s*", "\n\n", plain)
 
 
+def is_english(text: str) -> bool:
+    """Whether a document is long enough, and in Latin letters; some others are left anywhere."""
+    return len(text) >= SHORTEST and sum(map(str.isascii, text)) >= LATIN * len(text)
+
+
 def main(out: Positional[Path]) -> None:
     """Write the text.
 
@@ -55,7 +65,7 @@ def main(out: Positional[Path]) -> None:
         out: The file to write, one JSON object with a field `text` on each line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        texts = [text for text in documents(fetch(Path(folder))) if len(text) >= SHORTEST]
+        texts = [text for text in documents(fetch(Path(folder))) if is_english(text)]
     random.Random(0).shuffle(texts)
     with out.open("w", encoding="utf-8") as file:
         for text in texts:

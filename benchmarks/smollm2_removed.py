@@ -2,7 +2,7 @@
 
     make smollm2
     python benchmarks/english_text.py text.jsonl
-    head -n 5500 text.jsonl > train.jsonl; tail -n +5501 text.jsonl > heldout.jsonl
+    head -n 5000 text.jsonl > train.jsonl; tail -n +5001 text.jsonl > heldout.jsonl
     lnfree remove MODEL.gguf --data train.jsonl --steps 420 --batch 4 --sequence-length 256 \\
         --rollback --out run
     lnfree remove MODEL.gguf --data train.jsonl --steps 420 --batch 4 --sequence-length 256 \\
@@ -106,6 +106,10 @@ def exactness(model: HookedTransformer) -> None:
     asks = {
         "direct logit attribution by head": lambda: lf.attribute(trace, target, by="head"),
         "paths": lambda: lf.expand_paths(trace, target),
+        "scores of L23H3": lambda: lf.attribute_scores(trace, 23, 3),
+        "pattern of L23H3 without L20H5": lambda: lf.counterfactual_pattern(
+            trace, 23, 3, without="L20H5"
+        ),
     }
     print("\n| exact, nothing held | error |\n|---|---|")
     for name, ask in asks.items():
