@@ -3,8 +3,8 @@
     python benchmarks/english_text.py text.jsonl
 
 It needs `apt-get` and `dpkg` of a Debian or Ubuntu, and no rights. The kernel's documentation has
-translations, which are left out. Documents are in a random order
-that is the same on every machine with these versions of the packages.
+translations, which are left out. Documents are in a random order that is the same on every machine
+with these versions of the packages.
 """
 
 import gzip
@@ -54,8 +54,8 @@ def documents(folder: Path) -> Iterator[str]:
 
 
 def is_english(text: str) -> bool:
-    """Whether a document is long enough, and in Latin letters; some others are left anywhere."""
-    return len(text) >= SHORTEST and sum(map(str.isascii, text)) >= LATIN * len(text)
+    """Whether a document is in plain Latin letters; not all translations are in that folder."""
+    return sum(map(str.isascii, text)) >= LATIN * len(text)
 
 
 def main(out: Positional[Path]) -> None:
@@ -65,7 +65,8 @@ def main(out: Positional[Path]) -> None:
         out: The file to write, one JSON object with a field `text` on each line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        texts = [text for text in documents(fetch(Path(folder))) if is_english(text)]
+        every = documents(fetch(Path(folder)))
+        texts = [text for text in every if len(text) >= SHORTEST and is_english(text)]
     random.Random(0).shuffle(texts)
     with out.open("w", encoding="utf-8") as file:
         for text in texts:

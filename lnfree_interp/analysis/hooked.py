@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View, noted
+from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View, noting
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.first_token import telling
 from lnfree_interp.models.folding import WITHIN, fold_weights
@@ -58,9 +58,8 @@ class HookedView(View):
     def _not_linear_inside(self) -> list[str]:
         """What stands inside or behind the sublayers, and is in the way of a plain sum."""
         found = []
-        live = map(str, live_sites(self.model))
-        sites = [site for site in live if site in self.inner_sites]
-        if sites and not noted(sites):
+        sites = [str(site) for site in live_sites(self.model) if site.kind in WITHIN]
+        if sites and not noting():
             found.append(
                 f"live norms inside or behind the sublayers: {name_sites(sites)}. "
                 "lf.freeze_for(model, question, text) freezes them, with all else that the "
@@ -93,7 +92,7 @@ class HookedView(View):
         block = sublayer.rpartition(".")[0]
         places = [f"{block}.{kind}" for kind in (*WITHIN, *SCALERS)]
         maps = {name: describe(at) for name in places if (at := module_at(self.model, name))}
-        if noted([]):  # the numbers do not count then, and norms may be live
+        if noting():  # some of these norms may be live then
             maps = {name: norm for name, norm in maps.items() if norm.affine}
         named = {f"{sublayer}.W_{leaf}": W, f"{sublayer}.b_{leaf}": b}
         found = dict(fold_weights(named, maps, "folded"))

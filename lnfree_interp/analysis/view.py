@@ -6,7 +6,7 @@ adapters, `hooked` and `bridge`, are the only files that know a generation of Tr
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -49,12 +49,9 @@ def noting_reads() -> Iterator[dict[str, None]]:
         _noted.reset(before)
 
 
-def noted(names: Iterable[str]) -> bool:
-    """Whether reads are noted now; if so, these are."""
-    if (here := _noted.get()) is None:
-        return False
-    here.update(dict.fromkeys(names))
-    return True
+def noting() -> bool:
+    """Whether reads are noted now, so that no number counts."""
+    return _noted.get() is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,7 +389,8 @@ class View(ABC):
         """
         caps = [LOGIT_CAP] * (logits and self.logit_cap > 0)
         caps += [SCORE_CAP] * (scores and self.score_cap > 0)
-        if noted([*sites, *caps]):
+        if (noted := _noted.get()) is not None:
+            noted.update(dict.fromkeys([*sites, *caps]))
             return []
         return [site for site in sites if not self.is_affine(site)] + caps
 

@@ -19,7 +19,7 @@ class DivergenceWatch:
 
     Attributes:
         what: The loss that is watched, in words: the KL divergence from the original if the recipe
-            distils at every step, because the text of a batch does not move it; else cross-entropy.
+            distils at every step, because the text of a batch moves it less; else cross-entropy.
         term: Its name in `StepRecord.losses`.
         best: The lowest of a step so far, in nats per token.
         rollbacks: How often the run has gone back to a checkpoint.

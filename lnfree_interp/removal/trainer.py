@@ -176,8 +176,7 @@ class Trainer:
             drift = record.probes.get("drift")
             watched = record.losses[self.divergence.term]
             wrong = self.divergence.verdict(watched, record.gradient, drift)
-            if self.divergence.diverged:
-                assert wrong is not None
+            if wrong is not None and self.divergence.diverged:
                 self._roll_back(record, wrong)
                 rollback = wrong
                 continue
@@ -250,7 +249,7 @@ class Trainer:
         wait, left = self.recipe.wait, self.scheduled <= self.recipe.removed_at
         if wait is None or not left or self.waited >= wait.steps:
             return False
-        return record.losses["distillation"] > wait.above
+        return not record.losses["distillation"] <= wait.above  # nor if it is not a number
 
     def _step(self, step: int, rollback: str | None) -> StepRecord:
         """Events, one batch in micro-batches, one step of the optimiser."""

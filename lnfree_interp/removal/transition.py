@@ -68,9 +68,9 @@ class Transition:
         if frozen := [name for name, norm in self.norms.items() if not norm.live]:
             raise NormSiteError(f"{frozen[0]} is frozen already: it cannot be removed again")
         # Those that an earlier stage froze can run away too.
-        frozen = {str(site): get_norm(model, site) for site in list_norm_sites(model)}
+        every = {str(site): get_norm(model, site) for site in list_norm_sites(model)}
         self.watched = {
-            name: norm for name, norm in frozen.items() if name in self.norms or norm.frozen
+            name: norm for name, norm in every.items() if name in self.norms or norm.frozen
         }
         self.text, self.fwd_hooks, self.reduce = text, tuple(fwd_hooks), reduce
         self.groups = TokenGroups(end_of_text(model))
@@ -137,7 +137,8 @@ class Transition:
         """Take in what was measured in this step, and return it."""
         found = self.meter.read(self.reduce)
         if found and self._moving:
-            for name, new in ((name, found[name]) for name in found if name in self.norms):
+            for name in [name for name in found if name in self.norms]:
+                new = found[name]
                 old = self.estimates.get(name, new)
                 self.estimates[name] = {group: self._blend(old[group], new[group]) for group in new}
         return found

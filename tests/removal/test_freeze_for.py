@@ -110,7 +110,12 @@ def gemma2():
     return lf.load(make_model("gemma2-no-caps"), dtype=torch.float64, check=False)
 
 
-@pytest.mark.parametrize("make", [sub_ln, gemma2, lambda: lf.with_norm_sites(gemma2())])
+def normformer():
+    model = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    return lf.to_normformer(model, resid_scale=False).model
+
+
+@pytest.mark.parametrize("make", [sub_ln, normformer, gemma2, lambda: lf.with_norm_sites(gemma2())])
 @pytest.mark.parametrize("name", ["logits by head", "scores", "neuron", "residual", "flow"])
 def test_norms_inside_and_behind_sublayers_are_read_by_every_question(make, name):
     model, ask = make(), QUESTIONS[name]
