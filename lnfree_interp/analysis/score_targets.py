@@ -9,9 +9,7 @@ from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.components import Component
-from lnfree_interp.analysis.prompts import (
-    whole_number,
-)
+from lnfree_interp.analysis.prompts import whole_number
 from lnfree_interp.analysis.targets import Constants, Reading
 from lnfree_interp.analysis.trace import Positions, Trace
 from lnfree_interp.analysis.view import Place, Stream, View

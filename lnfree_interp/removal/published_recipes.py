@@ -7,10 +7,7 @@ targets, a special sigma on channel 0 (docs/removal.md).
 """
 
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.schedule import (
-    published_order,
-    sequential_sites,
-)
+from lnfree_interp.removal.schedule import published_order, sequential_sites
 from lnfree_interp.removal.settings import Special, Statistics
 
 CONFIG = "submarat/removing-layer-norm, config.py"
