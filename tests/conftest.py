@@ -6,10 +6,6 @@ from importlib.util import find_spec
 # Before any import of huggingface_hub: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from support.typechecking import leave_inner_functions
-
-leave_inner_functions()
-
 import pytest
 import torch
 from support.models import freeze_all, make_gpt2, make_tokenizer

@@ -1,0 +1,5 @@
+"""What the tests share."""
+
+from support import typechecking
+
+typechecking.leave_inner_functions()

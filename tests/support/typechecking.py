@@ -21,5 +21,5 @@ def _visit(self: JaxtypingTransformer, node: ast.FunctionDef) -> ast.FunctionDef
 
 
 def leave_inner_functions() -> None:
-    """Call it before the package is imported."""
+    """Of what is imported from now on."""
     JaxtypingTransformer.visit_FunctionDef = _visit
