@@ -5,8 +5,9 @@
     python tests/support/run_notebooks.py 6 7        # some of them
 
 Each `notebooks/*.py` is the source (jupytext, percent format); the `.ipynb` beside it is made from
-it, with outputs. A cell that fails, or a notebook that takes more than three minutes, is an error.
-One that needs SmolLM2 is skipped where that is not installed, and named.
+it, with outputs. A cell that fails is an error, and so is a notebook that takes more than three
+minutes where its outputs are kept; `--check` may run on a slow machine. One that needs SmolLM2 is
+skipped where that is not installed, and named.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SECONDS = 180
+HANGS = 1200
+"""Seconds after which a cell is given up."""
 
 
 def run(source: Path, keep: bool) -> float:
@@ -28,7 +31,7 @@ def run(source: Path, keep: bool) -> float:
     notebook = jupytext.read(source)
     began = time.monotonic()
     NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+        notebook, timeout=HANGS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     ).execute()
     seconds = time.monotonic() - began
     for i, cell in enumerate(notebook.cells):
@@ -65,7 +68,7 @@ def main() -> None:
         sys.stdout.write(f"{source.name}: {seconds:.0f} s\n")
         sys.stdout.flush()
         slow += [source.name] if seconds > SECONDS else []
-    if slow:
+    if slow and not asked.check:
         sys.exit(f"more than {SECONDS} s: {', '.join(slow)}")
 
 
