@@ -133,7 +133,8 @@ def run_job(
             for a plan.
         recipe_of: Makes the recipe for the model's norm sites, or from what they cost. Default:
             the job's own.
-        only_plan: Say what would be done, time a few steps of it on random tokens, and stop.
+        only_plan: Say what would be done, by the same measurement as a run's, time a few steps of it
+            on random tokens, and stop.
         resume: Continue the run in `out`.
         minutes: Pause after so many minutes, with a checkpoint. Default: never.
         progress: Whether to show progress bars.
@@ -192,13 +193,6 @@ def run_job(
             documents, model.tokenizer, length, column, seed=recipe.seed, prepend_bos=prepend_bos
         )
 
-    if only_plan or out is None:
-        say(plan(recipe, length, text=described(job.text, documents)))
-        if job.recipe == MEASURED:
-            say("order, pace and position 0: by a measurement before the first step")
-        say("timing a few steps on random tokens")
-        say(str(try_steps(model, recipe, length, heldout=job.heldout, teacher=teacher)))
-        return None
     first_matters = False
     if job.recipe == MEASURED and not resume:
         say("measuring what each norm costs")
@@ -214,6 +208,10 @@ def run_job(
         has_bos = getattr(model.tokenizer, "bos_token_id", None) is not None
         job = replace(job, prepend_bos=first_matters and has_bos)
     say(plan(recipe, length, text=described(job.text, documents)))
+    if only_plan or out is None:
+        say("timing a few steps on random tokens")
+        say(str(try_steps(model, recipe, length, heldout=job.heldout, teacher=teacher)))
+        return None
     with Prefetched(packed(length, bool(job.prepend_bos))) as text:
         heldout = _heldout_text(job, recipe, model, length, text)
         run = remove_norms(

@@ -9,7 +9,7 @@ from support.models import make_gpt2
 
 import lnfree_interp as lf
 from lnfree_interp.checkpoints.loading import config_of
-from lnfree_interp.errors import CheckpointError, RecipeError, TooFewStepsError
+from lnfree_interp.errors import CheckpointError, PausedError, RecipeError, TooFewStepsError
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import sites_of
 from lnfree_interp.removal.job import RemovalJob
@@ -230,3 +230,29 @@ def test_norms_can_go_in_stages_and_the_original_stays_the_teacher(gpt2_folder, 
     assert lf.live_sites(control.model) == lf.live_sites(first)
     with pytest.raises(RecipeError, match=r"no norm site of the kind ln1\.v; it has ln1\.qk, ln2"):
         run_job(replace(rest, kinds=("ln1.v",)), tmp_path / "again", progress=False)
+
+
+def test_the_plan_is_that_of_the_run(tokenizer, tmp_path, monkeypatch):
+    """Of a model with massive activations, whose recipe is another than that of ordinary ones."""
+    network = make_gpt2()
+    network.transformer.wte.weight.data[tokenizer.encode(" range")[0]] *= 200
+    network.save_pretrained(tmp_path / "massive")
+    tokenizer.save_pretrained(tmp_path / "massive")
+    text = tmp_path / "text.txt"
+    text.write_text("for i in range(10):\n    print(i)\n" * 400)
+    job = RemovalJob(
+        model=str(tmp_path / "massive"), data=str(text), sequence_length=16, heldout=0, steps=40,
+        batch=2, micro_batch=2,
+    )  # fmt: skip
+    planned, said = [], []
+
+    def stop(*args, **more):
+        raise PausedError("before the first step")
+
+    run_job(job, None, only_plan=True, progress=False, say=planned.append)
+    monkeypatch.setattr("lnfree_interp.removal.run_job.remove_norms", stop)
+    with pytest.raises(PausedError):
+        run_job(job, tmp_path / "run", progress=False, say=said.append)
+    plan = next(line for line in planned if line.startswith("recipe: measured"))
+    assert "outliers" in plan
+    assert plan in said
