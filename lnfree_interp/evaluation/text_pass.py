@@ -22,7 +22,7 @@ from lnfree_interp.analysis.prompts import batches, read_sequences
 from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
-from lnfree_interp.models.running import Edit, run, run_and_keep
+from lnfree_interp.models.running import Edit, logits_at, run_and_keep
 
 SINK = 0.3
 """Attention to the first token above this value counts as a sink."""
@@ -201,9 +201,7 @@ def _predictions(
         for name in order:
             model = models[name]
             # This is not in bfloat16, which would round logits of 100 to halves.
-            stream = streams[name][:, at].to(model.W_U.dtype)
-            logits = run(model, stream, start_at_layer=model.cfg.n_layers)
-            log_p = logits.float().log_softmax(-1)
+            log_p = logits_at(model, streams[name], at).float().log_softmax(-1)
             wanted = targets.to(log_p.device)
             best = log_p.max(-1)
             found = {

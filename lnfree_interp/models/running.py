@@ -11,12 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import DataError, UnsupportedModelError
+from lnfree_interp.models.first_token import telling
 from lnfree_interp.numerics import soft_cap
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -153,6 +155,15 @@ def to_logits(
     if model.cfg.normalization_type is not None:
         resid = model.ln_final(resid)
     return soft_cap(model.unembed(resid), model.cfg.output_logits_soft_cap)
+
+
+def logits_at(
+    model: Any, stream: Float[Tensor, "batch pos d_model"], at: slice
+) -> Float[Tensor, "batch some d_vocab"]:
+    """Logits at some positions of whole rows, from the stream after the last block."""
+    position = torch.arange(stream.shape[1], device=stream.device)[at]
+    with telling((position == 0).expand(len(stream), -1)):
+        return to_logits(model, stream[:, at].to(model.W_U.dtype))
 
 
 def run_and_keep(

@@ -77,6 +77,17 @@ def test_every_token_by_brute_force(live, folded, tokens):
     assert 0 < distribution(found["free"]).divergence < math.log(2)
 
 
+def test_long_rows_have_one_first_token(tokenizer):
+    """Their logits are computed in pieces, and a frozen norm may have a constant for the first."""
+    model = lf.with_norm_sites(
+        lf.load(make_gpt2(n_positions=300), tokenizer=tokenizer, dtype=torch.float64, check=False)
+    )
+    lf.freeze_site(model, "ln_final", 2.0, first=20.0)
+    tokens = torch.randint(300, (2, 300), generator=torch.Generator().manual_seed(3))
+    loss = measure_text({"frozen": model}, tokens)["frozen"].loss
+    close(loss, model(tokens, return_type="loss", loss_per_token=True))
+
+
 def test_batches_change_nothing(live, folded, tokens):
     models = {"live": live, "free": folded}
     whole, parts = (
