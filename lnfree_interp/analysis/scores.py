@@ -27,7 +27,7 @@ from lnfree_interp.analysis.prompts import read_key_position, read_position
 from lnfree_interp.analysis.results import Contributions, Result, largest_rows
 from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
 from lnfree_interp.analysis.trace import Positions, Trace, question, read_number
-from lnfree_interp.analysis.view import Place
+from lnfree_interp.analysis.view import Place, divided
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
@@ -356,7 +356,7 @@ def project_side(
     b = (attention.b_Q if side == "query" else attention.b_K)[parts.head]
     read = trace.read(parts.site, at)
     values, components = transform(by.parts(trace, Place(parts.layer), at), read.weights_back(W))
-    values = values / read.scale
+    values = divided(values, read.scale)
     constants = [(Component("b_Q" if side == "query" else "b_K"), b)]
     if read.bias is not None:
         constants.insert(0, (Component("ln1.b", parts.layer), read.bias @ W))

@@ -73,7 +73,7 @@ class Read:
         """A direction behind the map, carried back to the stream."""
         direction = self.back_unscaled(direction)
         if isinstance(self.scale, Tensor) or self.scale != 1.0:
-            return direction / self.scale
+            return divided(direction, self.scale)
         return direction
 
     def back_unscaled(
@@ -90,7 +90,7 @@ class Read:
         """As `back`, for one direction that is read with a weight at every position."""
         direction = self.back_unscaled(direction)
         if isinstance(self.scale, Tensor):
-            return weights / self.scale[..., 0], direction
+            return divided(weights, self.scale[..., 0]), direction
         return weights, direction / self.scale
 
     def weights_back(
@@ -105,8 +105,13 @@ class Read:
         """A part of the stream after the map, without its bias."""
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        x = x / self.scale
+        x = divided(x, self.scale)
         return x if self.gain is None else x * self.gain
+
+
+def divided(x: Float[Tensor, "*any"], scale: Tensor | float) -> Float[Tensor, "*any"]:
+    """x / scale in x's dtype. A norm's scale is float32 in a bfloat16 model too."""
+    return (x / scale).to(x.dtype)
 
 
 @dataclass(frozen=True)

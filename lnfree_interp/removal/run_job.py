@@ -133,8 +133,8 @@ def run_job(
             for a plan.
         recipe_of: Makes the recipe for the model's norm sites, or from what they cost. Default:
             the job's own.
-        only_plan: Say what would be done, by the same measurement as a run's, time a few steps of it
-            on random tokens, and stop.
+        only_plan: Measure as a run does, say what would be done, time a few steps of it on random
+            tokens, and stop.
         resume: Continue the run in `out`.
         minutes: Pause after so many minutes, with a checkpoint. Default: never.
         progress: Whether to show progress bars.

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from support import questions
 from support.architectures import make_model
 from support.models import freeze_all, make_gpt2, make_tokenizer
 from torch import nn
@@ -356,6 +357,23 @@ def test_a_model_in_bfloat16_is_judged_by_bfloat16():
     torch.testing.assert_close(found.values.float(), exact.values, rtol=0.1, atol=0.05)
     with pytest.raises(InexactError):
         found.verify(1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::lnfree_interp.errors.HeldWarning")
+@pytest.mark.parametrize("name", questions.QUESTIONS)
+@pytest.mark.parametrize("form", ["live", "first"])
+def test_scales_of_tokens_leave_bfloat16_what_it_is(form, name):
+    """Norms compute their scales in float32."""
+    if (form, name) == ("live", "flips"):
+        pytest.skip("flip distances are products of weights: no live norm can be held")
+    low = lf.load(make_gpt2(), tokenizer=make_tokenizer(), check=False, dtype=torch.bfloat16)
+    if form == "first":
+        low = lf.with_norm_sites(low)
+        for site in lf.list_norm_sites(low):
+            lf.freeze_site(low, site, 2.0, first=5.0)
+    found = questions.QUESTIONS[name](lf.trace(low, TOKENS, hold=form == "live")).verify()
+    assert found.error.dtype == torch.bfloat16
+    assert bool(found.held) == (form == "live" and name not in ("residual", "probe"))
 
 
 # Log-odds certificates: no false alarms, and a wrong one is seen
