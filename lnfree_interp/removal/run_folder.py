@@ -100,8 +100,12 @@ class RunFolder:
                 found[int(match[1])] = entry
         return dict(sorted(found.items()))
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def save(self, checkpoint: Checkpoint, spare: int | None = None) -> Path:
         """Write a checkpoint, and remove all but the latest ones.
+
+        Args:
+            checkpoint: What to write.
+            spare: The step of one more checkpoint that stays, if there is one.
 
         Raises:
             OutputError: if it cannot be written; the checkpoints before it stay.
@@ -130,8 +134,15 @@ class RunFolder:
                 "free some disk space and resume"
             ) from error
         for step in list(self.checkpoints)[: -self.keep]:
-            _remove(self.checkpoints[step])
+            if step != spare:
+                _remove(self.checkpoints[step])
         return target
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a rollback has taken back."""
+        for later, folder in self.checkpoints.items():
+            if later > step:
+                _remove(folder)
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of a step.

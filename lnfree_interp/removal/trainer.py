@@ -349,11 +349,14 @@ class Trainer:
             raise TrainingError(
                 f"the run diverged {where}; {guard.rollbacks} rollbacks did not help"
             )
-        checkpoint = self._last_good(self.folder)
-        if checkpoint is None:
+        good, folder = self._last_good(), self.folder
+        if good is None:
             raise TrainingError(f"the run diverged {where}; no checkpoint is left to go back to")
         rollbacks = self.divergence.rollbacks + 1
-        self._load(checkpoint)
+        self._load(folder.load(good))
+        # A run that is interrupted now resumes from here, not from what was taken back.
+        self.processes.on_main(lambda: folder.forget_after(good))
+        self.saved = {step: went_well for step, went_well in self.saved.items() if step <= good}
         # The schedule in the checkpoint may have been widened before.
         factor = guard.widen ** (rollbacks - self.divergence.rollbacks)
         slower = guard.slower ** (rollbacks - self.divergence.rollbacks)
@@ -372,10 +375,11 @@ class Trainer:
         )
         self.progress.reset(self.next_step, recipe.steps)
 
-    def _last_good(self, folder: RunFolder) -> Checkpoint | None:
-        """The newest checkpoint from which a step went well."""
-        good = [step for step in folder.checkpoints if self.saved.get(step)]
-        return folder.load(good[-1]) if good else None
+    def _last_good(self) -> int | None:
+        """The step of the newest checkpoint from which a step went well."""
+        assert self.folder is not None
+        good = [step for step in self.folder.checkpoints if self.saved.get(step)]
+        return good[-1] if good else None
 
     def _log(self, record: StepRecord) -> None:
         if self.folder is not None and self.processes.is_main:
@@ -402,7 +406,7 @@ class Trainer:
         model = training_state.tensors(self.model)
         optimizer = training_state.optimizer_tensors(self.model, self.optimizer)
         folder, checkpoint = self.folder, Checkpoint(self.next_step, model, optimizer, plain)
-        self.processes.on_main(lambda: folder.save(checkpoint))
+        self.processes.on_main(lambda: folder.save(checkpoint, spare=self._last_good()))
         self.saved[self.next_step] = False
 
     def _latest(self) -> Checkpoint:

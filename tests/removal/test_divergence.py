@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lnfree_interp.errors import RecipeError, TrainingError
 from lnfree_interp.removal.divergence import DivergenceWatch
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.settings import Guard
+from lnfree_interp.removal.trainer import Trainer
 
 __all__ = ["data", "model"]  # fixtures
 
@@ -84,34 +86,68 @@ def test_a_run_that_diverges_again_and_again_stops(model, data, tmp_path):
         train(model, data, tmp_path / "run", recipe=recipe, hook=explode_at(8, times=9))
 
 
-def test_a_poisoned_checkpoint_is_passed_over(model, data, tmp_path):
-    """Weights that one update ruined are noticed a step later; then the one before must do."""
-    recipe = a_recipe(guard=Guard(action="rollback"))
-    steps = {"seen": 0}
+@contextmanager
+def poisoned_before(step):
+    """The last update before a step ruins the weights, once; a hook that the run needs for it.
 
-    def poison(gradient, hook):
-        steps["seen"] += 1
-        if steps["seen"] == 2 * 10 - 1:  # in the step whose weights the checkpoint of step 10 has
-            steps["poisoned"] = True
+    Of a run with two micro-batches.
+    """
+    state, right = {"seen": 0}, torch.optim.AdamW.step
 
-    right = torch.optim.AdamW.step
+    def see(gradient, hook):
+        state["seen"] += 1
 
-    def step(self, *arguments, **more):
+    def update(self, *arguments, **more):
         result = right(self, *arguments, **more)
-        if steps.pop("poisoned", False):
+        if state["seen"] == 2 * step:
+            state["seen"] += 1  # only once, whatever step the run goes back to
             with torch.no_grad():
                 self.param_groups[0]["params"][0].fill_(math.nan)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        run = train(
-            model, data, tmp_path / "run", recipe=recipe,
-            bwd_hooks=[("blocks.0.hook_mlp_out", poison)],
-        )  # fmt: skip
+        patch.setattr(torch.optim.AdamW, "step", update)
+        yield [("blocks.0.hook_mlp_out", see)]
+
+
+def test_a_poisoned_checkpoint_is_passed_over(model, data, tmp_path):
+    """Weights that one update ruined are noticed a step later; then the one before must do."""
+    recipe = a_recipe(guard=Guard(action="rollback"))
+    with poisoned_before(10) as hooks:
+        run = train(model, data, tmp_path / "run", recipe=recipe, bwd_hooks=hooks)
     (told,) = [record for record in run.history if record.rollback]
     assert told.step == 5
     assert all(math.isfinite(record.loss) for record in run.history)
+
+
+def test_a_run_that_went_back_can_be_interrupted_and_resumed(model, data, tmp_path):
+    """What it took back is forgotten, the poisoned checkpoint too."""
+    recipe = a_recipe(guard=Guard(action="rollback"))
+    right, went_back = Trainer._step, []
+
+    def step(self, number, rollback):
+        went_back.append(rollback)
+        if any(went_back) and number == 7:
+            raise KeyboardInterrupt
+        return right(self, number, rollback)
+
+    with poisoned_before(10) as hooks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, data, tmp_path / "run", recipe=recipe, bwd_hooks=hooks)
+    run = train(model, data, tmp_path / "run", recipe=recipe, resume=True)
+    assert lf.live_sites(run.model) == ()
+    assert all(math.isfinite(record.loss) for record in run.history)
+
+
+def test_the_newest_good_checkpoint_is_not_pruned(model, data, tmp_path):
+    """A checkpoint at every step, and three bad steps in a row before the run counts as lost."""
+    recipe = a_recipe(guard=Guard(action="rollback", in_a_row=4))
+    with poisoned_before(9) as hooks:
+        run = train(model, data, tmp_path / "run", recipe=recipe, bwd_hooks=hooks, every=1)
+    (told,) = [record for record in run.history if record.rollback]
+    assert told.step == 8
+    assert all(math.isfinite(record.loss) for record in run.history[8:])
 
 
 def test_a_run_with_nothing_left_to_widen_stops_at_once(model, data, tmp_path):

@@ -54,7 +54,9 @@ def noise(x, hook):
     return x + 0.01 * torch.randn_like(x)
 
 
-def train(model, data, out, resume=False, recipe=None, hook=noise, heldout=None, **more):
+def train(
+    model, data, out, resume=False, recipe=None, hook=noise, heldout=None, every=None, **more
+):
     torch.manual_seed(11)
     return lf.remove_norms(
         model,
@@ -64,7 +66,7 @@ def train(model, data, out, resume=False, recipe=None, hook=noise, heldout=None,
         out=out,
         resume=resume,
         fwd_hooks=[("blocks.0.hook_mlp_out", hook)],
-        checkpoint_every=EVERY,
+        checkpoint_every=EVERY if every is None else every,
         progress=False,
         **more,
     )
