@@ -73,6 +73,7 @@ def find_runaway(
     hooks: Hooks,
     factor: float,
     forward: Callable[[Tensor], object],
+    at_once: int,
 ) -> str | None:
     """Where activations ran away, in words: the first frozen site at which a token is far above
     what it is divided by.
@@ -84,11 +85,14 @@ def find_runaway(
         hooks: The hooks of the step.
         factor: How many times that counts as far.
         forward: Runs the model on the text.
+        at_once: How many sequences it runs on at once.
 
     Returns:
-        The site, the token and by how much; None if every token is near.
+        The site, the token and by how much; None if every token is near, or memory is too short
+        to look.
     """
     found: list[str] = []
+    rows = 0  # that have been looked at
     own: dict[str, Tensor] = {}
 
     def see(x: Tensor, hook: HookPoint) -> None:
@@ -103,6 +107,7 @@ def find_runaway(
         ratio = torch.where(ratio.isfinite(), ratio, torch.inf)
         if ratio.max() > factor:
             row, pos = divmod(int(ratio.argmax()), ratio.shape[1])
+            row += rows
             token = int(tokens[row, pos])
             text = repr(model.tokenizer.decode([token])) if model.tokenizer else f"token {token}"
             found.append(
@@ -112,6 +117,11 @@ def find_runaway(
 
     looking = [(f"{name}.hook_in", see) for name in norms]
     comparing = [(f"{name}.hook_scale", compare) for name in norms]
-    with model.hooks(fwd_hooks=[*hooks, *looking, *comparing]):
-        forward(tokens)
+    try:
+        with model.hooks(fwd_hooks=[*hooks, *looking, *comparing]):
+            for some in tokens.split(at_once):  # all of them: under FSDP processes go together
+                forward(some)
+                rows += len(some)
+    except torch.OutOfMemoryError:  # to say less must not end a run that could go back
+        return None
     return found[0] if found else None

@@ -272,7 +272,8 @@ class Objective(nn.Module):
         model, original = self.model, self.original
         with self._autocast():
             normalised = model.ln_final(resid)
-            if model.unembed.hook_out.has_hooks() or model.cfg.output_logits_soft_cap > 0:
+            capped = any(one is not None and _cap(one) > 0 for one in (model, original))
+            if capped or model.unembed.hook_out.has_hooks():
                 return self._from_all_logits(normalised, taught, tokens, share)
             theirs = None
             if taught is not None and original is not None:
@@ -291,12 +292,17 @@ class Objective(nn.Module):
         self, normalised: Tensor, taught: Tensor | None, tokens: Tensor, share: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """With all logits in memory: a hook reads them, or they are capped."""
-        cap = self.model.cfg.output_logits_soft_cap
-        logits = soft_cap(self.model.unembed(normalised), cap)
+        logits = soft_cap(self.model.unembed(normalised), _cap(self.model))
         ce = next_token_loss(logits, tokens)
         if taught is None or self.original is None:
             return ce, ce, torch.zeros_like(ce)
         with torch.no_grad():
-            theirs = soft_cap(self.original.unembed(self.original.ln_final(taught)), cap)
+            theirs = self.original.unembed(self.original.ln_final(taught))
+            theirs = soft_cap(theirs, _cap(self.original))
         kl = distillation_loss(logits, theirs)
         return torch.lerp(ce, kl, share), ce, kl
+
+
+def _cap(model: HookedTransformer) -> float:
+    """What its logits are capped at; 0 or less for none."""
+    return model.cfg.output_logits_soft_cap

@@ -334,6 +334,7 @@ class Trainer:
         began = find_runaway(
             self.model, self.transition.watched, self.last_batch.to(self.processes.device),
             [*self.fwd_hooks, *self.transition.hooks()], guard.sigma_factor, self._run_model,
+            self.recipe.micro_batch,
         )  # fmt: skip
         self.transition.meter.sums = {}
         where += "" if began is None else f"; {began}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +12,7 @@ from test_resume import STEPS, a_recipe, data, model, train
 
 import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
-from lnfree_interp.removal.divergence import DivergenceWatch
+from lnfree_interp.removal.divergence import DivergenceWatch, find_runaway
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.settings import Guard
 from lnfree_interp.removal.trainer import Trainer
@@ -78,6 +79,31 @@ def test_single_steps_that_run_away_are_passed_over_if_the_guard_allows_it(model
     assert all(math.isfinite(sigma) and sigma > 0 for sigma in constants)
     with pytest.raises(TrainingError, match=r"diverged at step 6: KL divergence .* nan"):
         train(model, data, None, recipe=recipe, hook=explode_in({2, 4, 5, 6}))
+
+
+def test_where_it_began_is_looked_for_in_micro_batches(model, data):
+    """Memory is enough for one; the sequence is numbered as in the whole batch."""
+    sites = lf.with_norm_sites(model)
+    lf.freeze_site(sites, "ln_final", 1e-6)
+    norms, sizes = {"ln_final": lf.get_norm(sites, "ln_final")}, []
+
+    def forward(tokens):
+        sizes.append(len(tokens))
+        if len(sizes) == 3:  # the others are as the live norm would have them
+            lf.get_norm(sites, "ln_final").freeze(1e-6)
+        else:
+            lf.get_norm(sites, "ln_final").freeze(1e6)
+        sites(tokens)
+
+    found = find_runaway(sites, norms, data[:7], [], 10.0, forward, 2)
+    assert sizes == [2, 2, 2, 1]
+    assert "it began at ln_final" in found
+    assert re.search("of sequence [45] has", found)
+
+    def out_of_memory(tokens):
+        raise torch.OutOfMemoryError
+
+    assert find_runaway(sites, norms, data[:7], [], 10.0, out_of_memory, 2) is None
 
 
 def test_a_run_that_diverges_again_and_again_stops(model, data, tmp_path):

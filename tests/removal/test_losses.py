@@ -69,6 +69,18 @@ def test_the_loss_in_chunks_is_the_loss(pair, share, rows, monkeypatch):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("caps", [(0.0, 2.0), (2.0, 0.0), (3.0, 1.5)], ids=str)
+def test_each_model_caps_its_own_logits(pair, caps):
+    student, teacher, tokens = pair
+    for model, cap in zip((student, teacher), caps, strict=True):
+        model.cfg.output_logits_soft_cap = cap
+    expected = distillation_loss(student(tokens), teacher(tokens))
+    assert expected > 1e-3
+    objective = Objective(student, teacher, torch.float64, TokenGroups(0))
+    found = objective(tokens, {"distillation": 1.0}).total
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def _ordinary(tokens):
     groups = TokenGroups(0)
     groups.mark(tokens)

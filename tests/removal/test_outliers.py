@@ -157,10 +157,10 @@ def test_a_first_token_with_a_constant_of_its_own_is_no_runaway(model):
     norms = {str(site): lf.get_norm(sited, site) for site in lf.list_norm_sites(sited)}
     ratio = max(norm.first / norm.constant for norm in norms.values())
     assert ratio > 50
-    assert find_runaway(sited, norms, text, (), 50.0, sited) is None
+    assert find_runaway(sited, norms, text, (), 50.0, sited, len(text)) is None
     elsewhere = TEXT.clone()
     elsewhere[3, 5] = LARGE
-    said = find_runaway(sited, norms, elsewhere, (), 50.0, sited)
+    said = find_runaway(sited, norms, elsewhere, (), 50.0, sited, 1)
     assert "at position 5 of sequence 3" in str(said)
 
 
