@@ -7,7 +7,7 @@ states what it gets from and passes to the others, so that everything is counted
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import pandas as pd
@@ -189,7 +189,8 @@ class FlowGraph(CertifiedResult):
         """
         edges = sorted(self.edges, key=lambda edge: -abs(edge.flow))
         rows = [asdict(edge) for edge in edges[: read_top(k, len(edges))]]
-        return self._noted(pd.DataFrame(rows))
+        columns = [field.name for field in fields(FlowEdge)]
+        return self._noted(pd.DataFrame(rows, columns=columns))
 
     def __repr__(self) -> str:
         what = f"{len(self.components)} nodes, {len(self.ends)} edges"
@@ -199,7 +200,12 @@ class FlowGraph(CertifiedResult):
         return self._line(what)
 
     def to_json(self) -> str:
-        """Everything about one prompt's graph, as JSON."""
+        """Everything about one prompt's graph, as JSON.
+
+        Raises:
+            DataError: for a batch.
+        """
+        self._one()
         plain: dict[str, Any] = {
             "of": self.of[0],
             "unit": self.unit,
@@ -219,8 +225,14 @@ class FlowGraph(CertifiedResult):
 
     def to_networkx(self) -> "networkx.DiGraph":
         """One prompt's graph for networkx, every field an attribute; an edge's `flow` is its
-        weight."""
+        weight.
+
+        Raises:
+            DataError: for a batch.
+        """
         import networkx
+
+        self._one()
 
         graph = networkx.DiGraph(of=self.of[0], total=self.total.item(), lost=self.lost.item())
         for node in self.nodes:

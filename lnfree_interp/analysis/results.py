@@ -235,7 +235,10 @@ class Contributions(Result):
         elif dim == "answer":
             chosen |= {"of": tuple(names[row] for names in self.answers), "answers": ()}
         elif self.of:
-            chosen |= {"of": tuple(f"{what}, {dim} {row}" for what in self.of)}
+            which = self.keys[row] if dim == "key" and self.keys else row
+            chosen |= {"of": tuple(f"{what}, {dim} {which}" for what in self.of)}
+        if dim == "key":
+            chosen |= {"keys": ()}
         return replace(self, **chosen)
 
     def mean(self, dim: str = "prompt") -> "Contributions":
@@ -282,6 +285,10 @@ class Contributions(Result):
         if self.values.shape != other.values.shape or self.dims != other.dims:
             shapes = [dict(zip(r.dims, r.total.shape, strict=True)) for r in (self, other)]
             raise DataError(f"results of {shapes[0]} and {shapes[1]} cannot be subtracted")
+        if self.keys != other.keys:
+            raise DataError(
+                f"results at the keys {list(self.keys)} and {list(other.keys)} cannot be subtracted"
+            )
         if self.unit != other.unit:
             raise DataError(f"results in {self.unit} and {other.unit} cannot be subtracted")
         gaps = [gap for gap in (self.gap, other.gap) if gap is not None]

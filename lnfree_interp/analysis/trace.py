@@ -165,6 +165,7 @@ class Trace:
         self.given_logits = given_logits
         self._kept: dict[str, Tensor] = dict(kept or {})
         self._complete = given_logits is not None
+        self._device: torch.device | str | None = None
         self._blocks: dict[int, GivenBlock] = {}
 
     # Activations
@@ -207,6 +208,8 @@ class Trace:
         _, found = self.view.run(self.tokens, missing)
         self.runs += 1
         self._kept |= found
+        if self._device is not None:
+            self.to(self._device)
         if unreached := sorted(missing - found.keys()):
             raise DataError(
                 f"a forward pass of this model does not reach {', '.join(unreached)}: give the "
@@ -362,6 +365,8 @@ class Trace:
 
     def block(self, layer: int) -> GivenBlock:
         """A block with its patterns and gates given."""
+        if self._device is not None:  # a block has activations where the model is
+            return self._given(layer)
         if layer not in self._blocks:
             self._blocks[layer] = self._given(layer)
         return self._blocks[layer]
@@ -451,16 +456,20 @@ class Trace:
             kept={name: cut(name, x) for name, x in self._kept.items()}, given_logits=logits,
         )  # fmt: skip
         chosen.unmasked = (0,) if number in self.unmasked else ()
+        chosen._device = self._device
         return chosen
 
     def to(self, device: torch.device | str) -> "Trace":
-        """Keep the activations on a device; questions still compute where the model is."""
+        """Keep activations on a device, those of later runs too; questions still compute where the
+        model is."""
+        self._device = device
         self._kept = {name: x.to(device) for name, x in self._kept.items()}
         self._blocks.clear()
         return self
 
     def free(self) -> "Trace":
-        """Drop the activations; the next question runs the model again."""
+        """Drop the activations, a given run's too; the next question runs the model again."""
+        self._complete, self.given_logits = False, None
         self._kept.clear()
         self._blocks.clear()
         return self

@@ -27,11 +27,17 @@ Model = nn.Module
 Stream = Float[Tensor, "batch pos d_model"]
 First = Bool[Tensor, "batch pos"] | None
 LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
-SITE_COSTS = "_lnfree_site_costs"
-"""Attribute of a model: what freezing a site alone costs, where it was measured. Plain values, so
-that a stock model stays one that needs no class of this package."""
+_SITE_COSTS = "_lnfree_site_costs"
+"""Attribute of a model: its own id, and what freezing a site alone costs, where it was measured.
+Plain values, so that a stock model stays one that needs no class of this package; a copy of the
+model, which may be trained, has another id."""
 
 _noted: ContextVar[dict[str, None] | None] = ContextVar("norms that are read", default=None)
+
+
+def remember_site_costs(model: Any, costs: Mapping[str, float]) -> None:
+    """What freezing a site alone costs, by site: refusals on this very model say it."""
+    setattr(model, _SITE_COSTS, (id(model), dict(costs)))
 
 
 @contextmanager
@@ -403,7 +409,8 @@ class View(ABC):
         """What to do about the norms in what is not affine, and what that costs where it was
         measured; nothing to say about soft caps, which stay."""
         sites = [site for site in found if site not in (LOGIT_CAP, SCORE_CAP)]
-        costs: Mapping[str, float] = getattr(self.model, SITE_COSTS, {})
+        owner, costs = getattr(self.model, _SITE_COSTS, (None, {}))
+        costs = costs if owner == id(self.model) else {}
         if not sites:
             return ""
         it, known = "it" if len(sites) == 1 else "them", ""

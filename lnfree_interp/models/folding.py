@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import HookedTransformerConfig
 
 from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.norm_map import NormMap
@@ -153,6 +154,22 @@ def require_foldable_behind(norms: ConstantNorms) -> None:
             raise NormSiteError(
                 f"{site} divides first tokens by a constant of their own, and stands behind a "
                 f"weight: freeze it with one constant, freeze_site(model, {site!r}, sigma)"
+            )
+
+
+def require_gates_without_bias(cfg: HookedTransformerConfig, norms: Mapping[str, NormMap]) -> None:
+    """Refuse a norm with a bias before a gated MLP: no weight of a stock model can hold what the
+    gate reads of it.
+
+    Raises:
+        NormSiteError: naming the first one.
+    """
+    for site, norm in norms.items():
+        if cfg.gated_mlp and site.endswith(".ln2") and norm.bias is not None:
+            raise NormSiteError(
+                f"{site} has a bias and stands before a gated MLP, whose gate has none, so that it "
+                "can be frozen and not folded: choose a map without a bias, lf.to_map(..., "
+                "bias=False)"
             )
 
 

@@ -30,6 +30,7 @@ from lnfree_interp.models.folding import (
     in_gauge,
     is_reader,
     require_foldable_behind,
+    require_gates_without_bias,
     residual_gauge,
 )
 from lnfree_interp.models.norm_map import NormMap
@@ -65,6 +66,7 @@ def finished_model(
         form: `"folded"` or `"frozen"`.
     """
     require_foldable_behind(norms)
+    require_gates_without_bias(cfg, norms)
     if form == "folded":
         _require_one_constant(norms)
     scales = frozen_scales(norms)

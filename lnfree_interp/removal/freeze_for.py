@@ -119,7 +119,8 @@ def freeze_for(
             and often saves most of the price; such a site cannot be folded.
         lr: Peak learning rate of the training.
         batch: Sequences per step of the training.
-        out: A new folder for metrics and checkpoints of the training. Default: nothing is written.
+        out: A new folder for metrics and checkpoints of the training, if there is any. Default:
+            nothing is written.
         resume: Continue the training in `out`.
         progress: Whether to show progress bars.
 
@@ -131,6 +132,7 @@ def freeze_for(
         DataError: if the model cannot read the text, the text is too short, or the question cannot
             be asked of it.
         UnsupportedModelError: if the model's norms cannot be frozen one by one.
+        RecipeError: if `out` or `resume` is given for no steps.
         TrainingError: if the training diverges.
 
     Source:
@@ -144,6 +146,8 @@ def freeze_for(
         >>> lf.attribute(frozen.model, "for i in", target).verify().held
         ()
     """
+    if steps == 0 and (resume or out is not None):
+        raise RecipeError("steps=0 trains nothing, so out and resume have nothing to keep")
     tokens = read_sequences(model, text, packed=True).cpu()
     if heldout is None:
         kept = round(len(tokens) * (1 - HELD_OUT))

@@ -38,6 +38,7 @@ def run_job(
     job: FreezeJob,
     out: str | os.PathLike[str],
     *,
+    resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> FrozenFor:
@@ -45,12 +46,15 @@ def run_job(
 
     Args:
         job: What to do.
-        out: A new folder for the model, in TransformerLens' layout.
+        out: A new folder for the model, in TransformerLens' layout. The training, if there is any,
+            keeps its checkpoints and metrics in a folder beside it, `OUT-training`.
+        resume: Continue the training in that folder.
         progress: Whether to show progress bars.
         say: Is given a line before each stage.
 
     Raises:
         DataError: if there is no such question, or the text cannot be read.
+        RecipeError: if a training is to be continued and there are no steps.
         LnfreeError: for what `load`, `freeze_for` and `export` refuse.
     """
     require_writable(out)
@@ -67,7 +71,7 @@ def run_job(
     sites = [site for one in questions for site in _sites(model, one, tokens)]
     found = freeze_for(
         model, sites, tokens, job.steps, first=not job.one_constant, lr=job.lr, batch=job.batch,
-        progress=progress,
+        out=f"{os.fspath(out)}-training" if job.steps else None, resume=resume, progress=progress,
     )  # fmt: skip
     say(str(found))
     recipe = None if found.run is None else found.run.recipe

@@ -163,7 +163,7 @@ def require_records(checkpoint_every: int, log_every: int, trackers: Sequence[st
 
 
 def _require_sound(
-    model: HookedTransformer, recipe: Recipe, data: TokenSequences | Tensor, heldout: Tensor | None
+    model: HookedTransformer, recipe: Recipe, data: TokenSequences | Tensor, heldout: object
 ) -> None:
     """Refuse, before the work, what would only fail in the middle of it."""
     if model.cfg.dtype not in (torch.float32, torch.float64):
@@ -181,10 +181,9 @@ def _require_sound(
                     f"{list(text.shape)}"
                 )
             require_tokens(model, text)
-        elif text is not None and not isinstance(text, TokenSequences):
-            raise DataError(
-                f"{what} is a {type(text).__name__}: give packed text, from pack or open_sequences"
-            )
+        elif text is not None and (what == "heldout" or not isinstance(text, TokenSequences)):
+            source = "pack" if what == "heldout" else "pack or open_sequences"
+            raise DataError(f"{what} is a {type(text).__name__}: give packed text, from {source}")
         length = text.shape[1] if isinstance(text, Tensor) else getattr(text, "sequence_length", 2)
         if length < 2:
             raise RecipeError("a sequence of one token has no next token to learn")

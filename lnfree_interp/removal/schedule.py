@@ -260,12 +260,14 @@ def moved(
         over: Steps that each site takes from live to frozen. Default: as they are.
 
     Raises:
-        RecipeError: if one of them is negative.
+        RecipeError: if one of them is negative, or there are no events.
     """
     if min(start or 0, gap or 0, over or 0) < 0:
         raise RecipeError(
             f"start={start}, gap={gap} and taper={over} are numbers of steps: none may be negative"
         )
+    if not events:
+        raise RecipeError("the recipe freezes none of the norm sites that are to go")
     first = min(event.step for event in events)
     at = {event.site: event.step - first for event in events}
     if gap is not None:

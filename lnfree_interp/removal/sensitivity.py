@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.analysis.results import read_top
-from lnfree_interp.analysis.view import SITE_COSTS, Place
+from lnfree_interp.analysis.view import Place, remember_site_costs
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError, NormSiteError
 from lnfree_interp.models.loss import entropy_of, loss_of
@@ -241,7 +241,7 @@ def site_sensitivity(
     rows = set(spread(torch.arange(len(tokens))[:, None], measured).flatten().tolist())
     tokens = tokens[sorted(range(len(tokens)), key=lambda row: row not in rows)]
     found = _measure(sited, tokens, measured, chosen, stop_above, progress)
-    setattr(model, SITE_COSTS, {str(site): cost.loss for site, cost in found.first_apart.items()})
+    remember_site_costs(model, {str(site): cost.loss for site, cost in found.first_apart.items()})
     return found
 
 

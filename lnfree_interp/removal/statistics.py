@@ -180,7 +180,7 @@ def measure(
     groups = TokenGroups(end_of_text(model)) if groups is None else groups
     meter = SigmaMeter(model, sites, groups)
     with model.hooks(fwd_hooks=[*fwd_hooks, *meter.hooks()]):
-        for batch in tokens.split(_MEASURING_BATCH):
+        for batch in tokens.to(model.W_E.device).split(_MEASURING_BATCH):
             groups.mark(batch)
             model(batch, return_type=None) if forward is None else forward(batch)
     return meter.read(reduce)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import CheckpointError
@@ -18,11 +18,14 @@ from lnfree_interp.removal.processes import spread_like, whole
 
 
 def fingerprint(model: HookedTransformer) -> str:
-    """A hash of the weights, and of the norms where they are not those of the config."""
+    """A hash of the weights, and of norms that are not live or not those of the config."""
     digest = hashlib.sha256()
     if varied(model):
         digest.update(json.dumps(layout_of(model), sort_keys=True).encode())
-    for name, W in model.named_parameters():
+    live = {name for name, norm in model.named_modules() if isinstance(norm, Norm) and norm.live}
+    for name, W in _kept(model):
+        if name.rpartition(".")[0] in live and not isinstance(W, nn.Parameter):
+            continue
         digest.update(name.encode())
         plain = W.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(plain.numpy().data)

@@ -11,9 +11,9 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import NormSiteError, TrainingError
-from lnfree_interp.models.folding import reads_stream
+from lnfree_interp.models.folding import reads_stream, require_gates_without_bias
 from lnfree_interp.models.site_names import NormSite, sites_in, whole_norm
-from lnfree_interp.models.sites import get_norm, list_norm_sites
+from lnfree_interp.models.sites import get_norm, list_norm_sites, norm_at
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, last_step
 from lnfree_interp.removal.statistics import (
@@ -60,13 +60,16 @@ class Transition:
             reduce: Sums over processes.
 
         Raises:
-            NormSiteError: if an event names a site that the model lacks, or that is frozen.
+            NormSiteError: if an event names a site that the model lacks, that is frozen, or that
+                could not be folded.
         """
         self.model, self.statistics = model, recipe.statistics
         self.follow(recipe)
         self.norms = {str(event.site): get_norm(model, event.site) for event in recipe.events}
         if frozen := [name for name, norm in self.norms.items() if not norm.live]:
             raise NormSiteError(f"{frozen[0]} is frozen already: it cannot be removed again")
+        places = {name: norm_at(model, name) for name in self.norms}
+        require_gates_without_bias(model.cfg, places)
         # Those that an earlier stage froze can run away too.
         every = {str(site): get_norm(model, site) for site in list_norm_sites(model)}
         self.watched = {

@@ -11,6 +11,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.inserting import set_map
 from lnfree_interp.models.maps import MAPS, map_name
+from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.site_names import SiteKind
 from lnfree_interp.models.sites import get_norm, list_norm_sites
 from lnfree_interp.removal.statistics import measure_sigma
@@ -169,6 +170,7 @@ def _to_curve(
         if tokens is None:
             start = {str(site): _alpha(alpha, site.kind) for site in sites}
         else:
+            require_tokens(sited, tokens)
             sigma = measure_sigma(sited, sites, tokens)
             start = {site: 1 / (_SLOPE[name] * mean) for site, mean in sigma.items()}
         for site in sites:

@@ -1,5 +1,6 @@
 """Every analysis adds up on every form and architecture; its certificate fails when it should."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -275,6 +276,16 @@ def test_flow_is_conserved_and_what_is_not_shown_is_counted(folded, dtype):
     for node in some.nodes:  # the same nodes carry the same flow in both graphs
         if node.kind == "head":
             assert everything.node(node.name).flow == pytest.approx(node.flow, abs=10 * small)
+
+
+def test_graphs_of_several_prompts_and_without_edges(folded):
+    graph = lf.flow_graph(folded, torch.arange(12).view(2, 6), 3)
+    for many in (graph.to_json, graph.to_networkx):
+        with pytest.raises(DataError, match="of several prompts"):
+            many()
+    one = graph.select(prompt=0)
+    empty = dataclasses.replace(one, ends=one.ends[:0], edge_flow=one.edge_flow[:0])
+    assert list(empty.top().columns) == list(one.top().columns)
 
 
 def test_a_flow_graph_goes_to_json_and_networkx(folded):

@@ -292,6 +292,16 @@ def test_a_key_is_one_kind_of_index_everywhere(folded):
     close(scores.by_query().select(key=4).values, scores.select(key=4).values[..., 0].sum(1))
 
 
+def test_a_key_is_named_by_its_position(folded):
+    scores = lf.attribute_scores(folded, CLEAN, 2, 1, keys=[4, 2]).by_query()
+    (what,) = scores.select(key=4).of
+    assert what.endswith(", key 4")
+    assert scores.select(key=4).keys == ()
+    other = lf.attribute_scores(folded, CLEAN, 2, 1, keys=[4, 3]).by_query()
+    with pytest.raises(DataError, match=r"keys \[4, 2\] and \[4, 3\] cannot be subtracted"):
+        scores - other
+
+
 def dims_of(result):
     return getattr(getattr(result, "contributions", result), "dims", ())
 

@@ -165,6 +165,23 @@ def test_free_lets_go_and_runs_again(folded):
     assert trace.runs == 2
 
 
+def test_free_lets_go_of_a_given_run_too(folded):
+    tokens = torch.arange(6)
+    given = lf.trace(folded, tokens, run=folded.run_with_cache(tokens[None]))
+    first = lf.flow_graph(given, 3, 5)
+    found = lf.flow_graph(given.free(), 3, 5)
+    close(found.flow, first.flow)
+    assert given.runs == 1
+
+
+def test_what_is_kept_later_goes_to_the_device_too(folded):
+    """A device that keeps shapes alone shows where each activation went."""
+    trace = lf.trace(folded, torch.arange(6), keep="asked").to("meta")
+    trace.need("hook_embed", "blocks.0.attn.hook_pattern")
+    assert {x.device.type for x in trace._kept.values()} == {"meta"}
+    assert trace.select(0)._device == "meta"
+
+
 def test_on_another_device_it_still_answers(folded):
     trace = lf.trace(folded, torch.arange(6))
     first = {name: ask(trace) for name, ask in QUESTIONS.items()}

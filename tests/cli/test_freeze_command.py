@@ -7,8 +7,9 @@ import torch
 
 import lnfree_interp as lf
 from lnfree_interp import cli
-from lnfree_interp.errors import DataError
+from lnfree_interp.errors import DataError, OutputError
 from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.removal import freeze_job
 from lnfree_interp.removal.freeze_job import read_question
 
 
@@ -39,6 +40,37 @@ def test_training_and_one_constant(monkeypatch, tmp_path, capsys):
     model = lf.load(tmp_path / "frozen")
     assert lf.get_norm(model, "ln_final").first is None
     assert torch.isfinite(model("for i in")).all()
+
+
+def test_a_training_that_was_interrupted_goes_on(monkeypatch, tmp_path, capsys):
+    options = (
+        "--steps",
+        4,
+        "--sequences",
+        8,
+        "--sequence-length",
+        32,
+        "--out",
+        tmp_path / "frozen",
+    )
+    right = freeze_job.export
+
+    def full_disk(*args, **more):
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(freeze_job, "export", full_disk)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *options)
+    monkeypatch.setattr(freeze_job, "export", right)
+    metrics = tmp_path / "frozen-training" / "metrics.jsonl"
+    before = metrics.read_text()
+    run(monkeypatch, *options, "--resume")
+    assert metrics.read_text() == before
+    assert lf.get_norm(lf.load(tmp_path / "frozen"), "ln_final").frozen
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--resume", "--sequences", 8, "--sequence-length", 32,
+            "--out", tmp_path / "other")  # fmt: skip
+    assert "steps=0 trains nothing" in capsys.readouterr().err
 
 
 def test_words_stand_for_questions():

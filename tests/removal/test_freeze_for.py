@@ -236,6 +236,19 @@ def test_a_refusal_says_the_price_that_was_measured():
     assert f"it adds {cost:+.3f} nats per token" in str(error.value)
 
 
+def test_a_price_is_said_of_the_model_that_it_was_measured_on():
+    model = lf.load(make_model("gpt2"), check=False)
+    lf.site_sensitivity(model, TEXT, progress=False)
+    recipe = lf.recipes.finetuning(steps=1, batch=2)
+    for other in (
+        lf.finetune(model, recipe, TEXT, progress=False).model,
+        lf.to_peri_ln(model).model,
+    ):
+        with pytest.raises(InexactError) as error:
+            lf.attribute_logits(other, PROMPT, 3)
+        assert "nats per token" not in str(error.value)
+
+
 def test_a_run_that_overflows_is_shown_as_it_is():
     model = lf.load(make_model("llama-grouped"), dtype=torch.float64, check=False)
     found = lf.site_sensitivity(model, TEXT, progress=False)
@@ -380,3 +393,10 @@ def test_a_recipe_keeps_the_first_token_apart_to_the_end():
     assert lf.Recipe.from_json(kept.to_json()) == kept
     with pytest.raises(RecipeError, match="keep_first or first_until"):
         lf.Special(keep_first=True, first_until=3)
+
+
+@pytest.mark.parametrize("more", [{"out": "somewhere"}, {"resume": True}])
+def test_options_of_a_training_need_one(more):
+    model = lf.load(make_model("gpt2"), check=False)
+    with pytest.raises(RecipeError, match="steps=0 trains nothing"):
+        lf.freeze_for(model, lf.Logit(3), TEXT, progress=False, **more)

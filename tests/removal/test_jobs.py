@@ -93,6 +93,13 @@ def test_events_move():
             moved(events, **wrong)
 
 
+def test_a_recipe_that_freezes_none_of_the_chosen_sites_is_refused():
+    sites = (*SITES, NormSite("attn.q_norm", 0))
+    job = RemovalJob(recipe="gpt2-small", kinds=("attn.q_norm",))
+    with pytest.raises(RecipeError, match="freezes none of the norm sites"):
+        make_recipe(job, sites)
+
+
 def test_options_replace_parts_of_the_settings():
     job = RemovalJob(
         recipe="published-style", sigma_share_ln1=False, sigma_sequences=8, special_first_until=0,

@@ -9,6 +9,7 @@ import torch
 from support.models import make_gpt2
 
 import lnfree_interp as lf
+from lnfree_interp.data.sequences import ShuffledSequences
 from lnfree_interp.errors import (
     DataError,
     NormSiteError,
@@ -294,6 +295,9 @@ def test_refusals(model, data):
             remove._require_sound(model, small_recipe(), wrong, None)
         with pytest.raises(DataError, match="heldout must be token ids"):
             remove._require_sound(model, small_recipe(), data, wrong)
+    source = ShuffledSequences(data, 0)
+    with pytest.raises(DataError, match="heldout is a ShuffledSequences: give packed"):
+        remove._require_sound(model, small_recipe(), data, source)
     with pytest.raises(RecipeError, match="needs held-out text"):
         lf.remove_norms(model, small_recipe(patience=2), data, progress=False)
     for hooks in ("blocks.0.ln1.hook_scale", lambda name: False):

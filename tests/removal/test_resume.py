@@ -81,6 +81,17 @@ def without_times(history):
     return [replace(record, seconds=0.0) for record in history]
 
 
+def test_another_constant_is_another_model(model):
+    sites = lf.with_norm_sites(model)
+    same = fingerprint(sites)
+    assert fingerprint(lf.with_norm_sites(model)) == same
+    found = {same}
+    for sigma in (2.0, 3.0):
+        lf.freeze_site(sites, "ln_final", sigma)
+        found.add(fingerprint(sites))
+    assert len(found) == 3
+
+
 class Cut(BaseException):
     """The power goes."""
 

@@ -393,6 +393,30 @@ def test_norms_of_variants_can_be_removed(variant):
     lf.fold(run.model)
 
 
+def test_what_could_not_be_folded_is_refused_before_it_is_removed():
+    """The gate of a gated MLP has no bias to hold that of the norm before it."""
+    gated = lf.load(make_model("llama-grouped"), check=False)
+    biased = lf.to_map(gated, "LayerNorm", bias=True).model
+    data = torch.randint(2, 300, (16, 16), generator=torch.Generator().manual_seed(5))
+    recipe = lf.recipes.at_once(biased, steps=4)
+    with pytest.raises(NormSiteError, match=r"blocks\.0\.ln2 has a bias and stands before a gated"):
+        lf.remove_norms(biased, recipe, data, progress=False)
+    for site in lf.list_norm_sites(biased):
+        lf.freeze_site(biased, site, 2.0)
+    for finish in (lf.fold, lf.frozen_form):
+        with pytest.raises(NormSiteError, match=r"blocks\.0\.ln2 has a bias and stands before"):
+            finish(biased)
+    plain = lf.to_map(gated, "LayerNorm", bias=False).model
+    for site in lf.list_norm_sites(plain):
+        lf.freeze_site(plain, site, 2.0)
+    lf.compare_logits(lf.fold(plain), plain).require("folded")
+
+
+def test_curves_are_not_fitted_to_tokens_of_another_model(stock):
+    with pytest.raises(DataError, match="tokenized for another model"):
+        lf.to_dyt(stock, tokens=torch.full((2, 8), 10**6))
+
+
 def test_all_that_a_variant_adds_is_trained(variant):
     data = torch.randint(2, 300, (16, 16), generator=torch.Generator().manual_seed(5))
     recipe = lf.Recipe(
