@@ -242,7 +242,7 @@ def test_a_price_is_said_of_the_model_that_it_was_measured_on():
     recipe = lf.recipes.finetuning(steps=1, batch=2)
     for other in (
         lf.finetune(model, recipe, TEXT, progress=False).model,
-        lf.to_peri_ln(model).model,
+        lf.to_map(model, "RMSNorm").model,
     ):
         with pytest.raises(InexactError) as error:
             lf.attribute_logits(other, PROMPT, 3)
