@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import Int
 from torch import Tensor
@@ -125,7 +125,7 @@ def evaluate(
             "neurons, pairs and the threshold in nats cannot be negative: give 0 or more"
         )
     sample = spread(tokens, SAMPLE)
-    # Errors are raised here, before the long part.
+    # Errors are raised before the long part, and what is short comes before it.
     chosen = {name: _chosen(model, neurons) for name, model in models.items()}
     if original is not None:
         theirs = models[original]
@@ -138,6 +138,18 @@ def evaluate(
         else _indirect_objects(name, model, pairs, seed)
         for name, model in models.items()
     }  # fmt: skip
+    short: dict[str, tuple[Any, ...]] = {}
+    for name, model in models.items():
+        inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
+        picked, prompts = chosen[name], corrupted[name]
+        short[name] = (
+            _effects(model, sample, inner, progress) if effects else None,
+            None if picked is None else ablate_neurons(model, sample, picked, inner),
+            None
+            if prompts is None
+            else patch_residual(model, *prompts, batch=batch or 16, progress=progress),
+            loss_without_blocks(model, sample, inner) if depth else None,
+        )
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     if tasks:
         names, manager = open_tasks(tasks, include, limit)
@@ -148,18 +160,13 @@ def evaluate(
         models, tokens, original, batch=batch, precision=precision, progress=progress
     )
     found = {}
-    for name, model in models.items():
-        inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
-        measures, picked, prompts = measured[name], chosen[name], corrupted[name]
+    for name, measures in measured.items():
         found[name] = ModelEvaluation(
             CrossEntropy(measures.loss),
             distribution(measures),
             residual_norms(measures),
             sinks(measures),
-            _effects(model, sample, inner, progress) if effects else None,
-            None if picked is None else ablate_neurons(model, sample, picked, inner),
-            None if prompts is None else patch_residual(model, *prompts, progress=progress),
-            loss_without_blocks(model, sample, inner) if depth else None,
+            *short[name],
             scores[name],
         )
     policy = None

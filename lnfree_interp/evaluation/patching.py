@@ -21,7 +21,7 @@ from transformer_lens.evals import IOIDataset
 from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.construct import original_tokenizer
-from lnfree_interp.models.running import run, run_and_keep, watched
+from lnfree_interp.models.running import logits_at, run, run_and_keep, watched
 
 _NAMES = (
     "John Mary Tom James Dan Martin Amy Anna Mark Paul Laura David Sarah Peter Kate Jack Emma Adam "
@@ -214,6 +214,7 @@ def patch_residual(
     corrupted: Int[Tensor, "prompt pos"],
     targets: Int[Tensor, " prompt"],
     foils: Int[Tensor, " prompt"] | None = None,
+    batch: int = 16,
     progress: bool = False,
 ) -> Patching:
     """Patch `resid_pre` at every layer and position: by runs of the model, and by its gradient.
@@ -224,6 +225,7 @@ def patch_residual(
         corrupted: Token ids of the corrupted prompts, [prompt, pos]; see `corrupted_pairs`.
         targets: The token whose logit is read after each prompt, [prompt].
         foils: The tokens whose logits are subtracted, [prompt].
+        batch: How many prompts run at once.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -231,7 +233,7 @@ def patch_residual(
             logits.
 
     Raises:
-        DataError: if shapes differ or the model cannot read the tokens.
+        DataError: if shapes differ, batch is less than one, or the model cannot read the tokens.
 
     Source:
         Activation patching: arXiv 2202.05262. Attribution patching:
@@ -249,36 +251,58 @@ def patch_residual(
             f"the clean tokens have shape {list(clean.shape)}, the corrupted ones "
             f"{list(corrupted.shape)}: give the same shape, and a target for each prompt"
         )
+    if batch < 1:
+        raise DataError(f"batch={batch}: at least one prompt runs at once")
     clean, corrupted = read_sequences(model, clean), read_sequences(model, corrupted)
-    wanted = targets.to(clean.device)
-    against = None if foils is None else foils.to(clean.device)
+    answers = torch.stack([targets, targets if foils is None else foils]).to(clean.device)
+    n_layers, found = model.cfg.n_layers, []
+    rows = [x.split(batch, dim=-1 if x is answers else 0) for x in (clean, corrupted, answers)]
+    with tqdm(
+        total=n_layers * len(rows[0]), desc="activation patching", unit="layer",
+        disable=not progress,
+    ) as bar:  # fmt: skip
+        for a, b, wanted in zip(*rows, strict=True):
+            found.append(_patch(model, a, b, wanted, foils is not None, bar))
+    measured, estimated, total = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return Patching(measured, estimated, total)
+
+
+def _patch(
+    model: HookedTransformer,
+    clean: Tensor,
+    corrupted: Tensor,
+    answers: Tensor,
+    foils: bool,
+    bar: tqdm,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Patching` has, of some prompts."""
     n_layers, n_pos = model.cfg.n_layers, clean.shape[1]
     hooks = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
 
-    def metric(logits: Tensor) -> Float[Tensor, " prompt"]:
-        end = logits[:, -1]
-        found = end.gather(-1, wanted[:, None])[:, 0]
-        return found if against is None else found - end.gather(-1, against[:, None])[:, 0]
+    def metric(stream: Tensor) -> Float[Tensor, " prompt"]:
+        end = logits_at(model, stream, slice(n_pos - 1, n_pos))[:, 0]
+        wanted, against = end.gather(-1, answers.T).unbind(-1)
+        return wanted - against if foils else wanted
 
     with torch.no_grad():
-        clean_logits, there = run_and_keep(model, clean, hooks)
-        corrupted_logits, here = run_and_keep(model, corrupted, hooks)
-        total = metric(clean_logits) - metric(corrupted_logits)
+        after_clean, there = run_and_keep(model, clean, hooks, n_layers)
+        after_corrupted, here = run_and_keep(model, corrupted, hooks, n_layers)
+        base = metric(after_corrupted)
+        total = metric(after_clean) - base
     gradients = _gradients(model, here[hooks[0]], hooks, metric)
     measured = torch.empty(n_layers, n_pos, len(clean), dtype=total.dtype)
     estimated = torch.empty_like(measured)
-    base = metric(corrupted_logits)
-    bar = tqdm(hooks, desc="activation patching", unit="layer", disable=not progress)
-    for layer, hook in enumerate(bar):
+    for layer, hook in enumerate(hooks):
         moved = there[hook] - here[hook]
         estimated[layer] = torch.linalg.vecdot(gradients[hook], moved).T.cpu()
         for pos in range(n_pos):
             stream = here[hook].clone()
             stream[:, pos] = there[hook][:, pos]
             with torch.no_grad():
-                found = metric(run(model, stream, start_at_layer=layer)) - base
-            measured[layer, pos] = found.cpu()
-    return Patching(measured, estimated, total.cpu())
+                after = run(model, stream, n_layers, layer)
+                measured[layer, pos] = (metric(after) - base).cpu()
+        bar.update()
+    return measured, estimated, total.cpu()
 
 
 def _gradients(
@@ -288,6 +312,6 @@ def _gradients(
     with torch.enable_grad():
         stream = start.detach().requires_grad_()
         with watched(model, hooks) as streams:
-            logits = run(model, stream)
-        found = torch.autograd.grad(metric(logits).sum(), [streams[hook] for hook in hooks])
+            after = run(model, stream, model.cfg.n_layers)
+        found = torch.autograd.grad(metric(after).sum(), [streams[hook] for hook in hooks])
     return dict(zip(hooks, found, strict=True))

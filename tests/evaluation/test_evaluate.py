@@ -18,6 +18,7 @@ import lnfree_interp as lf
 from lnfree_interp.data import named
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
+from lnfree_interp.evaluation import evaluate
 from lnfree_interp.evaluation.confidence_neurons import confidence_scores
 from lnfree_interp.evaluation.job import EvaluationJob
 from lnfree_interp.evaluation.loss import CrossEntropy
@@ -169,6 +170,9 @@ def test_patching_against_transformer_lens(live, folded):
     )
     for model in (live, folded):
         found = patch_residual(model, clean, corrupted, targets)
+        in_two = patch_residual(model, clean, corrupted, targets, batch=2)
+        for name in ("measured", "estimated", "total"):
+            close(getattr(in_two, name), getattr(found, name), 1e-9)
         for i in range(3):
             _, cache = model.run_with_cache(clean[i : i + 1])
             base = model(corrupted[i : i + 1])[0, -1, targets[i]]
@@ -190,6 +194,22 @@ def test_patching_against_transformer_lens(live, folded):
         assert not any(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(DataError, match="do not fit"):
         corrupted_pairs(text, length=20)
+    with pytest.raises(DataError, match="batch=0"):
+        patch_residual(folded, clean, corrupted, targets, batch=0)
+
+
+def test_what_is_short_comes_before_the_text(folded, tokens, monkeypatch):
+    """So that a failure does not lose an hour's pass over the text."""
+
+    def fails(*args, **more):
+        raise RuntimeError("out of memory")
+
+    for name in ("_effects", "ablate_neurons", "patch_residual", "loss_without_blocks"):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, name, fails)
+            patch.setattr(evaluate, "measure_text", lambda *args, **more: pytest.fail("too late"))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                lf.evaluate({"free": folded}, tokens, neurons=1)
 
 
 def test_attribution_is_exact_without_norms_only(live, folded, tokens):
