@@ -138,7 +138,7 @@ def evaluate(
         else _indirect_objects(name, model, pairs, seed)
         for name, model in models.items()
     }  # fmt: skip
-    short: dict[str, tuple[Any, ...]] = {}
+    short: dict[str, tuple[Any, Any, Any, Any]] = {}
     for name, model in models.items():
         inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
         picked, prompts = chosen[name], corrupted[name]
