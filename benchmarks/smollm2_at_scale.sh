@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All norms of SmolLM2-135M removed at scale, with the control, in calls of under ten minutes.
+# All norms of SmolLM2-135M removed at scale, with the control, in resumable calls of MINUTES each.
 #
 #     benchmarks/smollm2_at_scale.sh TEXT HELDOUT OUT [OPTION OF lnfree remove]...
 #     until benchmarks/smollm2_at_scale.sh train.jsonl heldout.jsonl scale; do [ $? = 75 ] || break; done

@@ -99,5 +99,5 @@ assert apart["lnfree"] < apart["vanilla"]
 # many better as worse, and a few got worse by more than 3.5 nats, which the control's did not.
 # Circuits found here should be checked on the original, as notebook 7 does.
 #
-# On the command line: `lnfree evaluate lnfree-demo/model --original ORIGINAL --out found.json`,
+# On the command line, beside that folder: `lnfree evaluate lnfree-demo --out found.json`,
 # with HellaSwag by `--tasks hellaswag`.

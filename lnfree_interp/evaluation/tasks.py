@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-_MISSING = "tasks need the lm-evaluation-harness: pip install 'lnfree_interp[tasks]'"
+_MISSING = "tasks need the lm-evaluation-harness: pip install lm-eval"
 
 
 _GENERATES = "this task generates text: export the model and run the harness on the folder"

@@ -75,7 +75,7 @@ def save(
     except (ValueError, RuntimeError, OSError) as error:
         if "kaleido" in str(error).lower() or "chrome" in str(error).lower():
             raise UnsupportedModelError(
-                "pictures need kaleido and Chrome: pip install 'lnfree_interp[pictures]', and "
+                "pictures need kaleido and Chrome: pip install kaleido, and "
                 "apt install chromium or run plotly_get_chrome; .html needs neither"
             ) from error
         if isinstance(error, OSError):

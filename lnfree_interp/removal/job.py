@@ -41,7 +41,8 @@ class ModelOptions:
     """Which model, and what is done with it."""
 
     model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
-    """Hub id or local Hugging Face folder. Default: the small GPT-2 that ships with the package."""
+    """Hub id, local Hugging Face folder or GGUF file. Default: the small GPT-2 that ships with the
+    package."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     recipe: str = MEASURED
