@@ -27,13 +27,14 @@ def run_cli(monkeypatch, *arguments):
 
 @pytest.fixture
 def little_text(monkeypatch):
-    """A few modules in place of the whole library: the path is the same, the wait is not."""
+    """A few sequences in place of the whole library: the path is the same, the wait is not."""
     right = lf.stdlib_corpus
 
     def few(split):
         return right(split).select(range(40) if split == "train" else range(3))
 
     monkeypatch.setattr(demo, "stdlib_corpus", few)
+    monkeypatch.setattr(demo, "pack", lambda *what: lf.pack(*what)[:48])
 
 
 def test_bundled_checkpoint_is_an_ordinary_folder():
@@ -103,7 +104,7 @@ def test_demo_end_to_end(monkeypatch, tmp_path, capsys, little_text):
     # The exported folder is the model that was evaluated: plain transformers, same cross-entropy.
     hf_model = GPT2LMHeadModel.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    sequences = lf.pack(demo.stdlib_corpus("heldout"), tokenizer, 256)
+    sequences = demo.pack(demo.stdlib_corpus("heldout"), tokenizer, 256)
     with torch.no_grad():
         losses = [hf_model(b[None], labels=b[None]).loss.item() for b in sequences]
     mean = sum(losses) / len(losses)
