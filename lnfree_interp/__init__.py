@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lnfree_interp.analysis.certificates import Certificate, certificate_table
     from lnfree_interp.analysis.components import Component
     from lnfree_interp.analysis.counterfactual import CounterfactualPattern, counterfactual_pattern
-    from lnfree_interp.analysis.flow import FlowGraph, flow_graph
+    from lnfree_interp.analysis.flow import flow_graph
+    from lnfree_interp.analysis.flow_results import FlowGraph
     from lnfree_interp.analysis.gauge import GaugeReport, gauge_check, random_gauge
     from lnfree_interp.analysis.interventions import Effects, Intervention, ablate
     from lnfree_interp.analysis.lens import Lens, logit_lens
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
     from lnfree_interp.analysis.results import Contributions, load_result
     from lnfree_interp.analysis.score_targets import LogOdds, Score
     from lnfree_interp.analysis.scores import ScoreAttribution, attribute_scores
+    from lnfree_interp.analysis.stream import Place
     from lnfree_interp.analysis.targets import Neuron, Probe, Target
     from lnfree_interp.analysis.trace import Trace, trace
-    from lnfree_interp.analysis.view import Place
     from lnfree_interp.analysis.weights import (
         TokenTable,
         bigram_table,
@@ -135,7 +136,7 @@ _HOME = {
     "Component": "lnfree_interp.analysis.components",
     "CounterfactualPattern": "lnfree_interp.analysis.counterfactual",
     "counterfactual_pattern": "lnfree_interp.analysis.counterfactual",
-    "FlowGraph": "lnfree_interp.analysis.flow",
+    "FlowGraph": "lnfree_interp.analysis.flow_results",
     "flow_graph": "lnfree_interp.analysis.flow",
     "GaugeReport": "lnfree_interp.analysis.gauge",
     "gauge_check": "lnfree_interp.analysis.gauge",
@@ -166,7 +167,7 @@ _HOME = {
     "Target": "lnfree_interp.analysis.targets",
     "Trace": "lnfree_interp.analysis.trace",
     "trace": "lnfree_interp.analysis.trace",
-    "Place": "lnfree_interp.analysis.view",
+    "Place": "lnfree_interp.analysis.stream",
     "TokenTable": "lnfree_interp.analysis.weights",
     "bigram_table": "lnfree_interp.analysis.weights",
     "neuron_input_table": "lnfree_interp.analysis.weights",

@@ -15,9 +15,10 @@ from lnfree_interp.analysis.levels import Level
 from lnfree_interp.analysis.logit_targets import Logit, LogitDifference
 from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.results import CertifiedResult, Contributions
+from lnfree_interp.analysis.stream import Place, Stream
+from lnfree_interp.analysis.sublayers import GivenBlock
 from lnfree_interp.analysis.targets import Reading, Target
-from lnfree_interp.analysis.trace import GivenBlock, Trace, question
-from lnfree_interp.analysis.view import Place, Stream
+from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError
 

@@ -12,7 +12,9 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View
+from lnfree_interp.analysis.stream import First, Read, Stream
+from lnfree_interp.analysis.sublayers import MLP, Attention
+from lnfree_interp.analysis.view import View
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.running import Edit, Hook, listening
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error, soft_cap

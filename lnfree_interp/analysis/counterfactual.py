@@ -20,11 +20,12 @@ from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import KINDS, Component, as_labels, find_components
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import expand
+from lnfree_interp.analysis.positions import Positions
 from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.score_targets import ScoreParts, require_head
 from lnfree_interp.analysis.scores import project_side
-from lnfree_interp.analysis.trace import Positions, Trace, question
-from lnfree_interp.analysis.view import Place, Stream
+from lnfree_interp.analysis.stream import Place, Stream
+from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error, soft_cap
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.logit_targets import POSITIONS
 from lnfree_interp.analysis.parts import Part, expand
+from lnfree_interp.analysis.stream import Stream
+from lnfree_interp.analysis.sublayers import GivenBlock
 from lnfree_interp.analysis.targets import Reading
-from lnfree_interp.analysis.trace import GivenBlock, Trace
-from lnfree_interp.analysis.view import Stream
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import MeasuredError, measure_error
 

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lnfree_interp.analysis.view import MLP, Attention, First, Read, Stream, View, noting
+from lnfree_interp.analysis.stream import First, Read, Stream
+from lnfree_interp.analysis.sublayers import MLP, Attention
+from lnfree_interp.analysis.view import View, noting
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.first_token import telling
 from lnfree_interp.models.folding import WITHIN, fold_weights

@@ -21,9 +21,9 @@ from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Part
 from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.score_targets import require_head
+from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.targets import Target
 from lnfree_interp.analysis.trace import Trace, question
-from lnfree_interp.analysis.view import Place, Stream
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import measure_error, own_precision

@@ -18,9 +18,10 @@ from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.levels import level
 from lnfree_interp.analysis.logit_targets import logits_of_targets, read_logits
 from lnfree_interp.analysis.parts import project
+from lnfree_interp.analysis.positions import Positions, read_number
 from lnfree_interp.analysis.results import CertifiedResult, read_top
-from lnfree_interp.analysis.trace import Positions, Trace, question, read_number
-from lnfree_interp.analysis.view import Place
+from lnfree_interp.analysis.stream import Place
+from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 

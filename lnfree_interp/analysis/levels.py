@@ -14,8 +14,10 @@ from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.parts import Constant, Dense, Heads, Part, Rows, Sources
-from lnfree_interp.analysis.trace import Positions, Trace
-from lnfree_interp.analysis.view import Place, View
+from lnfree_interp.analysis.positions import Positions
+from lnfree_interp.analysis.stream import Place
+from lnfree_interp.analysis.trace import Trace
+from lnfree_interp.analysis.view import View
 from lnfree_interp.errors import DataError
 
 

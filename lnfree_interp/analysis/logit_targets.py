@@ -8,10 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lnfree_interp.analysis.components import Component
+from lnfree_interp.analysis.positions import Positions
 from lnfree_interp.analysis.prompts import Answers, read_answers, require_next_tokens
+from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.targets import Reading
-from lnfree_interp.analysis.trace import Positions, Trace
-from lnfree_interp.analysis.view import Place, Stream, View
+from lnfree_interp.analysis.trace import Trace
+from lnfree_interp.analysis.view import View
 from lnfree_interp.errors import DataError
 
 POSITIONS = 128

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lnfree_interp.analysis.components import Component, find_components
-from lnfree_interp.analysis.view import Attention, Place
+from lnfree_interp.analysis.stream import Place
+from lnfree_interp.analysis.sublayers import Attention
 
 Direction = Float[Tensor, "batch pos d_model"]
 Values = Float[Tensor, "batch pos part"]

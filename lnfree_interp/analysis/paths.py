@@ -23,11 +23,12 @@ from lnfree_interp.analysis.affine import Backward, as_target, carry_back, neede
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Constant
-from lnfree_interp.analysis.prompts import Answers, whole_number
+from lnfree_interp.analysis.positions import whole_number
+from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.results import Contributions
+from lnfree_interp.analysis.stream import Place
 from lnfree_interp.analysis.targets import Target
 from lnfree_interp.analysis.trace import Trace, question
-from lnfree_interp.analysis.view import Place
 from lnfree_interp.errors import DataError
 
 Weights = Float[Tensor, "batch read pos"]

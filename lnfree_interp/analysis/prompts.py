@@ -23,20 +23,6 @@ LONG_RUN = 8
 """So many padding tokens in a row are never taken for text, whatever the question."""
 
 
-def whole_number(x: Any, what: str) -> int:
-    """A whole number of Python, NumPy or torch, as an int.
-
-    Raises:
-        DataError: if it is not a whole number.
-    """
-    try:
-        if isinstance(x, bool | np.bool_) or (isinstance(x, Tensor) and x.dtype == torch.bool):
-            raise TypeError
-        return operator.index(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{what} is a whole number, not {x!r}") from error
-
-
 def read_prompts(
     view: View, prompt: Prompt, prepend_bos: bool | None = None, attention_mask: Any = None
 ) -> tuple[list[Int[Tensor, " _"]], bool, list[int]]:
@@ -219,32 +205,6 @@ def batches(tokens: Int[Tensor, "sequence pos"], batch: int) -> tuple[Tensor, ..
     if batch < 1:
         raise DataError(f"batch={batch}: a batch has at least one sequence, so give 1 or more")
     return tokens.split(batch)
-
-
-def read_position(pos: Any, n_pos: int) -> int:
-    """A position, counted from the start.
-
-    Raises:
-        DataError: if it is not a whole number, or the prompt has no such position.
-    """
-    place = whole_number(pos, "a position")
-    if not -n_pos <= place < n_pos:
-        raise DataError(f"there is no position {place} among {n_pos} tokens: they count from 0")
-    return place % n_pos
-
-
-def read_key_position(pos: Any, n_pos: int, keys: tuple[int, ...]) -> int:
-    """The column of a key, by its position.
-
-    Raises:
-        DataError: if it is not among the keys.
-    """
-    place = read_position(pos, n_pos)
-    if place not in keys:
-        raise DataError(
-            f"position {place} is not among the keys of this result: give one of {list(keys)}"
-        )
-    return keys.index(place)
 
 
 def read_answers(

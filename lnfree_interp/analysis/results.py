@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lnfree_interp.analysis.certificates import Certificate, describe_held
 from lnfree_interp.analysis.components import KINDS, Component, find_components, nearest
-from lnfree_interp.analysis.prompts import read_key_position, whole_number
-from lnfree_interp.analysis.trace import read_number
+from lnfree_interp.analysis.positions import read_key_position, read_number, whole_number
 from lnfree_interp.errors import DataError, HeldWarning
 from lnfree_interp.files import write_new_file
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest

@@ -23,11 +23,16 @@ from lnfree_interp.analysis.components import Component, find_components
 from lnfree_interp.analysis.gaps import measured_gap
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import transform
-from lnfree_interp.analysis.prompts import read_key_position, read_position
+from lnfree_interp.analysis.positions import (
+    Positions,
+    read_key_position,
+    read_number,
+    read_position,
+)
 from lnfree_interp.analysis.results import Contributions, Result, largest_rows
 from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
-from lnfree_interp.analysis.trace import Positions, Trace, question, read_number
-from lnfree_interp.analysis.view import Place, divided
+from lnfree_interp.analysis.stream import Place, divided
+from lnfree_interp.analysis.trace import Trace, question
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 

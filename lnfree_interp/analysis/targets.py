@@ -15,9 +15,10 @@ from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.components import Component
-from lnfree_interp.analysis.prompts import whole_number
-from lnfree_interp.analysis.trace import Positions, Trace
-from lnfree_interp.analysis.view import Place, Stream, View
+from lnfree_interp.analysis.positions import Positions, whole_number
+from lnfree_interp.analysis.stream import Place, Stream
+from lnfree_interp.analysis.trace import Trace
+from lnfree_interp.analysis.view import View
 from lnfree_interp.errors import DataError
 
 Constants = tuple[tuple[Component, Float[Tensor, "batch kept"]], ...]

@@ -8,7 +8,7 @@ is linear in the input that its gate multiplies.
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import (
     Any,
     Concatenate,
@@ -23,106 +23,18 @@ from typing import (
 )
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
-from lnfree_interp.analysis.prompts import (
-    LONG_RUN,
-    Prompt,
-    find_padding,
-    read_position,
-    read_prompts,
-    whole_number,
-)
-from lnfree_interp.analysis.view import (
-    LOGIT_CAP,
-    MLP,
-    SCORE_CAP,
-    Attention,
-    Model,
-    Place,
-    Read,
-    Stream,
-    View,
-    noting_reads,
-    view_of,
-)
+from lnfree_interp.analysis.positions import Positions, read_number, read_position
+from lnfree_interp.analysis.prompts import LONG_RUN, Prompt, find_padding, read_prompts
+from lnfree_interp.analysis.stream import Place, Read, Stream
+from lnfree_interp.analysis.sublayers import GivenBlock, GivenMLP
+from lnfree_interp.analysis.view import LOGIT_CAP, SCORE_CAP, Model, View, noting_reads, view_of
 from lnfree_interp.errors import DataError, InexactError
 from lnfree_interp.models.site_names import name_sites
 from lnfree_interp.numerics import own_precision
-
-
-@dataclass(frozen=True, eq=False)
-class Positions:
-    """The positions of each prompt that are read."""
-
-    index: slice | Int[Tensor, "batch kept"]
-    repeat: int = 1
-    """How many times a single position is repeated, once for each direction."""
-
-    def of(self, x: Float[Tensor, "*shape"], dim: int = 1) -> Float[Tensor, "*kept"]:
-        """An activation at these positions; `dim` is its dimension of positions."""
-        if isinstance(self.index, slice):
-            x = x[(slice(None),) * dim + (self.index,)]
-        else:
-            rows = torch.arange(len(x), device=x.device)[:, None]
-            x = x.movedim(dim, 1)[rows, self.index.to(x.device)].movedim(1, dim)
-        if self.repeat == 1:
-            return x
-        return x.expand(*x.shape[:dim], self.repeat, *x.shape[dim + 1 :])
-
-    def numbers(self, n_pos: int, batch: int) -> Int[Tensor, "batch kept"]:
-        """The positions themselves, counted from the start."""
-        if isinstance(self.index, slice):
-            return torch.arange(n_pos)[self.index].expand(batch, -1)
-        return self.index
-
-
-@dataclass(frozen=True, eq=False)
-class GivenMLP:
-    """An MLP with its gates given."""
-
-    weights: MLP
-    post: Float[Tensor, "batch pos neuron"]
-    gate: Float[Tensor, "batch pos neuron"]
-    """What a neuron's linear input is multiplied by."""
-    linear: str
-    """The hook name of that input."""
-    b_in: Float[Tensor, "*batch neuron"]
-    """What biases add to a neuron's activation; for biases before the gate, times the gate."""
-    b_post: Float[Tensor, " neuron"]
-    """The share of it that comes from a bias behind the gate."""
-    before: Read
-
-    def onto_post(self, u: Stream) -> Float[Tensor, "batch pos neuron"]:
-        """A direction of the stream, as a direction of the neurons' activations."""
-        return u @ self.weights.W_out.T
-
-    def back(self, u: Stream) -> Stream:
-        """A direction of the stream behind the MLP, carried back to the stream before it."""
-        return self.before.back((self.onto_post(u) * self.gate) @ self.weights.W_in.T)
-
-
-@dataclass(frozen=True, eq=False)
-class GivenBlock:
-    """A block with its attention patterns and gates given."""
-
-    layer: int
-    attention: Attention
-    pattern: Float[Tensor, "batch head query key"]
-    z: Float[Tensor, "batch pos head d_head"]
-    b_V: Float[Tensor, "head d_head"]  # noqa: N815
-    """The value biases, including what the norm's bias adds."""
-    before: Read
-    mlp: GivenMLP | None
-
-    def back(self, u: Stream) -> Stream:
-        """A direction of the stream behind the attention, carried back to the stream before it."""
-        ahead = self.attention.onto_z(u)
-        moved = einsum(self.pattern, ahead, "b head query key, b query head k -> b key head k")
-        return self.before.back(einsum(moved, self.attention.W_V, "b s head k, head d k -> b s d"))
 
 
 class NotAffineError(InexactError):
@@ -485,18 +397,6 @@ class Trace:
             f"Trace({prompts} of up to {self.n_pos} tokens, {len(self._kept)} activations kept, "
             f"{size:.1f} MiB; {held})"
         )
-
-
-def read_number(index: Any, n: int, what: str) -> int:
-    """An index along a dimension, counted from the end if negative.
-
-    Raises:
-        DataError: if the dimension has no such index.
-    """
-    number = whole_number(index, f"the number of a {what}")
-    if not -n <= number < n:
-        raise DataError(f"there is no {what} {number} among {n}: they are counted from 0")
-    return number % n
 
 
 @torch.no_grad()

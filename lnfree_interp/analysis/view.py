@@ -9,23 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.utilities import get_act_name
 
+from lnfree_interp.analysis.stream import First, Place, Read, Stream
+from lnfree_interp.analysis.sublayers import MLP, Attention
 from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
 from lnfree_interp.models.running import Edit
 
 Model = nn.Module
 """A `HookedTransformer`, or a `TransformerBridge` of TransformerLens 4."""
-Stream = Float[Tensor, "batch pos d_model"]
-First = Bool[Tensor, "batch pos"] | None
 LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
 _SITE_COSTS = "_lnfree_site_costs"
 """Attribute of a model: its own id, and what freezing a site alone costs, where it was measured.
@@ -58,154 +56,6 @@ def noting_reads() -> Iterator[dict[str, None]]:
 def noting() -> bool:
     """Whether reads are noted now, so that no number counts."""
     return _noted.get() is not None
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """The affine map between the stream and what a sublayer reads.
-
-        x  ->  (C x / scale) * gain + bias        (C subtracts the mean, or is left out)
-
-    In a folded model the map is the identity. A frozen norm's scale is a constant. A live norm has
-    a scale for each token, so the map describes one forward pass in which nothing is changed.
-    """
-
-    scale: Float[Tensor, "*batch one"] | float = 1.0
-    gain: Float[Tensor, " d_model"] | None = None
-    bias: Float[Tensor, " d_model"] | None = None
-    centred: bool = False
-
-    def back(self, direction: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """A direction behind the map, carried back to the stream."""
-        direction = self.back_unscaled(direction)
-        if isinstance(self.scale, Tensor) or self.scale != 1.0:
-            return divided(direction, self.scale)
-        return direction
-
-    def back_unscaled(
-        self, direction: Float[Tensor, "*batch d_model"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        """As `back`, without the division by the scale, which may vary by token."""
-        if self.gain is not None:
-            direction = direction * self.gain
-        return direction - direction.mean(-1, keepdim=True) if self.centred else direction
-
-    def back_weighted(
-        self, weights: Float[Tensor, "*batch pos"], direction: Float[Tensor, "*batch d_model"]
-    ) -> tuple[Float[Tensor, "*batch pos"], Float[Tensor, "*batch d_model"]]:
-        """As `back`, for one direction that is read with a weight at every position."""
-        direction = self.back_unscaled(direction)
-        if isinstance(self.scale, Tensor):
-            return divided(weights, self.scale[..., 0]), direction
-        return weights, direction / self.scale
-
-    def weights_back(
-        self, W: Float[Tensor, "*head d_model out"]
-    ) -> Float[Tensor, "*head d_model out"]:
-        """As `back_unscaled`, for the columns of a matrix."""
-        if self.gain is not None:
-            W = W * self.gain[:, None]
-        return W - W.mean(-2, keepdim=True) if self.centred else W
-
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """A part of the stream after the map, without its bias."""
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        x = divided(x, self.scale)
-        return x if self.gain is None else x * self.gain
-
-
-def divided(x: Float[Tensor, "*any"], scale: Tensor | float) -> Float[Tensor, "*any"]:
-    """x / scale in x's dtype. A norm's scale is float32 in a bfloat16 model too."""
-    return (x / scale).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A point of the residual stream.
-
-    Examples:
-        >>> lf.Place(2).hook, lf.Place(2, mid=True).hook
-        ('blocks.1.hook_resid_post', 'blocks.2.hook_resid_mid')
-    """
-
-    layer: int
-    """The number of blocks before it."""
-    mid: bool = False
-    """Whether it comes after the next block's attention as well."""
-
-    @property
-    def hook(self) -> str:
-        """Its hook name."""
-        if self.mid:
-            return get_act_name("resid_mid", self.layer)
-        if self.layer == 0:
-            return get_act_name("resid_pre", 0)
-        return get_act_name("resid_post", self.layer - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """The weights of one attention sublayer, with grouped keys and values repeated per head."""
-
-    W_Q: Float[Tensor, "head d_model d_head"]
-    W_K: Float[Tensor, "head d_model d_head"]
-    W_V: Float[Tensor, "head d_model d_head"]
-    W_O: Float[Tensor, "head d_head d_model"]
-    b_Q: Float[Tensor, "head d_head"]  # noqa: N815
-    b_K: Float[Tensor, "head d_head"]  # noqa: N815
-    b_V: Float[Tensor, "head d_head"]  # noqa: N815
-    b_O: Float[Tensor, " d_model"]  # noqa: N815
-    scale: float
-    """What scores are divided by."""
-    cap: float
-    """What scores are capped at; 0 for none."""
-
-    NAMES: ClassVar = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
-
-    @classmethod
-    def of(cls, module: Any, scale: float, cap: float) -> "Attention":
-        """The weights of a module that has TransformerLens' names and shapes."""
-        weights = {name: getattr(module, name).detach() for name in cls.NAMES}
-        return cls(**weights, scale=scale, cap=cap)
-
-    def onto_z(self, u: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
-        """A direction of the stream, as a direction of each head's output z."""
-        return (u @ self.W_O.flatten(0, 1).T).unflatten(-1, self.W_O.shape[:2])
-
-    def onto_matrix(self, W: Float[Tensor, "d_model m"]) -> Float[Tensor, "head d_head m"]:
-        """A matrix that reads the stream, as a matrix that reads each head's output z."""
-        return self.W_O @ W
-
-    def double(self) -> "Attention":
-        """The same weights in float64."""
-        return replace(self, **{name: getattr(self, name).double() for name in self.NAMES})
-
-    def write(
-        self, z: Float[Tensor, "*batch some d_head"], heads: list[int]
-    ) -> Float[Tensor, "*batch some d_model"]:
-        """What some heads write to the stream."""
-        return einsum(z, self.W_O[heads], "... head k, head k d -> ... head d")
-
-
-@dataclass(frozen=True, eq=False)
-class MLP:
-    """The weights of one MLP."""
-
-    W_in: Float[Tensor, "d_model neuron"]
-    W_gate: Float[Tensor, "d_model neuron"] | None
-    W_out: Float[Tensor, "neuron d_model"]
-    b_in: Float[Tensor, " neuron"]
-    b_out: Float[Tensor, " d_model"]
-    activation: Any
-    """The activation function; in a gated MLP, that of the gate."""
-
-    @property
-    def before_activation(self) -> tuple[Float[Tensor, "d_model neuron"], Tensor]:
-        """The weights and bias of the activation function's input."""
-        if self.W_gate is None:
-            return self.W_in, self.b_in
-        return self.W_gate, torch.zeros_like(self.b_in)
 
 
 class View(ABC):

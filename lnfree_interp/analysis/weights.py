@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 from transformer_lens import FactoredMatrix
 
 from lnfree_interp.analysis.components import Component, as_component
-from lnfree_interp.analysis.prompts import Answer, read_answers, whole_number
+from lnfree_interp.analysis.positions import whole_number
+from lnfree_interp.analysis.prompts import Answer, read_answers
 from lnfree_interp.analysis.results import read_top
 from lnfree_interp.analysis.score_targets import require_head
-from lnfree_interp.analysis.view import Model, Read, View, view_of
+from lnfree_interp.analysis.stream import Read
+from lnfree_interp.analysis.view import Model, View, view_of
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.numerics import own_precision
 

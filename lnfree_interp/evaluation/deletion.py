@@ -19,10 +19,12 @@ from lnfree_interp.analysis.components import Component, as_labels
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.logit_targets import Logit, LogitDifference
 from lnfree_interp.analysis.parts import Part, expand, project
-from lnfree_interp.analysis.prompts import Answers, Prompt, read_answers, whole_number
+from lnfree_interp.analysis.positions import Positions, whole_number
+from lnfree_interp.analysis.prompts import Answers, Prompt, read_answers
 from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
-from lnfree_interp.analysis.trace import Positions, Trace, trace
-from lnfree_interp.analysis.view import Model, Place, View
+from lnfree_interp.analysis.stream import Place
+from lnfree_interp.analysis.trace import Trace, trace
+from lnfree_interp.analysis.view import Model, View
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.deletion_results import Deletion, DeletionCheck
 from lnfree_interp.numerics import own_precision

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.prompts import batches, read_sequences
-from lnfree_interp.analysis.view import Place
+from lnfree_interp.analysis.stream import Place
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.jacobians import Written, distance_from_identity, largest_eigenvalues

@@ -25,10 +25,12 @@ from lnfree_interp.analysis.components import Component, as_labels, find_compone
 from lnfree_interp.analysis.interventions import ablate
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Heads, expand
+from lnfree_interp.analysis.positions import Positions
 from lnfree_interp.analysis.prompts import batches, read_sequences
 from lnfree_interp.analysis.results import CertifiedResult, Contributions
-from lnfree_interp.analysis.trace import Positions, Trace, trace
-from lnfree_interp.analysis.view import Model, Stream, View, view_of
+from lnfree_interp.analysis.stream import Stream
+from lnfree_interp.analysis.trace import Trace, trace
+from lnfree_interp.analysis.view import Model, View, view_of
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error, soft_cap
 

@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.logit_targets import POSITIONS
 from lnfree_interp.analysis.prompts import batches, read_sequences
-from lnfree_interp.analysis.view import Place
+from lnfree_interp.analysis.stream import Place
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import Edit, logits_at, run_and_keep

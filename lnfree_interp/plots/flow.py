@@ -8,7 +8,7 @@ from itertools import pairwise
 import plotly.graph_objects as go
 import torch
 
-from lnfree_interp.analysis.flow import FlowGraph, FlowNode
+from lnfree_interp.analysis.flow_results import FlowGraph, FlowNode
 from lnfree_interp.analysis.results import Contributions
 from lnfree_interp.errors import DataError
 from lnfree_interp.plots.style import (

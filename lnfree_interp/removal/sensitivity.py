@@ -14,7 +14,8 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.analysis.results import read_top
-from lnfree_interp.analysis.view import Place, remember_site_costs
+from lnfree_interp.analysis.stream import Place
+from lnfree_interp.analysis.view import remember_site_costs
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError, NormSiteError
 from lnfree_interp.models.loss import entropy_of, loss_of

@@ -305,7 +305,7 @@ def test_a_broken_model_has_no_flow_to_draw(folded):
 
 def test_a_deep_model_still_fits_on_a_page():
     from lnfree_interp.analysis.certificates import Certificate
-    from lnfree_interp.analysis.flow import FlowGraph
+    from lnfree_interp.analysis.flow_results import FlowGraph
     from lnfree_interp.numerics import MeasuredError
 
     certificate = Certificate("", MeasuredError(0.0, 0.0, torch.float32))

@@ -20,8 +20,9 @@ import lnfree_interp as lf
 from lnfree_interp.analysis import levels
 from lnfree_interp.analysis.hooked import HookedView
 from lnfree_interp.analysis.parts import Constant, Dense, Heads, Part, Rows, Sources
-from lnfree_interp.analysis.trace import GivenBlock, Trace
-from lnfree_interp.analysis.view import Read
+from lnfree_interp.analysis.stream import Read
+from lnfree_interp.analysis.sublayers import GivenBlock
+from lnfree_interp.analysis.trace import Trace
 
 OnPart = Callable[[Part, Trace], Part]
 OnBlock = Callable[[GivenBlock], GivenBlock]
