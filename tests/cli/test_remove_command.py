@@ -92,8 +92,8 @@ def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text,
     lnfree(monkeypatch, "remove", folder, "--out", whole, "--data", text, *QUICK)
     right = RunFolder.save
 
-    def interrupted(self, checkpoint):
-        right(self, checkpoint)
+    def interrupted(self, checkpoint, **more):
+        right(self, checkpoint, **more)
         if checkpoint.step == 6:
             raise KeyboardInterrupt
 
