@@ -21,6 +21,7 @@ import lnfree_interp as lf
 from lnfree_interp import cli
 from lnfree_interp.checkpoints import loading
 from lnfree_interp.removal import losses
+from lnfree_interp.removal.schedule import sites_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -113,7 +114,8 @@ def names(shared, tmp_path, monkeypatch) -> dict[str, Any]:
         return load(lf.bundled_checkpoint() if there is None else there, **more)
 
     def in_few_steps(model, **more):
-        recipe = distilled(model, steps=len(lf.list_norm_sites(model)), **more)
+        more["steps"] = len(sites_of(model))
+        recipe = distilled(model, **more)
         statistics = replace(recipe.statistics, sequences=2)
         return replace(recipe, batch=2, micro_batch=2, sequence_length=None, statistics=statistics)
 

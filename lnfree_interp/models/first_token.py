@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import NormSiteError
 
@@ -57,7 +56,7 @@ def first_tokens(x: Float[Tensor, "*batch d"]) -> Bool[Tensor, "batch pos *ones"
     return first.to(x.device)[(...,) + (None,) * (x.ndim - 2)]
 
 
-def follow_first_tokens(model: HookedTransformer) -> None:
+def follow_first_tokens(model: Any) -> None:
     """Let the norms of a model know the first token behind padding and in a continued pass."""
     for block in model.blocks:
         block.register_forward_pre_hook(_enter, with_kwargs=True)
