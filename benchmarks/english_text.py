@@ -2,9 +2,9 @@
 
     python benchmarks/english_text.py text.jsonl
 
-It needs `apt-get` and `dpkg` of a Debian or Ubuntu, and no rights. The kernel's documentation has
-translations, which are left out. Documents are in a random order that is the same on every machine
-with these versions of the packages.
+It needs `apt-get` and `dpkg` of Debian 12, which has these packages, and no rights. Translations in
+the kernel's documentation are left out. Documents are in a random order that is the same on every
+machine with these versions of the packages.
 """
 
 import gzip

@@ -261,6 +261,8 @@ class Contributions(Result):
         elif dim == "answer":
             over = {"of": tuple(f"mean of {', '.join(names)}" for names in self.answers)}
             over |= {"answers": ()}
+        elif dim == "key":
+            over = {"keys": ()}
         return replace(
             self, values=self.values.mean(axis + 1), total=self.total.mean(axis), dims=dims,
             dtype=self.dtype or self.total.dtype, scale=self._size(), **over,

@@ -76,7 +76,6 @@ class Trace:
         self.unmasked: tuple[int, ...] = ()
         self.given_logits = given_logits
         self._kept: dict[str, Tensor] = dict(kept or {})
-        self._complete = given_logits is not None
         self._device: torch.device | str | None = None
         self._blocks: dict[int, GivenBlock] = {}
 
@@ -110,7 +109,7 @@ class Trace:
         missing = {name for name in names if name not in self._kept}
         if not missing:
             return self
-        if self._complete:
+        if self.given_logits is not None:
             raise DataError(
                 f"the given run's cache lacks {min(missing)} (and {len(missing) - 1} more): "
                 "call run_with_cache without a names_filter, which keeps everything"
@@ -381,7 +380,7 @@ class Trace:
 
     def free(self) -> "Trace":
         """Drop the activations, a given run's too; the next question runs the model again."""
-        self._complete, self.given_logits = False, None
+        self.given_logits = None
         self._kept.clear()
         self._blocks.clear()
         return self

@@ -26,7 +26,8 @@ def remove(
     Args:
         job: What to do.
         out: Folder to write; it must be new or empty.
-        plan: Say what would be done, time a few steps to say how long it takes here, and stop.
+        plan: Measure as a run does, say what would be done, time a few steps to say how long it
+            takes here, and stop.
         resume: Continue the run in this folder. All options but --minutes are taken from there.
         minutes: Pause after so many minutes, loading included, with a checkpoint and exit status
             75; --resume continues. For machines that end a job after some time.

@@ -125,7 +125,7 @@ def evaluate(
             "neurons, pairs and the threshold in nats cannot be negative: give 0 or more"
         )
     sample = spread(tokens, SAMPLE)
-    # Errors are raised before the long part, and what is short comes before it.
+    # Errors are raised here, before the long part.
     chosen = {name: _chosen(model, neurons) for name, model in models.items()}
     if original is not None:
         theirs = models[original]
@@ -138,43 +138,44 @@ def evaluate(
         else _indirect_objects(name, model, pairs, seed)
         for name, model in models.items()
     }  # fmt: skip
-    short: dict[str, tuple[Any, Any, Any, Any]] = {}
+    opened = open_tasks(tasks, include, limit) if tasks else None
+    # What is short comes before it too, so that it loses nothing if it fails.
+    short: dict[str, dict[str, Any]] = {name: {} for name in models}
     for name, model in models.items():
         inner = min(batch or 4, 4, fitting_batch(model, tokens.shape[1]))
-        picked, prompts = chosen[name], corrupted[name]
-        short[name] = (
-            _effects(model, sample, inner, progress) if effects else None,
-            None if picked is None else ablate_neurons(model, sample, picked, inner),
-            None
-            if prompts is None
-            else patch_residual(model, *prompts, batch=batch or 16, progress=progress),
-            loss_without_blocks(model, sample, inner) if depth else None,
-        )
-    scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
-    if tasks:
-        names, manager = open_tasks(tasks, include, limit)
-        scores = {
-            name: score_tasks(model, names, manager, limit=limit) for name, model in models.items()
-        }
+        picked, prompts, found = chosen[name], corrupted[name], short[name]
+        if effects:
+            found["direct_effects"] = _effects(model, sample, inner, progress)
+        if picked is not None:
+            found["confidence_neurons"] = ablate_neurons(model, sample, picked, inner)
+        if prompts is not None:
+            found["patching"] = patch_residual(
+                model, *prompts, batch=batch or 16, progress=progress
+            )
+        if depth:
+            found["loss_without"] = loss_without_blocks(model, sample, inner)
+    if opened is not None:
+        for name, model in models.items():
+            short[name]["tasks"] = score_tasks(model, *opened, limit=limit)
     measured = measure_text(
         models, tokens, original, batch=batch, precision=precision, progress=progress
     )
-    found = {}
-    for name, measures in measured.items():
-        found[name] = ModelEvaluation(
+    evaluated = {
+        name: ModelEvaluation(
             CrossEntropy(measures.loss),
             distribution(measures),
             residual_norms(measures),
             sinks(measures),
-            *short[name],
-            scores[name],
+            **short[name],
         )
+        for name, measures in measured.items()
+    }
     policy = None
     if tasks:
         policies = {name: bos_policy(model) for name, model in models.items()}
         policy = "; ".join(f"{name}: {one}" for name, one in policies.items())
     n_targets = tokens[:, 1:].numel()
-    return Evaluation(found, original, threshold, text, n_targets, policy, pairs_of)
+    return Evaluation(evaluated, original, threshold, text, n_targets, policy, pairs_of)
 
 
 def _width(model: HookedTransformer) -> tuple[int, int | None]:

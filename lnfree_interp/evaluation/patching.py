@@ -254,15 +254,14 @@ def patch_residual(
     if batch < 1:
         raise DataError(f"batch={batch}: at least one prompt runs at once")
     clean, corrupted = read_sequences(model, clean), read_sequences(model, corrupted)
-    answers = torch.stack([targets, targets if foils is None else foils]).to(clean.device)
-    n_layers, found = model.cfg.n_layers, []
-    rows = [x.split(batch, dim=-1 if x is answers else 0) for x in (clean, corrupted, answers)]
+    answers = torch.stack([targets] if foils is None else [targets, foils], dim=1).to(clean.device)
+    rows, found = [x.split(batch) for x in (clean, corrupted, answers)], []
     with tqdm(
-        total=n_layers * len(rows[0]), desc="activation patching", unit="layer",
+        total=model.cfg.n_layers * len(rows[0]), desc="activation patching", unit="layer",
         disable=not progress,
     ) as bar:  # fmt: skip
-        for a, b, wanted in zip(*rows, strict=True):
-            found.append(_patch(model, a, b, wanted, foils is not None, bar))
+        for some in zip(*rows, strict=True):
+            found.append(_patch(model, *some, bar=bar))
     measured, estimated, total = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
     return Patching(measured, estimated, total)
 
@@ -271,18 +270,17 @@ def _patch(
     model: HookedTransformer,
     clean: Tensor,
     corrupted: Tensor,
-    answers: Tensor,
-    foils: bool,
+    answers: Int[Tensor, "prompt answer"],
     bar: tqdm,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Patching` has, of some prompts."""
+    """What `Patching` has, of some prompts; a second answer is a foil."""
     n_layers, n_pos = model.cfg.n_layers, clean.shape[1]
     hooks = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
 
     def metric(stream: Tensor) -> Float[Tensor, " prompt"]:
         end = logits_at(model, stream, slice(n_pos - 1, n_pos))[:, 0]
-        wanted, against = end.gather(-1, answers.T).unbind(-1)
-        return wanted - against if foils else wanted
+        wanted, *against = end.gather(-1, answers).unbind(-1)
+        return wanted - against[0] if against else wanted
 
     with torch.no_grad():
         after_clean, there = run_and_keep(model, clean, hooks, n_layers)

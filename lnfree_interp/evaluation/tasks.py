@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-_MISSING = "tasks need the lm-evaluation-harness: pip install lm-eval"
+_MISSING = (
+    "tasks need the lm-evaluation-harness: pip install lm-eval, which the extra "
+    "lnfree_interp[tasks] has too"
+)
 
 
 _GENERATES = "this task generates text: export the model and run the harness on the folder"

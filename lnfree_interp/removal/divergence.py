@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 from jaxtyping import Int
@@ -117,11 +118,10 @@ def find_runaway(
 
     looking = [(f"{name}.hook_in", see) for name in norms]
     comparing = [(f"{name}.hook_scale", compare) for name in norms]
-    try:
-        with model.hooks(fwd_hooks=[*hooks, *looking, *comparing]):
-            for some in tokens.split(at_once):  # all of them: under FSDP processes go together
-                forward(some)
-                rows += len(some)
-    except torch.OutOfMemoryError:  # to say less must not end a run that could go back
-        return None
+    watching = model.hooks(fwd_hooks=[*hooks, *looking, *comparing])
+    # To say less must not end a run that could go back.
+    with suppress(torch.OutOfMemoryError), watching:
+        for some in tokens.split(at_once):  # all of them: under FSDP processes go together
+            forward(some)
+            rows += len(some)
     return found[0] if found else None

@@ -297,6 +297,7 @@ def test_a_key_is_named_by_its_position(folded):
     (what,) = scores.select(key=4).of
     assert what.endswith(", key 4")
     assert scores.select(key=4).keys == ()
+    assert scores.mean("key").keys == ()
     other = lf.attribute_scores(folded, CLEAN, 2, 1, keys=[4, 3]).by_query()
     with pytest.raises(DataError, match=r"keys \[4, 2\] and \[4, 3\] cannot be subtracted"):
         scores - other

@@ -43,16 +43,8 @@ def test_training_and_one_constant(monkeypatch, tmp_path, capsys):
 
 
 def test_a_training_that_was_interrupted_goes_on(monkeypatch, tmp_path, capsys):
-    options = (
-        "--steps",
-        4,
-        "--sequences",
-        8,
-        "--sequence-length",
-        32,
-        "--out",
-        tmp_path / "frozen",
-    )
+    text = ("--sequences", 8, "--sequence-length", 32)
+    options = ("--steps", 4, *text, "--out", tmp_path / "frozen")
     right = freeze_job.export
 
     def full_disk(*args, **more):
@@ -68,8 +60,7 @@ def test_a_training_that_was_interrupted_goes_on(monkeypatch, tmp_path, capsys):
     assert metrics.read_text() == before
     assert lf.get_norm(lf.load(tmp_path / "frozen"), "ln_final").frozen
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--resume", "--sequences", 8, "--sequence-length", 32,
-            "--out", tmp_path / "other")  # fmt: skip
+        run(monkeypatch, "--resume", *text, "--out", tmp_path / "other")
     assert "steps=0 trains nothing" in capsys.readouterr().err
 
 
