@@ -106,6 +106,8 @@ class TrainingOptions:
     """Share of the KL divergence from the original model in the loss."""
     scale_anchor: float | None = None
     """Weight of the auxiliary loss that holds the scale of ln_final's input."""
+    repeats: float | None = None
+    """Share of the sequences that are given a stretch of one token, again and again."""
     precision: Literal["auto", "bfloat16", "float32"] | None = None
     """Precision of matrix products. auto: bfloat16 if the hardware has it."""
     patience: int | None = None

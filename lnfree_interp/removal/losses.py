@@ -7,7 +7,7 @@ Cross-entropy and distillation are computed together, because both need the logi
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import watched
-from lnfree_interp.models.sites import norm_at
+from lnfree_interp.models.sites import get_norm, list_norm_sites, norm_at
 from lnfree_interp.numerics import soft_cap
 from lnfree_interp.removal.chunked_loss import LazyLogits, logits_loss
 from lnfree_interp.removal.statistics import TokenGroups, find_outliers
@@ -39,6 +39,8 @@ class ForwardPass:
     """The original model's, if the recipe distils at this step."""
     ordinary: Bool[Tensor, "batch pos"]
     """False at position 0 and at end-of-text tokens."""
+    inputs: Mapping[str, Float[Tensor, "batch pos *head d"]] = field(default_factory=dict)
+    """What each norm site reads, by its name, if the recipe weighs `scales`."""
     anchor_target: float | None = None
     """The scale to which `scale_anchor` holds the stream, if it is fixed."""
 
@@ -131,31 +133,30 @@ def stream_distance(seen: ForwardPass) -> Float[Tensor, ""]:
     return torch.stack(found).mean()
 
 
-def outlier_scale(seen: ForwardPass) -> Float[Tensor, ""]:
-    """How far outliers stand above the other tokens: the mean over blocks and tokens but the first
-    of  max(0, log(scale / (`NEAR` * median scale)))^2.
+def site_scales(seen: ForwardPass) -> Float[Tensor, ""]:
+    """How far tokens are from what a norm site divides by: the mean over sites and tokens but the
+    first of  log(scale / sigma)^2.
 
-    The scale is the root mean square of the residual stream. Position 0 is left alone: it may be
-    an outlier, because its place is known.
+    The scale is what a live norm there divides by, sigma the site's constant; at a live site, the
+    median scale. Where all tokens are near the constant, a norm does nothing that the constant does
+    not do. Position 0 is left alone: it may be an outlier, because its place is known.
     """
     found = []
-    for stream in seen.streams:
-        scale = (stream[:, 1:].float().pow(2).mean(-1) + 1e-12).sqrt()
-        above = (scale / (NEAR * scale.detach().median())).log().clamp(min=0)
-        found.append(above.pow(2).mean())
+    for name, x in seen.inputs.items():
+        norm = get_norm(seen.model, name)
+        scale = norm.token_sigma(x)[:, 1:]
+        sigma = scale.detach().median() if norm.live else norm.constant
+        found.append((scale / sigma).log().pow(2).mean())
     return torch.stack(found).mean()
 
 
 _FINAL = {"cross_entropy", "distillation", "scale_anchor"}
 """The terms that read the final stream alone."""
 
-NEAR = 2.0
-"""Tokens up to so many times the median scale are left alone by the term `outliers`."""
-
 TERMS: dict[str, Term] = {
     "scale_anchor": scale_anchor,
     "stream": stream_distance,
-    "outliers": outlier_scale,
+    "scales": site_scales,
 }
 """The terms of the loss by name, beside `cross_entropy` and `distillation`."""
 
@@ -233,26 +234,32 @@ class Objective(nn.Module):
             return None
         share = weights.get("distillation", 0.0)
         every = bool(weights.keys() - _FINAL)
-        streams = self._streams(self.model, tokens, every)
+        sites = list_norm_sites(self.model) if "scales" in weights else ()
+        before_the_last = [f"{site}.hook_in" for site in sites if site.layer is not None]
+        with watched(self.model, before_the_last) as found:
+            streams = self._streams(self.model, tokens, every)
+        inputs = {name.removesuffix(".hook_in"): x for name, x in found.items()}
+        inputs |= {str(site): streams[-1] for site in sites if site.layer is None}
         original = self.original if share else None
         with torch.no_grad():
             taught = None if original is None else self._streams(original, tokens, every)
         final = None if taught is None else taught[-1]
         total, ce, kl = self._logits_loss(streams[-1], final, tokens, share)
-        found = {"cross_entropy": ce.detach()}
+        values = {"cross_entropy": ce.detach()}
         if "distillation" in weights:
-            found["distillation"] = kl.detach()
+            values["distillation"] = kl.detach()
         ordinary = self.groups.of["ordinary"]
-        seen = ForwardPass(self.model, tokens, streams, taught, ordinary, self.anchor_target)
+        target = self.anchor_target
+        seen = ForwardPass(self.model, tokens, streams, taught, ordinary, inputs, target)
         for name, weight in weights.items():
-            if name in found:
+            if name in values:
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
                 value = TERMS[name](seen)
             if weight:
                 total = total + weight * value
-            found[name] = value.detach()
-        return Losses(total, found)
+            values[name] = value.detach()
+        return Losses(total, values)
 
     def _streams(self, model: HookedTransformer, tokens: Tensor, every: bool) -> list[Tensor]:
         """The residual stream behind each block, or behind the last alone."""

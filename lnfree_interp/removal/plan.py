@@ -49,6 +49,11 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
         f"{recipe.betas[1]:g}; decay {recipe.weight_decay:g}; clipped at {recipe.clip:g}",
     )
     yield "loss", _loss(recipe)
+    if recipe.repeats:
+        yield (
+            "repeats",
+            f"{recipe.repeats:.0%} of the sequences have a stretch of one token, or two in turn",
+        )
     yield "precision", f"{recipe.precision}, over float32 weights"
     if recipe.patience is not None:
         yield (

@@ -78,6 +78,10 @@ class Recipe:
     """The weights of further terms of the loss, by their names in `removal.losses.TERMS`."""
     statistics: Statistics = field(default_factory=Statistics)
     """How the constants sigma are measured."""
+    repeats: float = 0.0
+    """The share of the training sequences that are given a stretch of one token, or of two in turn,
+    again and again. A model takes such tokens for first ones and makes outliers of them; in text
+    they are too rare to be unlearnt. (2503.08908)"""
     special: Special = field(default_factory=Special)
     """Tokens that have a sigma of their own for some steps. Default: none."""
     wait: Wait | None = None
@@ -119,6 +123,8 @@ class Recipe:
             )
         if not 0 <= self.final_lr <= 1:
             raise RecipeError(f"final_lr is a share of lr, in 0..1, not {self.final_lr}")
+        if not 0 <= self.repeats <= 1:
+            raise RecipeError(f"repeats is a share of the sequences, in 0..1, not {self.repeats}")
         if not all(0 <= weight <= 1 for weight in extremes(self.distillation)):
             raise RecipeError(f"distillation must lie in 0..1, not {self.distillation}")
         if not all(0 <= weight < math.inf for weight in extremes(self.scale_anchor)):
@@ -196,6 +202,7 @@ class Recipe:
             scale_anchor=0.0,
             distillation=0.0,
             losses={},
+            repeats=0.0,
             special=Special(),
             wait=None,
             patience=None,

@@ -159,14 +159,17 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     falls to a tenth. The original's distribution is a target with little noise, so that small
     batches lose nothing by it (docs/benchmarks.md).
 
-    If the measurement finds massive activations, norms go slowly: the cheapest begin first, and an
-    expensive one has more time. What ends a removal of such a model is a token that a frozen norm
-    makes too large: it grows from layer to layer, because a gated MLP answers with the square. So
-    there is a cap on how large a token may come out, which rises once all sites are frozen, until
-    it is gone; sigma follows the text until then; terms of the loss pull outliers down and hold the
-    residual stream to the original's; the schedule waits while the model is far from the original;
-    and one sequence that runs away does not end the run, three steps in a row do. First tokens keep
-    a constant of their own if they need one; such a model is exact, but cannot be folded.
+    If the measurement finds massive activations, norms go slowly. What ends a removal of such a
+    model is a token that a frozen norm makes too large: it grows from layer to layer, because a
+    gated MLP answers with the square. So the tokens are first brought to one scale at every site,
+    by a term of the loss, while the norms are still live: then a norm does nothing that a constant
+    does not do. Stretches of repeated tokens, which the model takes for first ones, are put into
+    the text for that. After a sixth of the steps sites begin to fade, the cheapest first, and an
+    expensive one has more time; sigma follows the text. A cap on how large a token may come out
+    rises once all sites are frozen, until it is gone; another term holds the residual stream to the
+    original's; the schedule waits while the model is far from the original; and one sequence that
+    runs away does not end the run, three steps in a row do. First tokens keep a constant of their
+    own if they need one; such a model is exact, but cannot be folded.
 
     Args:
         costs: `lf.site_sensitivity(model, text)`. A model or its sites: without a measurement every
@@ -182,7 +185,8 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
         RecipeError: if there are no norm sites.
 
     Source:
-        Ours, with distillation (arXiv 1503.02531); massive activations: arXiv 2402.17762.
+        Ours, with distillation (arXiv 1503.02531); massive activations: arXiv 2402.17762; repeated
+        tokens: arXiv 2503.08908.
 
     Examples:
         >>> costs = lf.site_sensitivity(model, tokens, progress=False)
@@ -214,10 +218,11 @@ def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
 
 
 def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_first: bool) -> Recipe:
-    """Every site fades, under a cap that rises afterwards; a fifth of the steps is for waiting."""
-    wait = max(1, steps // 5)
+    """First tokens come to one scale, then every site fades, then the cap rises; some steps are for
+    waiting."""
+    wait = max(1, steps // 8)
     scheduled = steps - wait
-    start, fade, frozen = scheduled // 30, round(0.25 * scheduled), round(0.4 * scheduled)
+    start, fade, frozen = (round(share * scheduled) for share in (0.18, 0.2, 0.52))
     return Recipe(
         name="measured",
         events=paced(costs, start=start, over=frozen - fade - start, fade=fade),
@@ -228,12 +233,13 @@ def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_firs
         final_lr=0.1,
         distillation=1.0,
         scale_anchor=0.0,
-        losses={"stream": 1.0, "outliers": 0.3},
+        losses={"stream": 1.0, "scales": 30.0},
+        repeats=0.15,
         statistics=Statistics(source="ema", tokens="ordinary", sequences=8, follow_frozen=True),
         special=Special(
             keep_first=keep_first,
             outliers_from=frozen,
-            outliers_until=round(0.85 * scheduled),
+            outliers_until=round(0.86 * scheduled),
         ),
         guard=Guard(in_a_row=3),
         wait=Wait(above=0.3, steps=wait),

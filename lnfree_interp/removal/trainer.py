@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.data.repeats import with_repeats
 from lnfree_interp.data.sequences import TokenSequences, share
 from lnfree_interp.errors import CheckpointError, PausedError, RecipeError, TrainingError
 from lnfree_interp.models.precision import products_dtype
@@ -142,7 +143,7 @@ class Trainer:
     def _next_batch(self) -> Tensor:
         batch = self.data.take(self.recipe.batch)
         require_tokens(self.original, batch)  # a wrong id would end the process on a GPU
-        return batch
+        return with_repeats(batch, self.recipe.repeats, f"{self.recipe.seed}, {self.next_step}")
 
     def run(self, resume: bool) -> Run:
         """Train from the first step to the last.

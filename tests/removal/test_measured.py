@@ -13,7 +13,7 @@ import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TooFewStepsError
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal import trainer
-from lnfree_interp.removal.losses import NEAR, Objective
+from lnfree_interp.removal.losses import Objective
 from lnfree_interp.removal.plan import plan
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import paced, sequential_sites
@@ -70,10 +70,11 @@ def test_massive_activations_make_norms_go_slowly():
     costs, recipe = slowly(steps=100)
     assert costs.first_matters
     assert [event.site for event in recipe.events] == in_order(costs)
-    assert min(event.over for event in recipe.events) == 20
-    assert recipe.events[-1].end == 32 == recipe.special.outliers_from
+    assert min(event.over for event in recipe.events) == 18
+    assert recipe.events[0].step == 16
+    assert recipe.events[-1].end == 46 == recipe.special.outliers_from
     assert recipe.special.keep_first
-    assert (recipe.removed_at, recipe.removed_by) == (68, 88)
+    assert (recipe.removed_at, recipe.removed_by) == (76, 88)
     assert recipe.statistics.follow_frozen
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
@@ -155,28 +156,32 @@ def test_the_distance_of_streams_by_brute_force(kind):
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
-def test_the_term_on_outliers_by_brute_force_and_where_it_pulls():
+def test_the_term_on_scales_by_brute_force_and_where_it_pulls():
+    """At every site, beside its constant, or at a live one beside the median."""
     model = lf.with_norm_sites(live(dtype=torch.float64))
     with torch.no_grad():
         model.embed.W_E[7] *= 50
     tokens = TEXT[:3].clone()
     tokens[:, 0] = tokens[1, 4] = 7
-    _, cache = model.run_with_cache(tokens)
+    lf.freeze_site(model, "blocks.1.ln2", 0.5)
+    with model.hooks([("blocks.1.ln2.hook_in", lambda x, hook: None)]):
+        _, cache = model.run_with_cache(tokens)
     expected = []
-    for layer in range(model.cfg.n_layers):
-        scale = cache["resid_post", layer].square().mean(-1).sqrt()[:, 1:].flatten()
-        median = scale.sort().values[(len(scale) - 1) // 2]
-        above = [max(0.0, math.log(x / (NEAR * median))) ** 2 for x in scale.tolist()]
-        expected.append(sum(above) / len(above))
-    loss = terms(model, model, tokens, distillation=0.0, outliers=1e6)
-    assert loss.terms["outliers"].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    for site in lf.list_norm_sites(model):
+        square = cache[f"{site}.hook_in"].square().mean(-1)
+        scale = (square + model.cfg.eps).sqrt()[:, 1:].flatten()
+        median = scale.sort().values[(len(scale) - 1) // 2].item()
+        sigma = 0.5 if str(site) == "blocks.1.ln2" else median
+        apart = [math.log(x / sigma) ** 2 for x in scale.tolist()]
+        expected.append(sum(apart) / len(apart))
+    loss = terms(model, model, tokens, distillation=0.0, scales=1e6)
+    assert loss.terms["scales"].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     loss.total.backward()
     gradient = model.embed.W_E.grad
     # A longer embedding raises it; only the copy at position 4 is pulled at, not those at 0.
     assert torch.linalg.vecdot(gradient[7], model.W_E[7].detach()) > 0
-    with torch.no_grad():
-        model.embed.W_E[7] /= 50
-    assert terms(model, model, tokens, distillation=0.0, outliers=1.0).terms["outliers"] == 0
+    alike, same = lf.with_norm_sites(live()), torch.full((1, 24), 9)  # one stream at all positions
+    assert terms(alike, alike, same, distillation=0.0, scales=1.0).terms["scales"] < 1e-9
 
 
 def test_the_distance_of_streams_needs_an_original():
