@@ -111,10 +111,12 @@ def scale_anchor(seen: ForwardPass) -> Float[Tensor, ""]:
 
 def stream_distance(seen: ForwardPass) -> Float[Tensor, ""]:
     """How far the residual stream is from the original's: squared distance over the original's
-    square, its mean over blocks and tokens plus that over blocks and first tokens.
+    square, its mean over blocks and tokens but the first; plus, for first tokens, the squared
+    distance of the two directions, its mean over blocks.
 
-    First tokens count for themselves, because all heads with nothing to do look at them. Other
-    tokens that are outliers in the original's stream do not count.
+    First tokens count for themselves, because all heads with nothing to do look at them. Their
+    scale does not: in many models it is massive, and a norm reads the direction alone. Other tokens
+    that are outliers in the original's stream do not count.
 
     Raises:
         RecipeError: if the recipe does not distil at this step.
@@ -129,26 +131,35 @@ def stream_distance(seen: ForwardPass) -> Float[Tensor, ""]:
         square = theirs.float().pow(2).sum(-1)
         far = find_outliers(square.sqrt(), seen.ordinary)
         apart = (ours.float() - theirs).pow(2).sum(-1) / square.clamp(min=1e-12)
-        found.append(apart[:, 1:][~far[:, 1:]].mean() + apart[:, 0].mean())
+        cosine = torch.cosine_similarity(ours[:, 0].float(), theirs[:, 0].float(), -1)
+        found.append(apart[:, 1:][~far[:, 1:]].mean() + (2 - 2 * cosine).mean())
     return torch.stack(found).mean()
 
 
 def site_scales(seen: ForwardPass) -> Float[Tensor, ""]:
-    """How far tokens are from what a norm site divides by: the mean over sites and tokens but the
-    first of  log(scale / sigma)^2.
+    """How far tokens are from what a norm site divides by: with  q = log(scale / sigma)^2,  the
+    mean over sites and tokens but the first of  q (1 + `TAIL` min(q, 1)),  plus `FIRST` times that
+    over first tokens.
 
     The scale is what a live norm there divides by, sigma the site's constant; at a live site, the
     median scale. Where all tokens are near the constant, a norm does nothing that the constant does
-    not do. Position 0 is left alone: it may be an outlier, because its place is known.
+    not do.
     """
     found = []
     for name, x in seen.inputs.items():
         norm = get_norm(seen.model, name)
-        scale = norm.token_sigma(x)[:, 1:]
-        sigma = scale.detach().median() if norm.live else norm.constant
-        found.append((scale / sigma).log().pow(2).mean())
+        scale = norm.token_sigma(x)
+        sigma = scale[:, 1:].detach().median() if norm.live else norm.constant
+        q = (scale / sigma).log().pow(2)
+        q = q * (1 + TAIL * q.clamp(max=1))
+        found.append(q[:, 1:].mean() + FIRST * q[:, 0].mean())
     return torch.stack(found).mean()
 
+
+TAIL = 10.0
+"""How much more a token counts whose scale is e times the constant, in the term `scales`."""
+FIRST = 1 / 32
+"""The weight of first tokens there, beside the mean over the others."""
 
 _FINAL = {"cross_entropy", "distillation", "scale_anchor"}
 """The terms that read the final stream alone."""

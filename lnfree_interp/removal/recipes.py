@@ -201,7 +201,7 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     by_site = {site: cost.divergence for site, cost in costs.first_apart.items()}
     if not (costs.first_matters or any(costs.outliers.values())):
         return _at_pace(by_site, steps, seed)
-    return _slowly(by_site, steps, seed, keep_first=costs.first_matters)
+    return _slowly(by_site, steps, seed)
 
 
 def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
@@ -217,12 +217,12 @@ def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
     )
 
 
-def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_first: bool) -> Recipe:
+def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
     """First tokens come to one scale, then every site fades, then the cap rises; some steps are for
     waiting."""
-    wait = max(1, steps // 8)
+    wait = max(1, steps // 10)
     scheduled = steps - wait
-    start, fade, frozen = (round(share * scheduled) for share in (0.18, 0.2, 0.52))
+    start, fade, frozen, until = (round(share * scheduled) for share in (0.33, 0.18, 0.62, 0.9))
     return Recipe(
         name="measured",
         events=paced(costs, start=start, over=frozen - fade - start, fade=fade),
@@ -236,11 +236,7 @@ def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int, *, keep_firs
         losses={"stream": 1.0, "scales": 30.0},
         repeats=0.15,
         statistics=Statistics(source="ema", tokens="ordinary", sequences=8, follow_frozen=True),
-        special=Special(
-            keep_first=keep_first,
-            outliers_from=frozen,
-            outliers_until=round(0.86 * scheduled),
-        ),
+        special=Special(outliers_from=frozen, outliers_until=until),
         guard=Guard(in_a_row=3),
         wait=Wait(above=0.3, steps=wait),
         seed=seed,

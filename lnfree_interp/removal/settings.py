@@ -147,8 +147,8 @@ class Wait:
     """The schedule waits while the model is far from the original: the next site is frozen when
     the last has been absorbed.
 
-    While it waits, the model trains on, and neither events nor the ramps of the loss move; the
-    learning rate does.
+    It waits from the first event on. While it waits, the model trains on, and neither events nor
+    the ramps of the loss move; the learning rate does.
 
     Raises:
         RecipeError: if a setting is not allowed.

@@ -247,8 +247,10 @@ class Trainer:
 
     def _waits(self, record: StepRecord) -> bool:
         """Whether the schedule stands still after this step."""
-        wait, left = self.recipe.wait, self.scheduled <= self.recipe.removed_at
-        if wait is None or not left or self.waited >= wait.steps:
+        wait, events = self.recipe.wait, self.recipe.events
+        if wait is None or not events or self.waited >= wait.steps:
+            return False
+        if not min(e.step for e in events) <= self.scheduled <= self.recipe.removed_at:
             return False
         return not record.losses["distillation"] <= wait.above  # nor if it is not a number
 
