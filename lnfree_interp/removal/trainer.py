@@ -250,7 +250,7 @@ class Trainer:
         wait, events = self.recipe.wait, self.recipe.events
         if wait is None or not events or self.waited >= wait.steps:
             return False
-        if not min(e.step for e in events) <= self.scheduled <= self.recipe.removed_at:
+        if not min(e.step for e in events) < self.scheduled <= self.recipe.removed_at:
             return False
         return not record.losses["distillation"] <= wait.above  # nor if it is not a number
 
