@@ -1,7 +1,7 @@
 """Notices when a run diverges, and finds where."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.models.norms import Norm
-from lnfree_interp.removal.settings import Guard
+from lnfree_interp.removal.settings import RECENT, Guard
 from lnfree_interp.removal.statistics import Hooks
 
 
@@ -34,6 +34,19 @@ class DivergenceWatch:
         self.best = math.inf
         self.rollbacks = 0
         self.in_a_row = 0
+
+    def keeps(self, gradient: float, earlier: Sequence[float]) -> bool:
+        """Whether a step with a gradient of this norm is made.
+
+        Args:
+            gradient: The norm.
+            earlier: Those of the steps before it.
+        """
+        if self.guard.spike is None or not math.isfinite(gradient):
+            return math.isfinite(gradient)
+        usual = sorted(filter(math.isfinite, earlier[-RECENT:]))
+        few = len(usual) < RECENT // 5
+        return few or gradient <= self.guard.spike * usual[len(usual) // 2]
 
     @property
     def diverged(self) -> bool:

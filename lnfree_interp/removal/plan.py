@@ -72,6 +72,8 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
         else f"then back to a checkpoint, gaps {guard.widen:g} times as wide, learning rate "
         f"{guard.slower:g} times as high"
     )
+    if guard.spike is not None:
+        yield "skipped", f"a gradient of {guard.spike:g} times the usual norm: the weights stay"
     after = f", in {guard.in_a_row} steps in a row" if guard.in_a_row > 1 else ""
     watched = "KL divergence" if recipe.always_distils else "cross-entropy"
     yield (

@@ -237,7 +237,7 @@ def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
         repeats=0.15,
         statistics=Statistics(source="ema", tokens="ordinary", sequences=8, follow_frozen=True),
         special=Special(outliers_from=frozen, outliers_until=until),
-        guard=Guard(in_a_row=3),
+        guard=Guard(in_a_row=3, spike=5.0),
         wait=Wait(above=0.3, steps=wait),
         seed=seed,
     )

@@ -33,6 +33,8 @@ class StepRecord:
     """Cross-entropy on the held-out text after this step, if it was evaluated."""
     rollback: str | None = None
     """Why the run went back to this step, if it did."""
+    skipped: bool = False
+    """Whether the gradient was thrown away, because it was not finite or far above the usual."""
 
     @property
     def loss(self) -> float:

@@ -19,6 +19,9 @@ def check_choices(settings: Any) -> None:
 OUTLIER = 5.0
 """A token is an outlier where its own scale is so many times the median of the others."""
 
+RECENT = 50
+"""Steps whose gradient norms say what is usual."""
+
 CAPS = (1.25, 10.0)
 """The cap on outliers at first, and at the end (`Special.outliers_until`)."""
 
@@ -205,7 +208,11 @@ class Guard:
     smaller than its constant. It is measured every `log_every` steps."""
     in_a_row: int = 1
     """How many steps in a row have to be so. Where a batch is one sequence, one that runs away says
-    little, and its gradient, clipped, is what teaches the model; it is skipped if not finite."""
+    little."""
+    spike: float | None = None
+    """A gradient whose norm is so many times the median of the last `RECENT` steps is thrown away:
+    the weights stay. Clipped, it would be as long as any other, and undo some ten steps. One that
+    is not finite is always thrown away, with None no other."""
     widen: float = 2.0
     """The factor on the remaining gaps at every rollback."""
     slower: float = 0.5
@@ -226,6 +233,10 @@ class Guard:
             raise RecipeError(
                 f"sigma_factor must be above 1 and above_best above 0, not {self.sigma_factor} and "
                 f"{self.above_best}: every run would diverge"
+            )
+        if self.spike is not None and not self.spike > 1:
+            raise RecipeError(
+                f"spike={self.spike} is a multiple of the usual gradient norm: it must be above 1"
             )
         if self.rollbacks < 0:
             raise RecipeError(f"rollbacks cannot be negative: {self.rollbacks}")

@@ -287,7 +287,8 @@ class Trainer:
         gradients = gradient_sizes(block_weights(self.model), whole) if probing else {}
         gradient = self.processes.clip(list(self.objective.parameters()), recipe.clip)
         means = (self.processes.sum(sums) / self.processes.world).tolist()
-        if math.isfinite(gradient):  # else the weights stay, to find where it came from
+        kept = self.divergence.keeps(gradient, [record.gradient for record in self.history])
+        if kept:  # else the weights stay; if the run ends here, they say where it came from
             self.stepper.step()
         self.stepper.zero_grad()
         self.last_batch = batch
@@ -298,7 +299,7 @@ class Trainer:
             probes = {"drift": drift, "gradients": gradients, **self.residual.read()}
         return StepRecord(
             step, dict(zip(weights, means, strict=True)), lr, frozen, gradient,
-            time.monotonic() - began, probes, rollback=rollback,
+            time.monotonic() - began, probes, rollback=rollback, skipped=not kept,
         )  # fmt: skip
 
     def _evaluated(self, record: StepRecord) -> StepRecord:

@@ -14,7 +14,7 @@ import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
 from lnfree_interp.removal.divergence import DivergenceWatch, find_runaway
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.settings import Guard
+from lnfree_interp.removal.settings import Guard, Special
 from lnfree_interp.removal.trainer import Trainer
 
 __all__ = ["data", "model"]  # fixtures
@@ -199,6 +199,47 @@ def test_verdicts():
     assert "blocks.0.ln2 have 11 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 11.0})
     assert "0.05 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 0.05})
     assert "nan times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": math.nan})
+
+
+def test_gradients_far_above_the_usual_are_thrown_away():
+    usual = [1.0, 3.0, 2.0] * 20
+    watch = DivergenceWatch(Guard(spike=5.0))
+    assert watch.keeps(10.0, usual)
+    assert not watch.keeps(10.1, usual)
+    assert watch.keeps(400.0, [*usual, *[100.0] * 30])  # the last 50 count
+    assert watch.keeps(400.0, usual[:9])  # too few to say what is usual
+    assert watch.keeps(10.0, [*usual, math.inf, math.nan])
+    assert not watch.keeps(math.nan, [])
+    assert DivergenceWatch(Guard()).keeps(1e30, usual)
+    assert not DivergenceWatch(Guard()).keeps(math.inf, usual)
+    with pytest.raises(RecipeError, match="must be above 1"):
+        Guard(spike=1.0)
+
+
+def test_a_step_with_such_a_gradient_leaves_the_weights(model, data):
+    def weights(steps, spike):
+        passes = []
+
+        def steep(x, hook):  # the same value; in step 20 the gradient is 1e6 times as large
+            if torch.is_grad_enabled():
+                passes.append(1)
+            return x + 1e6 * (x - x.detach()) if len(passes) > 2 * 20 else x
+
+        recipe = a_recipe(events=(), steps=steps, decay_steps=99, guard=Guard(spike=spike))
+        recipe = dataclasses.replace(recipe, special=Special(), precision="float32")
+        hooks = [("blocks.0.hook_mlp_out", steep)]
+        run = lf.remove_norms(model, recipe, data, fwd_hooks=hooks, progress=False, log_every=0)
+        return run.model.state_dict(), [record.step for record in run.history if record.skipped]
+
+    (before, none), (after, skipped), (stepped, nor_here) = (
+        weights(20, 5.0),
+        weights(21, 5.0),
+        weights(21, None),
+    )
+    assert (none, skipped, nor_here) == ([], [20], [])
+    # Constants of live sites are NaN.
+    assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)
+    assert not torch.equal(before["embed.W_E"], stepped["embed.W_E"])
 
 
 def test_steps_in_a_row():
