@@ -168,8 +168,11 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     expensive one has more time; sigma follows the text. A cap on how large a token may come out
     rises once all sites are frozen, until it is gone; another term holds the residual stream to the
     original's; the schedule waits while the model is far from the original; and one sequence that
-    runs away does not end the run, three steps in a row do. First tokens keep a constant of their
-    own if they need one; such a model is exact, but cannot be folded.
+    runs away does not end the run, three steps in a row do.
+
+    Where the MLPs keep their norms (no `ln2` is to go), massive activations do no harm: sites fade
+    from the start, and first tokens keep a constant of their own if they need one. Such a model is
+    exact, but cannot be folded.
 
     Args:
         costs: `lf.site_sensitivity(model, text)`. A model or its sites: without a measurement every
@@ -201,7 +204,7 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     by_site = {site: cost.divergence for site, cost in costs.first_apart.items()}
     if not (costs.first_matters or any(costs.outliers.values())):
         return _at_pace(by_site, steps, seed)
-    return _slowly(by_site, steps, seed)
+    return _slowly(by_site, steps, seed, first_matters=costs.first_matters)
 
 
 def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
@@ -217,12 +220,15 @@ def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
     )
 
 
-def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
-    """First tokens come to one scale, then every site fades, then the cap rises; some steps are for
-    waiting."""
-    wait = max(1, steps // 10)
-    scheduled = steps - wait
-    start, fade, frozen, until = (round(share * scheduled) for share in (0.33, 0.18, 0.62, 0.9))
+def _slowly(
+    costs: Mapping[NormSite, float], steps: int, seed: int, *, first_matters: bool
+) -> Recipe:
+    """Every site fades, then the cap rises; some steps are for waiting. Where MLPs lose their
+    norms, all tokens come to one scale before."""
+    everywhere = any(site.kind == "ln2" for site in costs)
+    wait = max(1, steps // (10 if everywhere else 5))
+    shares = (0.33, 0.18, 0.62, 0.9) if everywhere else (1 / 30, 0.25, 0.4, 0.85)
+    start, fade, frozen, until = (int(share * (steps - wait) + 0.5) for share in shares)
     return Recipe(
         name="measured",
         events=paced(costs, start=start, over=frozen - fade - start, fade=fade),
@@ -233,10 +239,14 @@ def _slowly(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
         final_lr=0.1,
         distillation=1.0,
         scale_anchor=0.0,
-        losses={"stream": 1.0, "scales": 30.0},
-        repeats=0.15,
+        losses={"stream": 1.0} | ({"scales": 30.0} if everywhere else {}),
+        repeats=0.15 if everywhere else 0.0,
         statistics=Statistics(source="ema", tokens="ordinary", sequences=8, follow_frozen=True),
-        special=Special(outliers_from=frozen, outliers_until=until),
+        special=Special(
+            keep_first=first_matters and not everywhere,
+            outliers_from=frozen,
+            outliers_until=until,
+        ),
         guard=Guard(in_a_row=3, spike=5.0),
         wait=Wait(above=0.3, steps=wait),
         seed=seed,

@@ -51,14 +51,16 @@ def test_cheap_sites_go_first_and_expensive_ones_have_the_more_time():
         paced({}, start=0, over=3)
 
 
-def slowly(steps=60, **settings):
+def slowly(steps=60, kinds=None, **settings):
     """The recipe for a model whose first tokens are massive."""
     model = live()
     with torch.no_grad():
         model.embed.W_E[7] *= 200
     text = TEXT.clone()
     text[:, 0] = 7
-    costs = lf.site_sensitivity(model, text, progress=False)
+    every = lf.list_norm_sites(lf.with_norm_sites(model))
+    sites = [site for site in every if kinds is None or site.kind in kinds]
+    costs = lf.site_sensitivity(model, text, sites, progress=False)
     return costs, replace(lf.recipes.measured(costs, steps=steps), **settings)
 
 
@@ -77,6 +79,18 @@ def test_massive_activations_make_norms_go_slowly():
     assert (recipe.removed_at, recipe.removed_by) == (81, 91)
     assert recipe.statistics.follow_frozen
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_where_mlps_keep_their_norms_first_tokens_may_stay_massive():
+    costs, recipe = slowly(steps=100, kinds=("ln1.qk", "ln1.v", "ln_final"))
+    assert len(recipe.events) == len(costs.alone) == 2 * live().cfg.n_layers + 1
+    assert recipe.special.keep_first
+    assert recipe.losses == {"stream": 1.0}
+    assert recipe.repeats == 0
+    assert (recipe.events[0].step, recipe.removed_at, recipe.removed_by) == (3, 68, 88)
+    _, everywhere = slowly(steps=100)
+    assert everywhere.losses == {"stream": 1.0, "scales": 30.0}
+    assert everywhere.repeats == 0.15
 
 
 def test_ordinary_activations_let_norms_go_at_once():
