@@ -170,9 +170,9 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     original's; the schedule waits while the model is far from the original; and one sequence that
     runs away does not end the run, three steps in a row do.
 
-    Where the MLPs keep their norms (no `ln2` is to go), massive activations do no harm: sites fade
-    from the start, and first tokens keep a constant of their own if they need one. Such a model is
-    exact, but cannot be folded.
+    Where the MLPs that make massive activations keep their norms (every `ln2` that is to go costs
+    at most `COSTLY` alone), these do no harm: sites fade from the start, and first tokens keep a
+    constant of their own if they need one. Such a model is exact, but cannot be folded.
 
     Args:
         costs: `lf.site_sensitivity(model, text)`. A model or its sites: without a measurement every
@@ -223,9 +223,9 @@ def _at_pace(costs: Mapping[NormSite, float], steps: int, seed: int) -> Recipe:
 def _slowly(
     costs: Mapping[NormSite, float], steps: int, seed: int, *, first_matters: bool
 ) -> Recipe:
-    """Every site fades, then the cap rises; some steps are for waiting. Where MLPs lose their
-    norms, all tokens come to one scale before."""
-    everywhere = any(site.kind == "ln2" for site in costs)
+    """Every site fades, then the cap rises; some steps are for waiting. Where an MLP that makes
+    massive activations loses its norm, all tokens come to one scale before."""
+    everywhere = any(s.kind == "ln2" and not cost <= COSTLY for s, cost in costs.items())
     wait = max(1, steps // (10 if everywhere else 5))
     shares = (0.33, 0.18, 0.62, 0.9) if everywhere else (1 / 30, 0.25, 0.4, 0.85)
     start, fade, frozen, until = (int(share * (steps - wait) + 0.5) for share in shares)
@@ -251,6 +251,11 @@ def _slowly(
         wait=Wait(above=0.3, steps=wait),
         seed=seed,
     )
+
+
+COSTLY = 0.1
+"""Nats per token of KL divergence. An MLP makes massive activations if its norm, frozen alone with
+the first token apart, costs more."""
 
 
 def tapered(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:

@@ -51,8 +51,8 @@ def test_cheap_sites_go_first_and_expensive_ones_have_the_more_time():
         paced({}, start=0, over=3)
 
 
-def slowly(steps=60, kinds=None, **settings):
-    """The recipe for a model whose first tokens are massive."""
+def slowly(steps=60, kinds=None, maker=3.0, **settings):
+    """The recipe for a model whose first tokens are massive, as if an MLP made them so."""
     model = live()
     with torch.no_grad():
         model.embed.W_E[7] *= 200
@@ -61,6 +61,12 @@ def slowly(steps=60, kinds=None, **settings):
     every = lf.list_norm_sites(lf.with_norm_sites(model))
     sites = [site for site in every if kinds is None or site.kind in kinds]
     costs = lf.site_sensitivity(model, text, sites, progress=False)
+    made = {
+        s: replace(cost, divergence=maker)
+        for s, cost in costs.first_apart.items()
+        if s.kind == "ln2"
+    }
+    costs = replace(costs, first_apart=costs.first_apart | made)
     return costs, replace(lf.recipes.measured(costs, steps=steps), **settings)
 
 
@@ -88,6 +94,10 @@ def test_where_mlps_keep_their_norms_first_tokens_may_stay_massive():
     assert recipe.losses == {"stream": 1.0}
     assert recipe.repeats == 0
     assert (recipe.events[0].step, recipe.removed_at, recipe.removed_by) == (3, 68, 88)
+    for maker in (0.0, 0.1):
+        assert slowly(steps=100, maker=maker)[1].special.keep_first
+    for maker in (0.11, math.inf, math.nan):
+        assert not slowly(steps=100, maker=maker)[1].special.keep_first
     _, everywhere = slowly(steps=100)
     assert everywhere.losses == {"stream": 1.0, "scales": 30.0}
     assert everywhere.repeats == 0.15
