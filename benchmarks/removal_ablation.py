@@ -91,7 +91,11 @@ SLOW: dict[str, Change] = {
     "sigma of all tokens": lambda recipe: sigma(recipe, tokens="all"),
     "no target in the stream": lambda recipe: losses(recipe, stream=0.0),
     "no term on scales": lambda recipe: losses(recipe, scales=0.0),
-    "first token as the others": lambda recipe: special(recipe, keep_first=False),
+    "no repeated tokens": lambda recipe: replace(recipe, repeats=0.0),
+    "first tokens keep a constant": lambda recipe: special(recipe, keep_first=True),
+    "no gradient thrown away": lambda recipe: replace(
+        recipe, guard=replace(recipe.guard, spike=None)
+    ),
     "never waits": lambda recipe: replace(recipe, wait=None),
     "twice the learning rate": lambda recipe: replace(recipe, lr=2 * recipe.lr),
 }

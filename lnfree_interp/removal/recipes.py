@@ -164,7 +164,7 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     gated MLP answers with the square. So the tokens are first brought to one scale at every site,
     by a term of the loss, while the norms are still live: then a norm does nothing that a constant
     does not do. Stretches of repeated tokens, which the model takes for first ones, are put into
-    the text for that. After a sixth of the steps sites begin to fade, the cheapest first, and an
+    the text for that. After a third of the steps sites begin to fade, the cheapest first, and an
     expensive one has more time; sigma follows the text. A cap on how large a token may come out
     rises once all sites are frozen, until it is gone; another term holds the residual stream to the
     original's; the schedule waits while the model is far from the original; and one sequence that

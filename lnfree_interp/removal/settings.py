@@ -211,7 +211,7 @@ class Guard:
     little."""
     spike: float | None = None
     """A gradient whose norm is so many times the median of the last `RECENT` steps is thrown away:
-    the weights stay. Clipped, it would be as long as any other, and undo some ten steps. One that
+    the weights stay. Clipped, it would be as long as any other, and undo several steps. One that
     is not finite is always thrown away, with None no other."""
     widen: float = 2.0
     """The factor on the remaining gaps at every rollback."""
