@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from lnfree_interp.cli.memory import keep_freed_memory
 from lnfree_interp.cli.terminal import import_libraries, say
 
 
@@ -33,6 +34,7 @@ def demo(
     from lnfree_interp.files import require_writable
 
     require_writable(out)
+    keep_freed_memory()
     import_libraries()
     from lnfree_interp.demo import run_demo
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from lnfree_interp.cli.memory import keep_freed_memory
 from lnfree_interp.cli.terminal import import_libraries, say
 from lnfree_interp.removal.freeze_options import FreezeJob
 
@@ -25,6 +26,7 @@ def freeze(
         out: Folder to write; it must be new or empty.
         resume: Continue a training that was interrupted, in OUT-training: give the same options.
     """
+    keep_freed_memory()
     import_libraries()
     from lnfree_interp.removal.freeze_job import run_job
 

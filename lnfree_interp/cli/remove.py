@@ -6,6 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from lnfree_interp.cli.memory import keep_freed_memory
 from lnfree_interp.cli.terminal import import_libraries, say
 from lnfree_interp.removal.job import RemovalJob
 
@@ -36,6 +37,7 @@ def remove(
 
     if resume is None and not plan:
         require_writable(out)
+    keep_freed_memory()
     import_libraries()
     from lnfree_interp.removal.run_job import resume_job, run_job
 
