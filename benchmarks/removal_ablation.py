@@ -87,10 +87,12 @@ SLOW: dict[str, Change] = {
     "published order": published,
     "no fading": at_once,
     "no cap": lambda recipe: special(recipe, outliers_from=0, outliers_until=None),
-    "sigma stays when frozen": lambda recipe: sigma(recipe, follow_frozen=False),
+    "sigma follows until the cap is gone": lambda recipe: sigma(recipe, follow_frozen=True),
+    "sigma of few sequences": lambda recipe: sigma(recipe, momentum=0.9),
     "sigma of all tokens": lambda recipe: sigma(recipe, tokens="all"),
     "no target in the stream": lambda recipe: losses(recipe, stream=0.0),
     "no term on scales": lambda recipe: losses(recipe, scales=0.0),
+    "weights of the last step": lambda recipe: replace(recipe, weight_average=0.0),
     "no repeated tokens": lambda recipe: replace(recipe, repeats=0.0),
     "first tokens keep a constant": lambda recipe: special(recipe, keep_first=True),
     "no gradient thrown away": lambda recipe: replace(

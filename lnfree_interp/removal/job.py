@@ -102,6 +102,9 @@ class TrainingOptions:
     """Tokens per sequence. Default: the recipe's, or the model's context up to 1024."""
     lr: float | None = None
     """Peak learning rate."""
+    weight_average: float | None = None
+    """Share of its old value that a moving average of the weights keeps at each step, once all
+    sites are frozen; the finished model has the average. 0: the weights of the last step."""
     distillation: float | None = None
     """Share of the KL divergence from the original model in the loss."""
     scale_anchor: float | None = None
@@ -167,6 +170,9 @@ class SpecialTokenOptions:
     they may come out rises. 0: there is no cap."""
     special_outliers_from: int | None = None
     """Step from which that cap rises."""
+    special_outlier_caps: Annotated[tuple[float, float] | None, arg(metavar="FIRST LAST")] = None
+    """That cap at first and just before it is gone, as multiples of what a live norm makes of a
+    token."""
     special_end_of_text_until: int | None = None
     """Step at which end-of-text tokens get the common sigma; 0: they always have it."""
     special_end_of_text_kinds: Kinds = None

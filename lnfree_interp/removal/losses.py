@@ -41,6 +41,8 @@ class ForwardPass:
     """False at position 0 and at end-of-text tokens."""
     inputs: Mapping[str, Float[Tensor, "batch pos *head d"]] = field(default_factory=dict)
     """What each norm site reads, by its name, if the recipe weighs `scales`."""
+    first_apart: bool = False
+    """Whether first tokens keep a constant of their own."""
     anchor_target: float | None = None
     """The scale to which `scale_anchor` holds the stream, if it is fixed."""
 
@@ -139,7 +141,7 @@ def stream_distance(seen: ForwardPass) -> Float[Tensor, ""]:
 def site_scales(seen: ForwardPass) -> Float[Tensor, ""]:
     """How far tokens are from what a norm site divides by: with  q = log(scale / sigma)^2,  the
     mean over sites and tokens but the first of  q (1 + `TAIL` min(q, 1)),  plus `FIRST` times that
-    over first tokens.
+    over first tokens, unless they keep a constant of their own.
 
     The scale is what a live norm there divides by, sigma the site's constant; at a live site, the
     median scale. Where all tokens are near the constant, a norm does nothing that the constant does
@@ -152,7 +154,8 @@ def site_scales(seen: ForwardPass) -> Float[Tensor, ""]:
         sigma = scale[:, 1:].detach().median() if norm.live else norm.constant
         q = (scale / sigma).log().pow(2)
         q = q * (1 + TAIL * q.clamp(max=1))
-        found.append(q[:, 1:].mean() + FIRST * q[:, 0].mean())
+        first = 0.0 if seen.first_apart else FIRST * q[:, 0].mean()
+        found.append(q[:, 1:].mean() + first)
     return torch.stack(found).mean()
 
 
@@ -208,6 +211,7 @@ class Objective(nn.Module):
         original: HookedTransformer | None,
         dtype: torch.dtype,
         groups: TokenGroups,
+        first_apart: bool = False,
     ):
         """An objective; each forward pass is given the weights.
 
@@ -216,9 +220,11 @@ class Objective(nn.Module):
             original: The model to distil from; it is not trained and not part of this module.
             dtype: The dtype of the matrix products.
             groups: Knows ordinary from special tokens.
+            first_apart: Whether first tokens keep a constant of their own.
         """
         super().__init__()
         self.model, self.dtype, self.groups = model, dtype, groups
+        self.first_apart = first_apart
         self._original = (original,)  # in a tuple, so that its parameters are not ours
         self.anchor_target: float | None = None
         biases = [one.unembed.b_U for one in (model, original) if one is not None]
@@ -260,8 +266,10 @@ class Objective(nn.Module):
         if "distillation" in weights:
             values["distillation"] = kl.detach()
         ordinary = self.groups.of["ordinary"]
-        target = self.anchor_target
-        seen = ForwardPass(self.model, tokens, streams, taught, ordinary, inputs, target)
+        seen = ForwardPass(
+            self.model, tokens, streams, taught, ordinary, inputs, self.first_apart,
+            self.anchor_target,
+        )  # fmt: skip
         for name, weight in weights.items():
             if name in values:
                 continue

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import Event, Weight
-from lnfree_interp.removal.settings import CAPS
 
 _AVERAGES = {
     "mean": "mean of the tokens' standard deviations",
@@ -53,6 +52,12 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
         yield (
             "repeats",
             f"{recipe.repeats:.0%} of the sequences have a stretch of one token, or two in turn",
+        )
+    if recipe.weight_average:
+        yield (
+            "weights",
+            "in the end their moving average since all sites are frozen, over about "
+            f"{1 / (1 - recipe.weight_average):.0f} steps",
         )
     yield "precision", f"{recipe.precision}, over float32 weights"
     if recipe.patience is not None:
@@ -136,7 +141,7 @@ def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if special.keep_first:
         yield "position 0", "keeps a sigma of its own, in the finished model too"
     if special.outliers_until:
-        first, last = CAPS
+        first, last = special.outlier_caps
         yield (
             "outliers",
             f"no token comes out more than {first:g} times as large as from a live norm; this cap "

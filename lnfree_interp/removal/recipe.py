@@ -63,6 +63,10 @@ class Recipe:
     """The two betas of AdamW."""
     clip: float = 1.0
     """The largest gradient norm; larger ones are scaled down to it."""
+    weight_average: float = 0.0
+    """The share of its old value that a moving average of the weights keeps at each step, once all
+    sites are frozen. The held-out loss from there on is that of the average, and the finished model
+    has it. 0: the weights of the last step. (1803.05407)"""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """The precision of matrix products; weights are float32. `"auto"`: bfloat16 if the hardware has
     it."""
@@ -123,6 +127,10 @@ class Recipe:
             )
         if not 0 <= self.final_lr <= 1:
             raise RecipeError(f"final_lr is a share of lr, in 0..1, not {self.final_lr}")
+        if not 0 <= self.weight_average < 1:
+            raise RecipeError(
+                f"weight_average is a share, in 0..1 (1 excluded), not {self.weight_average}"
+            )
         if not 0 <= self.repeats <= 1:
             raise RecipeError(f"repeats is a share of the sequences, in 0..1, not {self.repeats}")
         if not all(0 <= weight <= 1 for weight in extremes(self.distillation)):
@@ -265,6 +273,8 @@ class Recipe:
             losses = fields.get("losses", {})
             fields["losses"] = {name: _weight(weight) for name, weight in losses.items()}
             special = dict(fields["special"])
+            if "outlier_caps" in special:  # not in files of an earlier version
+                special["outlier_caps"] = tuple(special["outlier_caps"])
             if special["end_of_text_kinds"] is not None:
                 special["end_of_text_kinds"] = tuple(special["end_of_text_kinds"])
             fields |= {

@@ -165,10 +165,11 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     by a term of the loss, while the norms are still live: then a norm does nothing that a constant
     does not do. Stretches of repeated tokens, which the model takes for first ones, are put into
     the text for that. After a third of the steps sites begin to fade, the cheapest first, and an
-    expensive one has more time; sigma follows the text. A cap on how large a token may come out
-    rises once all sites are frozen, until it is gone; another term holds the residual stream to the
-    original's; the schedule waits while the model is far from the original; and one sequence that
-    runs away does not end the run, three steps in a row do.
+    expensive one has more time; sigma follows the text until its site is frozen. A cap on how large
+    a token may come out rises once all sites are frozen, until it is gone; another term holds the
+    residual stream to the original's; the finished model has the average of the last weights; the
+    schedule waits while the model is far from the original; and one sequence that runs away does
+    not end the run, three steps in a row do.
 
     Where the MLPs that make massive activations keep their norms (every `ln2` that is to go costs
     at most `COSTLY` alone), these do no harm: sites fade from the start, and first tokens keep a
@@ -240,12 +241,14 @@ def _slowly(
         distillation=1.0,
         scale_anchor=0.0,
         losses={"stream": 1.0} | ({"scales": 30.0} if everywhere else {}),
+        weight_average=0.99,
         repeats=0.15 if everywhere else 0.0,
-        statistics=Statistics(source="ema", tokens="ordinary", sequences=8, follow_frozen=True),
+        statistics=Statistics(source="ema", momentum=0.98, tokens="ordinary", sequences=8),
         special=Special(
             keep_first=first_matters and not everywhere,
             outliers_from=frozen,
             outliers_until=until,
+            outlier_caps=(1.25, 1.6 if everywhere else 10.0),
         ),
         guard=Guard(in_a_row=3, spike=5.0),
         wait=Wait(above=0.3, steps=wait),
@@ -253,7 +256,7 @@ def _slowly(
     )
 
 
-COSTLY = 0.1
+COSTLY = 0.3
 """Nats per token of KL divergence. An MLP makes massive activations if its norm, frozen alone with
 the first token apart, costs more."""
 

@@ -22,9 +22,6 @@ OUTLIER = 5.0
 RECENT = 50
 """Steps whose gradient norms say what is usual."""
 
-CAPS = (1.25, 10.0)
-"""The cap on outliers at first, and at the end (`Special.outliers_until`)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
@@ -82,7 +79,7 @@ class Special:
     such a token by the ordinary constant lets it grow from layer to layer.
 
     Raises:
-        RecipeError: if a step is negative.
+        RecipeError: if a step is negative, or a cap is not allowed.
 
     Source:
         arXiv 2409.13710; massive activations: arXiv 2402.17762; outliers wherever they stand, and
@@ -109,8 +106,10 @@ class Special:
     than the cap times what the live norm makes of it; the largest tokens lose the live norm last.
     None or 0: there is no cap."""
     outliers_from: int = 0
-    """The last step with the first of the two `CAPS`. From there the logarithm of the cap rises
-    geometrically: slowly where most tokens are, fast where few are left."""
+    """The last step with the first of the two `outlier_caps`. From there the logarithm of the cap
+    rises geometrically: slowly where most tokens are, fast where few are left."""
+    outlier_caps: tuple[float, float] = (1.25, 10.0)
+    """The cap on outliers at first, and just before it is gone."""
     end_of_text_kinds: tuple[SiteKind, ...] | None = None
     """The kinds of sites at which end-of-text is special; None: all."""
 
@@ -124,6 +123,12 @@ class Special:
                 f"the cap on outliers would rise from step {self.outliers_from} and end at step "
                 f"{self.outliers_until}: let it end later"
             )
+        first, last = self.outlier_caps
+        if not 1 < first <= last < math.inf:
+            raise RecipeError(
+                f"the cap on outliers would go from {first:g} to {last:g}: both are multiples of "
+                "what a live norm makes of a token, above 1, and the second is not the smaller one"
+            )
         if self.keep_first and self.first_until is not None:
             raise RecipeError(
                 f"position 0 cannot both keep its sigma and lose it at step {self.first_until}: "
@@ -136,7 +141,7 @@ class Special:
         if step >= until:
             return math.inf
         risen = max(0, step - self.outliers_from) / (until - self.outliers_from)
-        first, last = map(math.log, CAPS)
+        first, last = map(math.log, self.outlier_caps)
         return math.exp(first * (last / first) ** risen)
 
     @property

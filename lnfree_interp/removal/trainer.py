@@ -32,10 +32,11 @@ from lnfree_interp.removal.processes import Processes, whole
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run import Run, StepRecord
 from lnfree_interp.removal.run_folder import Checkpoint, RunFolder
-from lnfree_interp.removal.schedule import cosine_with_warmup, extremes
+from lnfree_interp.removal.schedule import cosine_with_warmup, extremes, last_step
 from lnfree_interp.removal.statistics import Hooks, common, measure
 from lnfree_interp.removal.tracking import Progress
 from lnfree_interp.removal.transition import Transition
+from lnfree_interp.removal.weight_average import WeightAverage
 
 CROSS_ENTROPY = {"cross_entropy": 1.0}
 """The weights of the loss in an evaluation."""
@@ -107,7 +108,10 @@ class Trainer:
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
-        self.objective = Objective(self.model, own, dtype, self.transition.groups)
+        self.average = WeightAverage(self.optimizer, recipe.weight_average)
+        self.objective = Objective(
+            self.model, own, dtype, self.transition.groups, recipe.special.keep_first
+        )
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
         self.residual = ResidualProbe(self.model)
         self.divergence = DivergenceWatch(recipe.guard, distils=recipe.always_distils)
@@ -218,6 +222,7 @@ class Trainer:
         )
 
     def _finished_model(self) -> HookedTransformer:
+        self.average.exchange()
         if not any(isinstance(p, DTensor) for p in self.model.parameters()):
             return self.model.eval()
         # FSDP has spread this model over the processes: put the weights into a whole one.
@@ -291,6 +296,8 @@ class Trainer:
         if kept:  # else the weights stay; if the run ends here, they say where it came from
             self.stepper.step()
         self.stepper.zero_grad()
+        if recipe.weight_average and self.scheduled >= last_step(recipe.events):
+            self.average.update()
         self.last_batch = batch
         measured = self.transition.after()
         probes = {}
@@ -319,7 +326,7 @@ class Trainer:
     @torch.no_grad()
     def _heldout_loss(self, heldout: Tensor) -> float:
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        with self.model.hooks([*self.transition.hooks()]):
+        with self.average.in_place(), self.model.hooks([*self.transition.hooks()]):
             for tokens in heldout.split(self.recipe.micro_batch):
                 loss = self.wrapped(tokens, CROSS_ENTROPY).terms["cross_entropy"]
                 sums[0] += loss.double() * len(tokens)
@@ -406,6 +413,7 @@ class Trainer:
             "heldout": [self.heldout_best, self.heldout_since],
             "anchor_target": self.objective.anchor_target,
             "waited": self.waited,
+            "averaged": self.average.steps,
             "random": self.processes.gather(training_state.random_state()),
         }
         model = training_state.tensors(self.model)
@@ -434,6 +442,7 @@ class Trainer:
         self.data.load_state_dict(plain["data"])
         self.recipe, self.next_step = Recipe.from_json(plain["recipe"]), checkpoint.step
         self.waited = plain["waited"]
+        self.average.steps = plain.get("averaged", 0)  # not in those of an earlier version
         self.transition.follow(self.recipe)
         watch = self.divergence
         # Checkpoints of an earlier version have two numbers.

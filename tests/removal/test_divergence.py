@@ -226,7 +226,9 @@ def test_a_step_with_such_a_gradient_leaves_the_weights(model, data):
             return x + 1e6 * (x - x.detach()) if len(passes) > 2 * 20 else x
 
         recipe = a_recipe(events=(), steps=steps, decay_steps=99, guard=Guard(spike=spike))
-        recipe = dataclasses.replace(recipe, special=Special(), precision="float32")
+        recipe = dataclasses.replace(
+            recipe, special=Special(), precision="float32", weight_average=0.0
+        )
         hooks = [("blocks.0.hook_mlp_out", steep)]
         run = lf.remove_norms(model, recipe, data, fwd_hooks=hooks, progress=False, log_every=0)
         return run.model.state_dict(), [record.step for record in run.history if record.skipped]

@@ -14,7 +14,7 @@ import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
 from lnfree_interp.removal.divergence import find_runaway
 from lnfree_interp.removal.freezing import freeze_in_one_pass
-from lnfree_interp.removal.settings import CAPS, OUTLIER
+from lnfree_interp.removal.settings import OUTLIER
 from lnfree_interp.removal.statistics import TokenGroups, measure, measure_sigma
 from lnfree_interp.removal.transition import Transition
 
@@ -66,15 +66,18 @@ def test_a_cap_holds_outliers_until_it_has_risen(model):
 
 
 def test_the_logarithm_of_the_cap_rises_geometrically():
-    special = lf.Special(outliers_from=10, outliers_until=30)
+    special = lf.Special(outliers_from=10, outliers_until=30, outlier_caps=(1.2, 3.0))
     caps = [special.cap(step) for step in range(31)]
-    assert caps[:11] == [CAPS[0]] * 11
+    assert caps[:11] == [1.2] * 11
     logs = [math.log(cap) for cap in caps[10:30]]
     ratios = {round(later / now, 9) for now, later in pairwise(logs)}
     assert len(ratios) == 1
-    assert logs[-1] * ratios.pop() == pytest.approx(math.log(CAPS[1]))
+    assert logs[-1] * ratios.pop() == pytest.approx(math.log(3.0))
     assert caps[30] == math.inf
     assert lf.Special().cap(0) == lf.Special(outliers_from=9, outliers_until=0).cap(0) == math.inf
+    for caps in ((1.0, 2.0), (3.0, 2.0), (2.0, math.inf), (math.nan, 2.0)):
+        with pytest.raises(RecipeError, match="above 1, and the second is not the smaller one"):
+            lf.Special(outlier_caps=caps)
     with pytest.raises(RecipeError, match="let it end later"):
         lf.Special(outliers_from=30, outliers_until=30)
 
