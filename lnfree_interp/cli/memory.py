@@ -9,8 +9,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next step instead of giving it back.
 
     Each step of training takes and frees gigabytes in large blocks. glibc gives each block back at
-    once, and the system clears the pages of the next one, which takes up to a third of a step
-    (docs/benchmarks.md). Without glibc nothing changes.
+    once, and the system clears the pages of the next one, which took a fifth of a step of
+    SmolLM2 (docs/benchmarks.md). Without glibc nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
