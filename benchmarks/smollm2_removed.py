@@ -3,7 +3,7 @@
     make smollm2
     python benchmarks/english_text.py text.jsonl
     head -n 5000 text.jsonl > train.jsonl; tail -n +5001 text.jsonl > heldout.jsonl
-    OPTIONS="--steps 1700 --batch 1 --micro-batch 1 --sequence-length 256 --heldout 16"
+    OPTIONS="--steps 720 --batch 1 --micro-batch 1 --sequence-length 256 --heldout 16"
     lnfree remove MODEL.gguf --data train.jsonl $OPTIONS --rollback --out run
     lnfree remove MODEL.gguf --data train.jsonl $OPTIONS --vanilla --prepend-bos --out control
     python benchmarks/smollm2_removed.py heldout.jsonl --lnfree run/model [--control control/model]
@@ -11,9 +11,9 @@
 
 MODEL.gguf is what `lf.smollm2()` returns. Texts are held-out documents, packed behind the
 beginning-of-text token. Recall is the share of 200 prompts whose likeliest next token is the
-answer: capitals in two phrasings, and random tokens that repeat. Sequences
-on which a token of the model of the removal overflows are counted, and left out of the comparison.
-`--partial` measures what some groups of norms cost without any training, first tokens apart.
+answer: capitals in two phrasings, and random tokens that repeat. Sequences on which a token of the
+model of the removal overflows are counted, and left out of the comparison. `--partial` measures
+what some groups of norms cost without any training, first tokens apart.
 """
 
 import json

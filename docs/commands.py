@@ -14,7 +14,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_path != "commands.md":
         return markdown
     overview = _help()
-    commands = re.findall(r"• (\w+) ", overview.partition("subcommands:")[2], re.MULTILINE)
+    commands = re.findall(r"• (\w+) ", overview.partition("subcommands:")[2])
     if not commands:
         raise ValueError(f"lnfree --help names no commands:\n{overview}")
     parts = [f"## lnfree {name}\n\n```text\n{_help(name)}\n```\n" for name in commands]

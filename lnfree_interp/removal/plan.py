@@ -56,8 +56,8 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
     if recipe.weight_average:
         yield (
             "weights",
-            "in the end their moving average since all sites are frozen, over about "
-            f"{1 / (1 - recipe.weight_average):.0f} steps",
+            f"in the end their moving average over about {1 / (1 - recipe.weight_average):.0f} "
+            "steps" + (", since all sites are frozen" if recipe.events else ""),
         )
     yield "precision", f"{recipe.precision}, over float32 weights"
     if recipe.patience is not None:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lnfree_interp.errors import RecipeError
@@ -126,3 +127,11 @@ def spread_like(x: Tensor, place: Tensor) -> Tensor:
     if isinstance(place, DTensor):
         return distribute_tensor(x.to(place.device), place.device_mesh, place.placements)
     return x
+
+
+def gather_anew(module: nn.Module) -> None:
+    """Let FSDP gather weights that were changed by hand; it keeps some of them gathered from one
+    forward pass to the next."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

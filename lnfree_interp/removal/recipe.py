@@ -65,8 +65,8 @@ class Recipe:
     """The largest gradient norm; larger ones are scaled down to it."""
     weight_average: float = 0.0
     """The share of its old value that a moving average of the weights keeps at each step, once all
-    sites are frozen. The held-out loss from there on is that of the average, and the finished model
-    has it. 0: the weights of the last step. (1803.05407)"""
+    sites are frozen; without events, from the first step. The held-out loss from there on is that
+    of the average, and the finished model has it. 0: the weights of the last step. (1803.05407)"""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """The precision of matrix products; weights are float32. `"auto"`: bfloat16 if the hardware has
     it."""

@@ -108,11 +108,11 @@ class Trainer:
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
-        self.average = WeightAverage(self.optimizer, recipe.weight_average)
         self.objective = Objective(
             self.model, own, dtype, self.transition.groups, recipe.special.keep_first
         )
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
+        self.average = WeightAverage(self.optimizer, self.wrapped, recipe.weight_average)
         self.residual = ResidualProbe(self.model)
         self.divergence = DivergenceWatch(recipe.guard, distils=recipe.always_distils)
         self.next_step = 0

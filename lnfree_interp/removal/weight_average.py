@@ -4,24 +4,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lnfree_interp.removal.processes import gather_anew
 
 
 class WeightAverage:
     """The average of each weight over the last steps.
 
     It is kept in the optimiser's state, beside the two averages of AdamW, so that a checkpoint has
-    it and FSDP spreads it like the rest.
+    it and FSDP spreads it like the rest; torch's AveragedModel is a second model, hooks and all.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, momentum: float):
+    def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module, momentum: float):
         """An average of nothing yet.
 
         Args:
             optimizer: Has the weights.
+            module: What runs with them, as it is wrapped for several processes.
             momentum: The share of the old average that a step keeps.
         """
-        self.optimizer, self.momentum = optimizer, momentum
+        self.optimizer, self.module, self.momentum = optimizer, module, momentum
         self.steps = 0
 
     @torch.no_grad()
@@ -53,6 +56,7 @@ class WeightAverage:
             latest = weight.detach().clone()
             weight.copy_(state[KEY])
             state[KEY].copy_(latest)
+        gather_anew(self.module)
 
     def _moved(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """The weights that the optimiser has a state of, which are all that ever changed."""

@@ -44,9 +44,9 @@ def main() -> None:
     recipe = Recipe(
         events=published_order(sequential_sites(2), start=1, ln2_gap=1, qk_gap=1, v_gap=1),
         steps=12, batch=8, micro_batch=2, lr=1e-3, warmup=2, final_lr=0.1, precision="float32",
-        distillation=0.5, scale_anchor=0.1, anchor_target="frozen", evaluate_every=6,
+        distillation=0.5, scale_anchor=0.1, anchor_target="frozen", evaluate_every=3,
         statistics=Statistics(source="ema", sequences=8, tokens="ordinary"),
-        special=Special(first_until=9),
+        special=Special(first_until=9), weight_average=0.8,
     )  # fmt: skip
     fired = []
     run = lf.remove_norms(
