@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lnfree_interp.checkpoints.converting import convert
     from lnfree_interp.checkpoints.exporting import export
     from lnfree_interp.checkpoints.loading import load
+    from lnfree_interp.data.mixed import MixedSequences
     from lnfree_interp.data.named import evaluation_text, tokens_seen, without_tokens
     from lnfree_interp.data.packing import pack
     from lnfree_interp.data.sampled import sample_text
@@ -180,6 +181,7 @@ _HOME = {
     "convert": "lnfree_interp.checkpoints.converting",
     "export": "lnfree_interp.checkpoints.exporting",
     "load": "lnfree_interp.checkpoints.loading",
+    "MixedSequences": "lnfree_interp.data.mixed",
     "evaluation_text": "lnfree_interp.data.named",
     "tokens_seen": "lnfree_interp.data.named",
     "without_tokens": "lnfree_interp.data.named",

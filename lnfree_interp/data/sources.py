@@ -108,6 +108,8 @@ def open_sequences(
 ) -> PackedStream:
     """Packed sequences of a text, without end: for `remove_norms`, or to take some of them.
 
+    Those of one document follow each other; `MixedSequences` mixes them for training.
+
     Args:
         source: `"stdlib"`, local files, or a data set on the hub; see `open_text`.
         tokenizer: The model's, with an end-of-text token; it may be `None` for token ids.

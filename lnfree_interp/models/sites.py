@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.components import Unembed
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
@@ -247,6 +248,15 @@ def split_norms(model: HookedTransformer, copy_weights: bool = True) -> HookedTr
 def has_tied_unembedding(model: HookedTransformer) -> bool:
     """Whether the unembedding is the transposed embedding, without a bias."""
     return torch.equal(model.W_U, model.W_E.T) and not bool(model.b_U.any())
+
+
+def untie(model: HookedTransformer) -> None:
+    """Give a model with norm sites an unembedding of its own, if it is tied to the embedding."""
+    if isinstance(model.unembed, TiedUnembed):
+        own = Unembed(model.cfg).to(model.W_E.device)
+        own.W_U = nn.Parameter(model.W_E.detach().T.clone())
+        model.unembed = own
+        model.setup()
 
 
 def _copied(model: HookedTransformer, copy_weights: bool) -> HookedTransformer:

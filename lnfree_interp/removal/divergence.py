@@ -45,7 +45,7 @@ class DivergenceWatch:
         if self.guard.spike is None or not math.isfinite(gradient):
             return math.isfinite(gradient)
         usual = sorted(filter(math.isfinite, earlier[-RECENT:]))
-        few = len(usual) < RECENT // 5
+        few = len(usual) < RECENT // 2
         return few or gradient <= self.guard.spike * usual[len(usual) // 2]
 
     @property

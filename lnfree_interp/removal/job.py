@@ -52,6 +52,9 @@ class ModelOptions:
     teacher: str | None = None
     """Hub id, id@revision or local folder of the model to distil from, such as the original of a
     MODEL some of whose norms are gone. Default: MODEL as it is before the first step."""
+    costs: str | None = None
+    """File of what each norm costs: read if it exists, else written when that has been measured, so
+    that the next run of this model need not measure."""
     kinds: Kinds = None
     """Kinds of norm sites to remove, such as ln1.qk ln1.v ln_final; the others stay live. Default:
     all."""
@@ -111,6 +114,10 @@ class TrainingOptions:
     """Weight of the auxiliary loss that holds the scale of ln_final's input."""
     repeats: float | None = None
     """Share of the sequences that are given a stretch of one token, again and again."""
+    random_tokens: float | None = None
+    """Share of the sequences that are given a stretch of tokens from the whole vocabulary."""
+    equal_embeddings: bool | None = None
+    """Whether all rows of W_E are brought to one norm before the first step."""
     precision: Literal["auto", "bfloat16", "float32"] | None = None
     """Precision of matrix products. auto: bfloat16 if the hardware has it."""
     patience: int | None = None

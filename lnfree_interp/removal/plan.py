@@ -53,6 +53,13 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
             "repeats",
             f"{recipe.repeats:.0%} of the sequences have a stretch of one token, or two in turn",
         )
+    if recipe.random_tokens:
+        yield (
+            "random tokens",
+            f"{recipe.random_tokens:.0%} of the sequences have a stretch of the whole vocabulary's",
+        )
+    if recipe.equal_embeddings:
+        yield "embeddings", "all rows are brought to one norm before the first step"
     if recipe.weight_average:
         yield (
             "weights",

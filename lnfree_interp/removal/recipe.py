@@ -86,6 +86,14 @@ class Recipe:
     """The share of the training sequences that are given a stretch of one token, or of two in turn,
     again and again. A model takes such tokens for first ones and makes outliers of them; in text
     they are too rare to be unlearnt. (2503.08908)"""
+    random_tokens: float = 0.0
+    """The share of the training sequences that are given a stretch of tokens from the whole
+    vocabulary. Most of it is rare in text, and a rare token may be an outlier that nothing has
+    trained."""
+    equal_embeddings: bool = False
+    """Whether all rows of W_E are brought to one norm before the first step: the mean one of the
+    text. The rows of rare tokens often have other norms, which a norm in block 0 hides. W_U stays
+    as it is, so that the two are no longer tied."""
     special: Special = field(default_factory=Special)
     """Tokens that have a sigma of their own for some steps. Default: none."""
     wait: Wait | None = None
@@ -131,8 +139,11 @@ class Recipe:
             raise RecipeError(
                 f"weight_average is a share, in 0..1 (1 excluded), not {self.weight_average}"
             )
-        if not 0 <= self.repeats <= 1:
-            raise RecipeError(f"repeats is a share of the sequences, in 0..1, not {self.repeats}")
+        for name in ("repeats", "random_tokens"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(
+                    f"{name} is a share of the sequences, in 0..1, not {getattr(self, name)}"
+                )
         if not all(0 <= weight <= 1 for weight in extremes(self.distillation)):
             raise RecipeError(f"distillation must lie in 0..1, not {self.distillation}")
         if not all(0 <= weight < math.inf for weight in extremes(self.scale_anchor)):
@@ -211,6 +222,8 @@ class Recipe:
             distillation=0.0,
             losses={},
             repeats=0.0,
+            random_tokens=0.0,
+            equal_embeddings=False,
             special=Special(),
             wait=None,
             patience=None,

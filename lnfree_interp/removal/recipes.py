@@ -163,8 +163,9 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     model is a token that a frozen norm makes too large: it grows from layer to layer, because a
     gated MLP answers with the square. So the tokens are first brought to one scale at every site,
     by a term of the loss, while the norms are still live: then a norm does nothing that a constant
-    does not do. Stretches of repeated tokens, which the model takes for first ones, are put into
-    the text for that. After a third of the steps sites begin to fade, the cheapest first, and an
+    does not do. Stretches of repeated tokens, which the model takes for first ones, and of random
+    tokens, which are rare in text, are put into the text for that, and all rows of W_E begin with
+    one norm. After a third of the steps sites begin to fade, the cheapest first, and an
     expensive one has more time; sigma follows the text until its site is frozen. A cap on how large
     a token may come out rises once all sites are frozen, until it is gone; another term holds the
     residual stream to the original's; the finished model has the average of the last weights; the
@@ -243,6 +244,8 @@ def _slowly(
         losses={"stream": 1.0} | ({"scales": 30.0} if everywhere else {}),
         weight_average=0.99,
         repeats=0.15 if everywhere else 0.0,
+        random_tokens=0.3 if everywhere else 0.0,
+        equal_embeddings=everywhere,
         statistics=Statistics(source="ema", momentum=0.98, tokens="ordinary", sequences=8),
         special=Special(
             keep_first=first_matters and not everywhere,

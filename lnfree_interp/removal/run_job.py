@@ -1,6 +1,7 @@
 """Runs a removal job: from the names of a model and a text to a folder with the finished model."""
 
 import fnmatch
+import json
 import math
 import os
 import time
@@ -17,13 +18,14 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.bundled import bundled_checkpoint
 from lnfree_interp.checkpoints.exporting import Target, best_target, export
 from lnfree_interp.checkpoints.loading import config_of, load_checkpoint, saved_live_sites
+from lnfree_interp.data.mixed import MixedSequences
 from lnfree_interp.data.names import STDLIB
 from lnfree_interp.data.prefetch import Prefetched
 from lnfree_interp.data.sequences import TokenSequences
 from lnfree_interp.data.sources import described, open_sequences, open_text, text_column
 from lnfree_interp.data.streams import PackedStream
 from lnfree_interp.errors import CheckpointError, DataError, RecipeError, TooFewStepsError
-from lnfree_interp.files import anywhere, require_writable
+from lnfree_interp.files import anywhere, require_new_file, require_writable, write_new_file
 from lnfree_interp.models.agreement import compare_logits
 from lnfree_interp.models.forms import fold, frozen_form
 from lnfree_interp.models.site_names import NormSite, name_sites
@@ -42,6 +44,7 @@ from lnfree_interp.removal.run_folder import RunFolder
 from lnfree_interp.removal.schedule import Sites, moved, sites_of
 from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
 from lnfree_interp.removal.settings import Special, Statistics
+from lnfree_interp.removal.training_state import fingerprint
 from lnfree_interp.removal.trial import try_steps
 
 _MEASURED_SEQUENCES = 4
@@ -153,6 +156,8 @@ def run_job(
     began = time.monotonic()
     if not (resume or only_plan or out is None):
         require_writable(out)
+    if job.costs is not None and not (resume or os.path.exists(job.costs)):
+        require_new_file(job.costs)
     require_records(job.checkpoint_every, job.log_every, job.track)
     source = str(bundled_checkpoint()) if job.model is None else job.model
     shown = "the bundled checkpoint" if job.model is None else source
@@ -195,12 +200,21 @@ def run_job(
 
     first_matters = False
     if job.recipe == MEASURED and not resume:
-        say("measuring what each norm costs")
+        known = _known_costs(job, model)
+        say("measuring what each norm costs" if known is None else f"reading {job.costs}")
         shorter = min(length, _MEASURED_LENGTH)
-        sample = packed(shorter, bool(job.prepend_bos)).take(_MEASURED_SEQUENCES)
-        costs = Processes(model.W_E.device).on_main(
-            lambda: site_sensitivity(model, sample, sites, stop_above=0.1, progress=progress)
-        )
+
+        def measure() -> SiteSensitivity:
+            text = MixedSequences(packed(shorter, bool(job.prepend_bos)), seed=recipe.seed)
+            sample = text.take(_MEASURED_SEQUENCES)
+            found = site_sensitivity(model, sample, sites, stop_above=0.1, progress=progress)
+            if job.costs is not None:
+                plain = {"model": fingerprint(model), "costs": found.to_json()}
+                write_new_file(job.costs, json.dumps(plain, indent=1) + "\n")
+            return found
+
+        costs = Processes(model.W_E.device).on_main(measure) if known is None else known
+        costs = costs.select(sites)
         say(f"    {costs}")
         # The control is measured too: it has the same text and learning rates.
         recipe, first_matters = recipe_of(job, costs), costs.first_matters
@@ -212,8 +226,9 @@ def run_job(
         say("timing a few steps on random tokens")
         say(str(try_steps(model, recipe, length, heldout=job.heldout, teacher=teacher)))
         return None
-    with Prefetched(packed(length, bool(job.prepend_bos))) as text:
-        heldout = _heldout_text(job, recipe, model, length, text)
+    source = packed(length, bool(job.prepend_bos))
+    heldout = _heldout_text(job, recipe, model, length, source)
+    with Prefetched(MixedSequences(source, seed=recipe.seed)) as text:
         run = remove_norms(
             model,
             recipe,
@@ -238,6 +253,24 @@ def run_job(
             say(f"    {what} against frozen norms: {error}")
         write_finished(run, finished, Path(out) / "model", source=shown, errors=errors)
     return run
+
+
+def _known_costs(job: RemovalJob, model: HookedTransformer) -> SiteSensitivity | None:
+    """What each norm of the model costs, by the file of an earlier measurement."""
+    if job.costs is None or not os.path.exists(job.costs):
+        return None
+    try:
+        plain = json.loads(Path(job.costs).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{job.costs} cannot be read: {error!s:.100}") from error
+    if not isinstance(plain, dict) or plain.keys() != {"model", "costs"}:
+        raise DataError(f"{job.costs} is not a file that `lnfree remove --costs` wrote")
+    if plain["model"] != fingerprint(model):
+        raise DataError(
+            f"{job.costs} says what the norms of another model cost: give another name, to measure "
+            "those of this model"
+        )
+    return SiteSensitivity.from_json(plain["costs"])
 
 
 def _finished(model: HookedTransformer) -> tuple[str, HookedTransformer]:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import SupportsIndex
+from dataclasses import astuple, dataclass, replace
+from typing import Any, SupportsIndex
 
 import pandas as pd
 import torch
@@ -103,6 +103,55 @@ class SiteSensitivity:
             found.append(site)
         return tuple(found)
 
+    def select(self, sites: Iterable[NormSite]) -> "SiteSensitivity":
+        """The costs of some of the sites. What they cost together was not measured: it is empty.
+
+        Raises:
+            NormSiteError: if a site was not measured.
+        """
+        wanted = set(sites)
+        if missing := sorted(map(str, wanted - self.alone.keys())):
+            raise NormSiteError(
+                f"what {missing[0]} costs was not measured, nor that of {len(missing) - 1} more"
+            )
+        if wanted == self.alone.keys():
+            return self
+        alone, first_apart, outliers_apart = (
+            {site: cost for site, cost in costs.items() if site in wanted}
+            for costs in (self.alone, self.first_apart, self.outliers_apart)
+        )
+        outliers = {site: share for site, share in self.outliers.items() if site in wanted}
+        return replace(
+            self, alone=alone, first_apart=first_apart, outliers_apart=outliers_apart,
+            outliers=outliers, together={},
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, from which `from_json` makes the same."""
+        plain: dict[str, Any] = {"loss": self.loss, "n_tokens": self.n_tokens}
+        plain["outliers"] = {str(site): share for site, share in self.outliers.items()}
+        for name in _COSTS:
+            costs: Mapping[NormSite, Cost] = getattr(self, name)
+            plain[name] = {str(site): list(astuple(cost)) for site, cost in costs.items()}
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "SiteSensitivity":
+        """What `to_json` described.
+
+        Raises:
+            DataError: if it is something else.
+        """
+        try:
+            costs: dict[str, Any] = {
+                name: {NormSite.parse(site): Cost(*cost) for site, cost in plain[name].items()}
+                for name in _COSTS
+            }
+            outliers = {NormSite.parse(site): share for site, share in plain["outliers"].items()}
+            return cls(loss=plain["loss"], n_tokens=plain["n_tokens"], outliers=outliers, **costs)
+        except (AttributeError, KeyError, TypeError, ValueError, NormSiteError) as error:
+            raise DataError(f"these are not costs of norm sites: {error!r:.100}") from error
+
     def to_frame(self) -> pd.DataFrame:
         """A row for each site in the order of computation: `site`; `alone`, `first_apart`,
         `outliers_apart` and `together`, in nats per token; `divergence` and `agreement` with the
@@ -138,6 +187,9 @@ class SiteSensitivity:
             f"{self.loss:.3f}: {free} cost at most 0.02 nats alone, {worst} most with "
             f"{self.first_apart[worst].loss:+.2f}; {len(self.cheapest(0.1))} together within 0.1)"
         )
+
+
+_COSTS = ("alone", "first_apart", "outliers_apart", "together")
 
 
 def _by_cost(costs: Mapping[NormSite, Cost]) -> tuple[NormSite, ...]:

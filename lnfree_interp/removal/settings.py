@@ -19,7 +19,7 @@ def check_choices(settings: Any) -> None:
 OUTLIER = 5.0
 """A token is an outlier where its own scale is so many times the median of the others."""
 
-RECENT = 50
+RECENT = 20
 """Steps whose gradient norms say what is usual."""
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.data.repeats import with_repeats
 from lnfree_interp.data.sequences import TokenSequences, share
+from lnfree_interp.data.stretches import with_random_tokens, with_repeats
 from lnfree_interp.errors import CheckpointError, PausedError, RecipeError, TrainingError
 from lnfree_interp.models.precision import products_dtype
 from lnfree_interp.models.running import require_tokens
-from lnfree_interp.models.sites import split_norms, with_norm_sites
+from lnfree_interp.models.sites import split_norms, untie, with_norm_sites
 from lnfree_interp.removal import training_state
 from lnfree_interp.removal.divergence import DivergenceWatch, find_runaway
 from lnfree_interp.removal.losses import Objective, require_terms
@@ -105,6 +105,8 @@ class Trainer:
             self.fingerprints["teacher"] = training_state.fingerprint(own)
         self.text = self._shared(processes.on_main(self._first_sequences), "sequences for sigma")
         self.heldout = None if heldout is None else self._shared(heldout, "held-out sequences")
+        if recipe.equal_embeddings:
+            self._equalise_embeddings()
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
@@ -147,7 +149,10 @@ class Trainer:
     def _next_batch(self) -> Tensor:
         batch = self.data.take(self.recipe.batch)
         require_tokens(self.original, batch)  # a wrong id would end the process on a GPU
-        return with_repeats(batch, self.recipe.repeats, f"{self.recipe.seed}, {self.next_step}")
+        recipe, seed = self.recipe, f"{self.recipe.seed}, {self.next_step}"
+        batch = with_repeats(batch, recipe.repeats, seed)
+        d_vocab = self.original.cfg.d_vocab
+        return with_random_tokens(batch, recipe.random_tokens, f"{seed}, random", d_vocab)
 
     def run(self, resume: bool) -> Run:
         """Train from the first step to the last.
@@ -227,8 +232,20 @@ class Trainer:
             return self.model.eval()
         # FSDP has spread this model over the processes: put the weights into a whole one.
         finished = split_norms(self.original).to(self.processes.device, print_details=False)
+        if self.recipe.equal_embeddings:
+            untie(finished)
         training_state.load_tensors(finished, training_state.tensors(self.model))
         return finished.eval()
+
+    @torch.no_grad()
+    def _equalise_embeddings(self) -> None:
+        """Bring all rows of W_E to the norm that the text's tokens have on average."""
+        untie(self.model)
+        W_E = self.model.W_E
+        norms = W_E.norm(dim=-1, keepdim=True).double()
+        seen = norms[self.text.to(W_E.device)]
+        total, count = self.processes.sum(torch.stack([seen.sum(), seen.new_tensor(seen.numel())]))
+        W_E.mul_(total / count / norms.clamp(min=1e-12))
 
     def _fix_anchor(self) -> None:
         """Measure the anchor's fixed target before the first step, if the recipe has one."""

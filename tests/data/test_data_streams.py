@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 
+from lnfree_interp.data.mixed import MixedSequences
 from lnfree_interp.data.prefetch import Prefetched
 from lnfree_interp.data.sequences import ShuffledSequences, TokenSequences, share
 from lnfree_interp.data.streams import PackedStream
@@ -70,6 +71,11 @@ def endless(kind, tokenizer, shards):
     if kind == "shuffled":
         ids = torch.arange(11 * LENGTH).view(11, LENGTH)
         return ShuffledSequences(ids, seed=3)
+    if kind == "mixed":
+        return MixedSequences(PackedStream(streamed(shards), tokenizer, LENGTH), window=5, seed=1)
+    if kind == "mixed-prefetched":
+        source = PackedStream(in_memory(), tokenizer, LENGTH, seed=3)
+        return Prefetched(MixedSequences(source, window=8))
     if kind == "prefetched":
         return Prefetched(PackedStream(streamed(shards), tokenizer, LENGTH))
     if kind == "plain-stream":  # no features, no files
@@ -81,7 +87,10 @@ def endless(kind, tokenizer, shards):
     return PackedStream(streamed(shards, kind), tokenizer, LENGTH)
 
 
-KINDS = ["map", "json", "parquet", "plain-stream", "tokens", "shuffled", "prefetched"]
+KINDS = [
+    "map", "json", "parquet", "plain-stream", "tokens", "shuffled", "prefetched", "mixed",
+    "mixed-prefetched",
+]  # fmt: skip
 
 
 def closed(tokenizer, text):
@@ -182,6 +191,43 @@ def test_shuffled_blocks_come_once_an_epoch():
     assert (source.epoch, source.state_dict()) == (2, {"taken": 25})
     # An epoch of one seed is not another epoch of the next seed.
     assert ShuffledSequences(sequences, seed=2).take(10)[:, 0].tolist() not in epochs
+
+
+def test_mixing_gives_each_window_in_another_order():
+    in_order = torch.arange(60).view(30, 2)
+
+    class InOrder(ShuffledSequences):
+        def take(self, n):
+            self._taken += n
+            return in_order[self._taken - n : self._taken]
+
+    mixed = MixedSequences(InOrder(in_order, seed=0), window=10, seed=1)
+    got = torch.cat([mixed.take(n) for n in (3, 11, 1, 15)])
+    windows = [got[i * 10 : (i + 1) * 10] for i in range(3)]
+    for number, window in enumerate(windows):
+        right = in_order[number * 10 : (number + 1) * 10]
+        assert torch.equal(window.sort(0).values, right)
+        assert not torch.equal(window, right)
+    assert not torch.equal(windows[0], windows[1] - 20)
+    other = MixedSequences(InOrder(in_order, seed=0), window=10, seed=2)
+    assert other.fingerprint() != mixed.fingerprint()
+    assert not torch.equal(other.take(10), windows[0])
+    with pytest.raises(DataError, match="give 1 or more"):
+        MixedSequences(InOrder(in_order, seed=0), window=0)
+
+
+def test_a_window_that_cannot_be_read_leaves_the_position(tokenizer):
+    rows = Dataset.from_list([{"input_ids": [*range(LENGTH)]}] * 3)
+    mixed = MixedSequences(PackedStream(rows, tokenizer, LENGTH, "input_ids"), window=2)
+    right, source = mixed.take(1), mixed._sequences
+    before, take = mixed.state_dict(), source.take
+    source.take = lambda n: (_ for _ in ()).throw(DataError("no disk"))
+    with pytest.raises(DataError, match="no disk"):
+        mixed.take(3)
+    source.take = take
+    assert mixed.state_dict() == before
+    again = MixedSequences(PackedStream(rows, tokenizer, LENGTH, "input_ids"), window=2)
+    assert torch.equal(torch.cat([right, mixed.take(3)]), again.take(4))
 
 
 def test_the_data_set_given_is_left_as_it_is(tokenizer, shards):

@@ -206,7 +206,7 @@ def test_gradients_far_above_the_usual_are_thrown_away():
     watch = DivergenceWatch(Guard(spike=5.0))
     assert watch.keeps(10.0, usual)
     assert not watch.keeps(10.1, usual)
-    assert watch.keeps(400.0, [*usual, *[100.0] * 30])  # the last 50 count
+    assert watch.keeps(400.0, [*usual, *[100.0] * 11])  # of the last 20 the most
     assert watch.keeps(400.0, usual[:9])  # too few to say what is usual
     assert watch.keeps(10.0, [*usual, math.inf, math.nan])
     assert not watch.keeps(math.nan, [])

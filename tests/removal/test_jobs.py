@@ -1,7 +1,10 @@
 """From a job to a recipe: settings that are replaced, and steps that are too few."""
 
+import json
+import shutil
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,18 @@ from support.models import make_gpt2
 
 import lnfree_interp as lf
 from lnfree_interp.checkpoints.loading import config_of
-from lnfree_interp.errors import CheckpointError, PausedError, RecipeError, TooFewStepsError
+from lnfree_interp.errors import (
+    CheckpointError,
+    DataError,
+    NormSiteError,
+    OutputError,
+    PausedError,
+    RecipeError,
+    TooFewStepsError,
+)
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import sites_of
+from lnfree_interp.removal import run_job as run_job_module
 from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.named_models import find_model
 from lnfree_interp.removal.recipes import BY_NAME
@@ -263,3 +275,69 @@ def test_the_plan_is_that_of_the_run(tokenizer, tmp_path, monkeypatch):
     plan = next(line for line in planned if line.startswith("recipe: measured"))
     assert "outliers" in plan
     assert plan in said
+
+
+def test_costs_are_measured_once(gpt2_folder, tmp_path, monkeypatch):
+    """The second run reads them; those of another model, and other files, are refused."""
+    text, file = tmp_path / "text.txt", tmp_path / "costs.json"
+    text.write_text("for i in range(10):\n    print(i)\n" * 400)
+    job = RemovalJob(
+        model=str(gpt2_folder), data=str(text), sequence_length=16, heldout=0, steps=40,
+        costs=str(file),
+    )  # fmt: skip
+    recipes, measured = [], []
+    right = run_job_module.site_sensitivity
+
+    def keep(model, recipe, data, **more):
+        recipes.append(recipe)
+        raise PausedError("enough")
+
+    def measure(*args, **more):
+        measured.append(args)
+        return right(*args, **more)
+
+    monkeypatch.setattr(run_job_module, "remove_norms", keep)
+    monkeypatch.setattr(run_job_module, "site_sensitivity", measure)
+    for number in range(2):
+        with pytest.raises(PausedError):
+            run_job(job, tmp_path / f"run-{number}", progress=False)
+    assert len(measured) == 1
+    assert recipes[0] == recipes[1]
+    some = replace(job, kinds=("ln2",))
+    with pytest.raises(PausedError):
+        run_job(some, tmp_path / "some", progress=False)
+    assert len(measured) == 1
+    assert {event.site.kind for event in recipes[-1].events} == {"ln2"}
+
+    def refused(message, **settings):
+        with pytest.raises((DataError, NormSiteError, OutputError), match=message):
+            run_job(replace(job, **settings), tmp_path / "none", progress=False)
+
+    make_gpt2(seed=5).save_pretrained(tmp_path / "other")
+    shutil.copy(Path(gpt2_folder) / "tokenizer.json", tmp_path / "other")
+    shutil.copy(Path(gpt2_folder) / "tokenizer_config.json", tmp_path / "other")
+    refused("norms of another model", model=str(tmp_path / "other"))
+    refused("is not a file that", costs=str(Path(gpt2_folder) / "config.json"))
+    refused("cannot be read", costs=str(text))
+    refused("not a writable folder", costs=str(tmp_path / "no" / "costs.json"))
+    plain = json.loads(file.read_text())
+    del plain["costs"]["alone"]["ln_final"]
+    file.write_text(json.dumps(plain))
+    refused("what ln_final costs was not measured")
+    plain["costs"]["alone"] = 3
+    file.write_text(json.dumps(plain))
+    refused("not costs of norm sites")
+
+
+def test_costs_survive_json():
+    costs = lf.site_sensitivity(
+        lf.load(make_gpt2(), check=False), torch.randint(300, (2, 16)), progress=False
+    )
+    again = lf.SiteSensitivity.from_json(json.loads(json.dumps(costs.to_json())))
+    assert all(getattr(again, name) == value for name, value in vars(costs).items())
+    some = costs.select(costs.order[:3])
+    assert set(some.alone) == set(costs.order[:3])
+    assert some.together == {}
+    assert costs.select(costs.alone) is costs
+    with pytest.raises(NormSiteError, match="nor that of 1 more"):
+        some.select(costs.order[:5])

@@ -93,6 +93,7 @@ def test_where_mlps_keep_their_norms_first_tokens_may_stay_massive():
     assert recipe.special.keep_first
     assert recipe.special.outlier_caps == (1.25, 10.0)
     assert (recipe.losses, recipe.repeats) == ({"stream": 1.0}, 0)
+    assert (recipe.random_tokens, recipe.equal_embeddings) == (0, False)
     assert (recipe.events[0].step, recipe.removed_at, recipe.removed_by) == (3, 68, 88)
     for maker in (0.0, 0.3):
         assert slowly(steps=100, maker=maker)[1].special.keep_first
@@ -101,7 +102,8 @@ def test_where_mlps_keep_their_norms_first_tokens_may_stay_massive():
     _, everywhere = slowly(steps=100)
     assert everywhere.special.outlier_caps == (1.25, 1.6)
     assert everywhere.losses == {"stream": 1.0, "scales": 30.0}
-    assert everywhere.repeats == 0.15
+    assert (everywhere.repeats, everywhere.random_tokens) == (0.15, 0.3)
+    assert everywhere.equal_embeddings
     assert recipe.weight_average == everywhere.weight_average == 0.99
 
 
@@ -287,7 +289,7 @@ def test_a_run_that_waited_resumes_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("follow", [False, True])
 def test_sigma_stays_when_frozen_or_follows_until_no_token_is_special(follow):
     """A constant, and that of first tokens; on request they move until the last cap is gone."""
-    _, recipe = slowly(batch=4, wait=None, guard=lf.Guard(above_best=99.0))
+    _, recipe = slowly(batch=4, wait=None, guard=lf.Guard(above_best=1e9))
     recipe = replace(
         recipe,
         special=replace(recipe.special, keep_first=True),

@@ -1,11 +1,13 @@
 """The fine-tuning: events fire when they should, sigma is what was measured, hooks stay active."""
 
 import gc
+import shutil
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from support.architectures import make_model
 from support.models import make_gpt2
 
 import lnfree_interp as lf
@@ -23,13 +25,14 @@ from lnfree_interp.removal import remove, trainer
 from lnfree_interp.removal.losses import (
     distillation_loss,
 )
+from lnfree_interp.removal.plan import plan
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Event,
     published_order,
     sequential_sites,
 )
-from lnfree_interp.removal.settings import Statistics
+from lnfree_interp.removal.settings import Guard, Statistics
 from lnfree_interp.removal.statistics import measure_sigma
 
 
@@ -359,3 +362,29 @@ def test_a_run_that_blows_up_says_so(model, data):
             model, small_recipe(), data, fwd_hooks=[("blocks.1.hook_resid_post", explode)],
             progress=False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_equal_embeddings_have_the_norm_of_the_text(kind, tmp_path):
+    """The unembedding stays as it is, and so does the model that was given."""
+    given = lf.load(make_model(kind), check=False)
+    text = torch.randint(40, (12, 16), generator=torch.Generator().manual_seed(3))
+    recipe = replace(
+        lf.recipes.at_once(given, steps=4), batch=4, lr=1e-12, equal_embeddings=True,
+        precision="float32", weight_decay=0.0, guard=Guard(above_best=1e3, sigma_factor=1e6),
+        statistics=Statistics(sequences=12),
+    )  # fmt: skip
+    W_E, W_U = given.W_E.detach().clone(), given.W_U.detach().clone()
+    run = lf.remove_norms(given, recipe, text, out=tmp_path / "run", progress=False)
+    expected = W_E.norm(dim=-1)[text].mean()
+    found = run.model.W_E
+    torch.testing.assert_close(found.norm(dim=-1), expected.expand(len(found)))
+    torch.testing.assert_close(torch.cosine_similarity(found, W_E), torch.ones(len(found)))
+    torch.testing.assert_close(run.model.W_U, W_U)
+    assert torch.equal(given.W_E, W_E)
+    assert not lf.fold(run.model).W_U.equal(found.T)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    again = lf.remove_norms(given, recipe, text, out=tmp_path / "run", resume=True, progress=False)
+    assert torch.equal(again.model.W_E, found)
+    assert not recipe.vanilla().equal_embeddings
+    assert "all rows are brought to one norm" in plan(recipe)

@@ -1,4 +1,4 @@
-"""Stretches of one token in the training text."""
+"""Stretches of repeated and of random tokens in the training text."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from support.models import make_gpt2
 
 import lnfree_interp as lf
-from lnfree_interp.data.repeats import SHORTEST, with_repeats
+from lnfree_interp.data.stretches import SHORTEST, with_random_tokens, with_repeats
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.removal.plan import plan
 
@@ -40,6 +40,42 @@ def test_the_seed_decides_and_the_text_stays():
     assert torch.equal(with_repeats(TEXT, 0.0, "a"), TEXT)
     short = TEXT[:, :SHORTEST]
     assert torch.equal(with_repeats(short, 1.0, "a"), short)
+
+
+def test_random_tokens_come_from_the_whole_vocabulary():
+    found = with_random_tokens(TEXT, 0.5, "0, 7", d_vocab=20_000)
+    changed = (found != TEXT).any(1)
+    assert 30 < changed.sum() < 70
+    assert torch.equal(found[:, 0], TEXT[:, 0])
+    new = found[found != TEXT]
+    assert len(new.unique()) > 0.9 * len(new)
+    assert (new < 20_000).all()
+    assert 0.5 < (new >= 10_000).sum() / (new < 10_000).sum() < 2
+    runs = [(row != text).nonzero().flatten() for row, text in zip(found, TEXT, strict=True)]
+    assert {int(at[-1] - at[0] + 1) for at in runs if len(at)} == {8, 16, 32}
+    again = with_random_tokens(TEXT, 0.5, "0, 7", d_vocab=20_000)
+    assert torch.equal(found, again)
+    assert torch.equal(with_random_tokens(TEXT, 0.0, "a", 9), TEXT)
+
+
+def test_a_run_trains_on_random_tokens_and_its_control_does_not():
+    model = lf.load(make_gpt2(), check=False)
+    text = torch.full((60, 16), 7)
+    recipe = replace(lf.recipes.distilled(model, steps=20), batch=2, precision="float32")
+    recipe, seen = replace(recipe, random_tokens=1.0), []
+
+    def look(x, hook):
+        if torch.is_grad_enabled():  # training, not measuring
+            seen.append((x != x[:, :1]).any(-1).sum(-1))
+
+    hook = ("hook_embed", look)
+    lf.remove_norms(model, recipe, text, fwd_hooks=[hook], progress=False, log_every=0)
+    assert torch.cat(seen).shape == (40,)
+    assert torch.cat(seen).min() >= SHORTEST - 2
+    assert "100% of the sequences have a stretch of the whole vocabulary's" in plan(recipe)
+    assert recipe.vanilla().random_tokens == 0
+    with pytest.raises(RecipeError, match="random_tokens is a share"):
+        replace(recipe, random_tokens=-0.5)
 
 
 def test_a_run_trains_on_repeats_and_its_control_does_not():
