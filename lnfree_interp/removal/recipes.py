@@ -229,8 +229,9 @@ def _slowly(
     massive activations loses its norm, all tokens come to one scale before."""
     everywhere = any(s.kind == "ln2" and not cost <= COSTLY for s, cost in costs.items())
     wait = max(1, steps // (10 if everywhere else 5))
-    shares = (0.33, 0.18, 0.62, 0.9) if everywhere else (1 / 30, 0.25, 0.4, 0.85)
+    shares = (0.33, 0.18, 0.62, 1.0) if everywhere else (1 / 30, 0.25, 0.4, 0.85)
     start, fade, frozen, until = (int(share * (steps - wait) + 0.5) for share in shares)
+    until = min(until, steps - wait - 1)
     return Recipe(
         name="measured",
         events=paced(costs, start=start, over=frozen - fade - start, fade=fade),

@@ -26,7 +26,7 @@ from lnfree_interp.data.sources import described, open_sequences, open_text, tex
 from lnfree_interp.data.streams import PackedStream
 from lnfree_interp.errors import CheckpointError, DataError, RecipeError, TooFewStepsError
 from lnfree_interp.files import anywhere, require_new_file, require_writable, write_new_file
-from lnfree_interp.models.agreement import compare_logits
+from lnfree_interp.models.agreement import compare_logits, random_tokens
 from lnfree_interp.models.forms import fold, frozen_form
 from lnfree_interp.models.site_names import NormSite, name_sites
 from lnfree_interp.models.sites import first_constants, live_sites
@@ -41,6 +41,7 @@ from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.remove import remove_norms, require_records
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.run_folder import RunFolder
+from lnfree_interp.removal.runaways import hold_runaways
 from lnfree_interp.removal.schedule import Sites, moved, sites_of
 from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
 from lnfree_interp.removal.settings import Special, Statistics
@@ -247,6 +248,8 @@ def run_job(
         )
     if os.environ.get("RANK", "0") == "0":
         finished, errors = None, {}
+        if run.recipe.events:
+            _hold_runaways(run.model, heldout, say, progress)
         if not live_sites(run.model):
             what, finished = _finished(run.model)
             errors[f"{what} against frozen norms"] = error = compare_logits(finished, run.model)
@@ -271,6 +274,21 @@ def _known_costs(job: RemovalJob, model: HookedTransformer) -> SiteSensitivity |
             "those of this model"
         )
     return SiteSensitivity.from_json(plain["costs"])
+
+
+def _hold_runaways(
+    model: HookedTransformer, heldout: Tensor | None, say: Say, progress: bool
+) -> None:
+    """Make norms live again without which a token of the held-out text, or one of the random ones
+    on which models are compared, runs away."""
+    for tokens in (random_tokens(model), heldout):
+        held = () if tokens is None else hold_runaways(model, tokens, progress=progress)
+        if held:
+            what = "random" if tokens is not heldout else "held-out"
+            say(
+                f"    live again: {', '.join(map(str, held))}, since a token of {what} text runs "
+                "away without them. More steps, or --keep with these, may do better"
+            )
 
 
 def _finished(model: HookedTransformer) -> tuple[str, HookedTransformer]:

@@ -1,0 +1,125 @@
+"""Tokens that run away, and the norms that hold them."""
+
+import pytest
+import torch
+from support.models import make_gpt2
+
+import lnfree_interp as lf
+from lnfree_interp.errors import TrainingError
+from lnfree_interp.models.agreement import random_tokens
+from lnfree_interp.removal import run_job as run_job_module
+from lnfree_interp.removal.job import RemovalJob
+from lnfree_interp.removal.run_job import run_job
+from lnfree_interp.removal.runaways import FAR, running_away
+from lnfree_interp.removal.statistics import measure_sigma
+
+TEXT = torch.randint(100, (6, 24), generator=torch.Generator().manual_seed(3))
+WILD = 250  # a token that no other sequence has
+
+
+def frozen_gpt2(wild_layer=None):
+    """All norms frozen. A token may be eight times as large as the others, and the MLP of a layer
+    answer to it, unless its norm is live."""
+    model = lf.load(make_gpt2(n_layer=3), check=False)
+    if wild_layer is not None:
+        with torch.no_grad():
+            model.W_E[WILD] *= 8
+            model.blocks[0].mlp.W_out[:] = 0  # so that its norm cannot help
+            mlp, norm = model.blocks[wild_layer].mlp, model.blocks[wild_layer].ln2
+            _, cache = model.run_with_cache(with_the_wild_token())
+            y, size = norm(cache["resid_mid", wild_layer]), cache["resid_mid", 0][0].norm()
+            direction = y[2, 5] / y[2, 5].norm()
+            mlp.W_in[:, 0], mlp.b_in[0] = direction, -y[2, 5].norm()  # what is larger than live
+            mlp.W_out[0] = 4 * direction * size
+    sited = lf.with_norm_sites(model)
+    sigma = measure_sigma(sited, lf.list_norm_sites(sited), TEXT)
+    for site, value in sigma.items():
+        lf.freeze_site(sited, site, value)
+    return sited
+
+
+def with_the_wild_token():
+    text = TEXT.clone()
+    text[2, 5] = WILD
+    return text
+
+
+def test_sequences_with_a_token_that_is_far_too_large():
+    model = frozen_gpt2()
+    assert not running_away(model, TEXT).any()
+    text = TEXT.clone()
+    with torch.no_grad():
+        model.embed.W_E[WILD] *= 1e4
+    text[4, 7] = WILD
+    assert running_away(model, text).tolist() == [False] * 4 + [True, False]
+    with torch.no_grad():
+        model.embed.W_E[WILD] = torch.nan
+    assert running_away(model, text).tolist() == [False] * 4 + [True, False]
+
+
+def test_what_a_token_is_measured_against():
+    """A token may be up to FAR times as large as a constant; live norms do not count."""
+    model = frozen_gpt2()
+    norm = lf.get_norm(model, "ln_final")
+    found = {}
+    look = [("ln_final.hook_in", lambda x, hook: found.update(most=norm.token_sigma(x).max()))]
+    model.run_with_hooks(TEXT, fwd_hooks=look, return_type=None)
+    norm.freeze(found["most"].item() / FAR * 1.001)
+    assert not running_away(model, TEXT).any()
+    norm.freeze(found["most"].item() / FAR * 0.999)
+    assert running_away(model, TEXT).sum() == 1
+    norm.thaw()
+    assert not running_away(model, TEXT).any()
+
+
+def test_the_norm_before_the_mlp_that_answers_is_live_again():
+    model = frozen_gpt2(1)
+    text = with_the_wild_token()
+    before = {str(s): lf.get_norm(model, s).constant for s in lf.list_norm_sites(model)}
+    assert running_away(model, text).any()
+    held = lf.hold_runaways(model, text, progress=False)
+    assert list(map(str, held)) == ["blocks.1.ln2"]
+    assert not running_away(model, text).any()
+    assert list(map(str, lf.live_sites(model))) == ["blocks.1.ln2"]
+    for site in lf.list_norm_sites(model):
+        if site not in held:
+            assert lf.get_norm(model, site).constant == before[str(site)]
+    assert lf.hold_runaways(model, text, progress=False) == ()
+
+
+def test_weights_that_are_broken_are_no_runaway():
+    model = frozen_gpt2()
+    with torch.no_grad():
+        model.embed.W_E[WILD] = torch.nan
+    text = with_the_wild_token()
+    constants = [lf.get_norm(model, site).constant for site in lf.list_norm_sites(model)]
+    with pytest.raises(TrainingError, match="1 of 6 sequences a token runs away with every norm"):
+        lf.hold_runaways(model, text, progress=False)
+    assert not lf.live_sites(model)
+    assert constants == [lf.get_norm(model, site).constant for site in lf.list_norm_sites(model)]
+
+
+def test_a_removal_ends_with_a_model_that_works(gpt2_folder, tmp_path, monkeypatch):
+    """Its command used to end without a model where a rare token overflowed."""
+    right = run_job_module.remove_norms
+
+    def remove(*args, **more):
+        run = right(*args, **more)
+        with torch.no_grad():
+            run.model.embed.W_E[random_tokens(run.model)[0, 3]] *= 1e4
+        return run
+
+    monkeypatch.setattr(run_job_module, "remove_norms", remove)
+    text, said = tmp_path / "text.txt", []
+    text.write_text("def f(x):\n    return x + 1\n" * 300)
+    job = RemovalJob(
+        model=str(gpt2_folder), data=str(text), sequence_length=16, heldout=4, steps=30,
+        recipe="at-once", batch=2, micro_batch=2, lr=1e-6,
+    )  # fmt: skip
+    run = run_job(job, tmp_path / "run", progress=False, say=said.append)
+    live = lf.live_sites(run.model)
+    line = next(line for line in said if "live again" in line)
+    assert live
+    assert all(str(site) in line for site in live)
+    again = lf.load(tmp_path / "run" / "model")
+    assert torch.isfinite(again(random_tokens(again))).all()
