@@ -45,13 +45,20 @@ def logits_of(
 def random_tokens(
     model: LanguageModel, batch: int = 2, pos: int = 128, seed: int = 0
 ) -> Int[Tensor, "batch pos"]:
-    """Uniformly random tokens that fit the model's vocabulary and context."""
+    """Uniformly random tokens that fit the model's vocabulary and context; behind the
+    beginning-of-text token if the model's own `to_tokens` puts it there: some models know no other
+    beginning."""
     if isinstance(model, HookedTransformer):
         d_vocab, n_ctx = model.cfg.d_vocab, model.cfg.n_ctx
     else:
         d_vocab, n_ctx = model.config.vocab_size, model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(d_vocab, (batch, min(pos, n_ctx)), generator=generator)
+    tokens = torch.randint(d_vocab, (batch, min(pos, n_ctx)), generator=generator)
+    if isinstance(model, HookedTransformer) and model.cfg.default_prepend_bos:
+        bos = getattr(model.tokenizer, "bos_token_id", None)
+        if bos is not None and bos < d_vocab:
+            tokens[:, 0] = bos
+    return tokens
 
 
 def compare_logits(

@@ -12,8 +12,9 @@ from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import get_norm, list_norm_sites
 
-FAR = 30.0
-"""A token has run away where its scale is so many times what it is divided by, as for `Guard`."""
+FAR = 1000.0
+"""A token has run away where its scale is so many times what it is divided by: it is about to
+overflow. Smaller ones may do no harm."""
 
 _AT_ONCE = 4
 _LOOKED_AT = 8
@@ -67,7 +68,7 @@ def hold_runaways(
         away.
 
     Raises:
-        TrainingError: if a token runs away however many norms are live. The model is as it was.
+        TrainingError: if there is no norm that helps. The model is as it was.
 
     Source:
         Ours.
@@ -83,13 +84,6 @@ def hold_runaways(
     while (bad := running_away(model, tokens)).any():
         frozen = [site for site in list_norm_sites(model) if get_norm(model, site).frozen]
         frozen = [site for site in frozen if site.kind == "ln2"] or frozen
-        if not frozen:
-            for norm, constant, first in chosen.values():
-                norm.freeze(constant, first=first)
-            raise TrainingError(
-                f"in {int(bad.sum())} of {len(bad)} sequences a token runs away with every norm "
-                "live: the weights are not those of a working model"
-            )
         worst, left = tokens[bad][:_LOOKED_AT], {}
         for site in tqdm(frozen, desc="norms to keep", unit="site", disable=not progress):
             norm = get_norm(model, site)
@@ -97,6 +91,13 @@ def hold_runaways(
             norm.thaw()
             left[site] = int(running_away(model, worst).sum())
             norm.freeze(constant, first=first)
+        if min(left.values(), default=len(worst)) == len(worst):
+            for norm, constant, first in chosen.values():
+                norm.freeze(constant, first=first)
+            raise TrainingError(
+                f"in {int(bad.sum())} of {len(bad)} sequences a token runs away, and there is no "
+                "norm that holds it when it is live again: train for more steps"
+            )
         best = min(left, key=lambda site: left[site])
         norm = get_norm(model, best)
         chosen[best] = norm, norm.constant, norm.first
