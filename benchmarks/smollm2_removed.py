@@ -3,7 +3,7 @@
     make smollm2
     python benchmarks/english_text.py text.jsonl
     head -n 5000 text.jsonl > train.jsonl; tail -n +5001 text.jsonl > heldout.jsonl
-    OPTIONS="--steps 720 --batch 1 --micro-batch 1 --sequence-length 256 --heldout 16"
+    OPTIONS="--steps 1350 --batch 1 --micro-batch 1 --sequence-length 256 --heldout 16"
     lnfree remove MODEL.gguf --data train.jsonl $OPTIONS --rollback --out run
     lnfree remove MODEL.gguf --data train.jsonl $OPTIONS --vanilla --prepend-bos --out control
     python benchmarks/smollm2_removed.py heldout.jsonl --lnfree run/model [--control control/model]
