@@ -75,8 +75,7 @@ def hold_runaways(
 
     Examples:
         >>> sited = lf.with_norm_sites(model)
-        >>> for site, sigma in lf.measure_sigma(sited, lf.list_norm_sites(sited), tokens).items():
-        ...     lf.freeze_site(sited, site, sigma)
+        >>> lf.freeze_site(sited, "ln_final", sigma=2.0)
         >>> lf.hold_runaways(sited, tokens, progress=False)
         ()
     """
