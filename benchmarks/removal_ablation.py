@@ -94,6 +94,8 @@ SLOW: dict[str, Change] = {
     "no term on scales": lambda recipe: losses(recipe, scales=0.0),
     "weights of the last step": lambda recipe: replace(recipe, weight_average=0.0),
     "no repeated tokens": lambda recipe: replace(recipe, repeats=0.0),
+    "no random tokens": lambda recipe: replace(recipe, random_tokens=0.0),
+    "embeddings as they are": lambda recipe: replace(recipe, equal_embeddings=False),
     "first tokens keep a constant": lambda recipe: special(recipe, keep_first=True),
     "no gradient thrown away": lambda recipe: replace(
         recipe, guard=replace(recipe.guard, spike=None)

@@ -1,7 +1,6 @@
 """Runs a removal job: from the names of a model and a text to a folder with the finished model."""
 
 import fnmatch
-import json
 import math
 import os
 import time
@@ -25,13 +24,14 @@ from lnfree_interp.data.sequences import TokenSequences
 from lnfree_interp.data.sources import described, open_sequences, open_text, text_column
 from lnfree_interp.data.streams import PackedStream
 from lnfree_interp.errors import CheckpointError, DataError, RecipeError, TooFewStepsError
-from lnfree_interp.files import anywhere, require_new_file, require_writable, write_new_file
+from lnfree_interp.files import anywhere, require_new_file, require_writable
 from lnfree_interp.models.agreement import compare_logits, random_tokens
 from lnfree_interp.models.forms import fold, frozen_form
 from lnfree_interp.models.site_names import NormSite, name_sites
 from lnfree_interp.models.sites import first_constants, live_sites
 from lnfree_interp.models.sites import sites_of as list_sites
 from lnfree_interp.numerics import MeasuredError
+from lnfree_interp.removal.costs_file import read_costs, write_costs
 from lnfree_interp.removal.job import MEASURED, RemovalJob
 from lnfree_interp.removal.named_models import with_revision
 from lnfree_interp.removal.plan import plan
@@ -45,7 +45,6 @@ from lnfree_interp.removal.runaways import hold_runaways
 from lnfree_interp.removal.schedule import Sites, moved, sites_of
 from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
 from lnfree_interp.removal.settings import Special, Statistics
-from lnfree_interp.removal.training_state import fingerprint
 from lnfree_interp.removal.trial import try_steps
 
 _MEASURED_SEQUENCES = 4
@@ -201,21 +200,21 @@ def run_job(
 
     first_matters = False
     if job.recipe == MEASURED and not resume:
-        known = _known_costs(job, model)
-        say("measuring what each norm costs" if known is None else f"reading {job.costs}")
         shorter = min(length, _MEASURED_LENGTH)
 
-        def measure() -> SiteSensitivity:
+        def read_or_measure() -> SiteSensitivity:
+            if job.costs is not None and os.path.exists(job.costs):
+                say(f"reading {job.costs}")
+                return read_costs(job.costs, model).select(sites)
+            say("measuring what each norm costs")
             text = MixedSequences(packed(shorter, bool(job.prepend_bos)), seed=recipe.seed)
             sample = text.take(_MEASURED_SEQUENCES)
             found = site_sensitivity(model, sample, sites, stop_above=0.1, progress=progress)
             if job.costs is not None:
-                plain = {"model": fingerprint(model), "costs": found.to_json()}
-                write_new_file(job.costs, json.dumps(plain, indent=1) + "\n")
+                write_costs(job.costs, model, found)
             return found
 
-        costs = Processes(model.W_E.device).on_main(measure) if known is None else known
-        costs = costs.select(sites)
+        costs = Processes(model.W_E.device).on_main(read_or_measure)
         say(f"    {costs}")
         # The control is measured too: it has the same text and learning rates.
         recipe, first_matters = recipe_of(job, costs), costs.first_matters
@@ -256,24 +255,6 @@ def run_job(
             say(f"    {what} against frozen norms: {error}")
         write_finished(run, finished, Path(out) / "model", source=shown, errors=errors)
     return run
-
-
-def _known_costs(job: RemovalJob, model: HookedTransformer) -> SiteSensitivity | None:
-    """What each norm of the model costs, by the file of an earlier measurement."""
-    if job.costs is None or not os.path.exists(job.costs):
-        return None
-    try:
-        plain = json.loads(Path(job.costs).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{job.costs} cannot be read: {error!s:.100}") from error
-    if not isinstance(plain, dict) or plain.keys() != {"model", "costs"}:
-        raise DataError(f"{job.costs} is not a file that `lnfree remove --costs` wrote")
-    if plain["model"] != fingerprint(model):
-        raise DataError(
-            f"{job.costs} says what the norms of another model cost: give another name, to measure "
-            "those of this model"
-        )
-    return SiteSensitivity.from_json(plain["costs"])
 
 
 def _hold_runaways(

@@ -8,9 +8,9 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lnfree_interp.errors import TrainingError
-from lnfree_interp.models.norms import Norm
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.models.sites import get_norm, list_norm_sites
+from lnfree_interp.removal.freezing import restored
 
 FAR = 1000.0
 """A token has run away where its scale is so many times what it is divided by: it is about to
@@ -79,26 +79,24 @@ def hold_runaways(
         >>> lf.hold_runaways(sited, tokens, progress=False)
         ()
     """
-    chosen: dict[NormSite, tuple[Norm, float, float | None]] = {}
-    while (bad := running_away(model, tokens)).any():
-        frozen = [site for site in list_norm_sites(model) if get_norm(model, site).frozen]
-        frozen = [site for site in frozen if site.kind == "ln2"] or frozen
-        worst, left = tokens[bad][:_LOOKED_AT], {}
-        for site in tqdm(frozen, desc="norms to keep", unit="site", disable=not progress):
-            norm = get_norm(model, site)
-            constant, first = norm.constant, norm.first
-            norm.thaw()
-            left[site] = int(running_away(model, worst).sum())
-            norm.freeze(constant, first=first)
-        if min(left.values(), default=len(worst)) == len(worst):
-            for norm, constant, first in chosen.values():
-                norm.freeze(constant, first=first)
-            raise TrainingError(
-                f"in {int(bad.sum())} of {len(bad)} sequences a token runs away, and there is no "
-                "norm that holds it when it is live again: train for more steps"
-            )
-        best = min(left, key=lambda site: left[site])
-        norm = get_norm(model, best)
-        chosen[best] = norm, norm.constant, norm.first
-        norm.thaw()
+    norms = {site: get_norm(model, site) for site in list_norm_sites(model)}
+    chosen: list[NormSite] = []
+    with restored(norms.values()):
+        while (bad := running_away(model, tokens)).any():
+            frozen = [site for site, norm in norms.items() if norm.frozen]
+            frozen = [site for site in frozen if site.kind == "ln2"] or frozen
+            worst, left = tokens[bad][:_LOOKED_AT], {}
+            for site in tqdm(frozen, desc="norms to keep", unit="site", disable=not progress):
+                with restored([norms[site]]):
+                    norms[site].thaw()
+                    left[site] = int(running_away(model, worst).sum())
+            if min(left.values(), default=len(worst)) == len(worst):
+                raise TrainingError(
+                    f"in {int(bad.sum())} of {len(bad)} sequences a token runs away, and there is "
+                    "no norm that holds it when it is live again: train for more steps"
+                )
+            chosen.append(min(left, key=lambda site: left[site]))
+            norms[chosen[-1]].thaw()
+    for site in chosen:
+        norms[site].thaw()
     return tuple(chosen)

@@ -111,9 +111,8 @@ class SiteSensitivity:
         """
         wanted = set(sites)
         if missing := sorted(map(str, wanted - self.alone.keys())):
-            raise NormSiteError(
-                f"what {missing[0]} costs was not measured, nor that of {len(missing) - 1} more"
-            )
+            more = f", nor that of {len(missing) - 1} more" if missing[1:] else ""
+            raise NormSiteError(f"what {missing[0]} costs was not measured{more}")
         if wanted == self.alone.keys():
             return self
         alone, first_apart, outliers_apart = (
