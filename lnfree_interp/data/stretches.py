@@ -39,7 +39,9 @@ def with_random_tokens(
 ) -> Int[Tensor, "sequence pos"]:
     """Some sequences with a stretch of tokens from the whole vocabulary, each as likely.
 
-    Most of a vocabulary is rare in text. Stretches are as in `with_repeats`.
+    Most of a vocabulary is rare in text. In every second stretch the tokens come again after a
+    period, at most half of it: copying what followed last time is all that predicts them, which a
+    model forgets that never needs it. Stretches are as in `with_repeats`.
 
     Args:
         tokens: Text; it is not changed.
@@ -49,7 +51,10 @@ def with_random_tokens(
     """
     choose, changed = random.Random(seed), tokens.clone()
     for stretch in _stretches(changed, share, choose):
-        stretch.copy_(torch.tensor([choose.randrange(d_vocab) for _ in stretch]))
+        width = len(stretch)
+        period = choose.choice((width, choose.randint(SHORTEST // 2, width // 2)))
+        picks = torch.tensor([choose.randrange(d_vocab) for _ in range(period)])
+        stretch.copy_(picks.repeat(-(-width // period))[:width])
     return changed
 
 

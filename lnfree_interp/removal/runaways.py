@@ -1,5 +1,7 @@
 """Tokens that run away in a model whose norms are frozen, and the norms that would hold them."""
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,33 +22,41 @@ _AT_ONCE = 4
 _LOOKED_AT = 8
 
 
-def running_away(
+def runs_away_at(
     model: HookedTransformer, tokens: Int[Tensor, "sequence pos"]
-) -> Bool[Tensor, " sequence"]:
-    """Which sequences have a token that is far too large at a frozen site, or not finite.
+) -> Int[Tensor, " sequence"]:
+    """The first site at which a sequence has a token that is far too large, or not finite.
 
     Args:
         model: With norm sites.
         tokens: [sequence, pos].
+
+    Returns:
+        Numbers in `list_norm_sites(model)`; how many sites there are where no token runs away. A
+        live norm bears any token, but for one that is not finite behind the last block.
     """
-    norms = {str(site): get_norm(model, site) for site in list_norm_sites(model)}
-    frozen = {name: norm for name, norm in norms.items() if norm.frozen}
-    found: list[Tensor] = []
+    norms = [get_norm(model, site) for site in list_norm_sites(model)]
+    frozen = {f"{s}.hook_in": n for n, s in enumerate(list_norm_sites(model)) if norms[n].frozen}
+    found: dict[int, Bool[Tensor, " sequence"]] = {}
 
     def look(x: Float[Tensor, "batch pos *head d"], hook: HookPoint) -> None:
-        norm = frozen[str(hook.name).removesuffix(".hook_in")]
-        own = norm.first is not None
-        ratio = norm.token_sigma(x)[:, own:].flatten(1) / norm.constant
-        found.append(~(ratio <= FAR).all(1))
+        site = frozen[str(hook.name)]
+        own = norms[site].first is not None
+        ratio = norms[site].token_sigma(x)[:, own:].flatten(1) / norms[site].constant
+        found[site] = ~(ratio <= FAR).all(1)
 
     rows = []
-    with torch.no_grad(), model.hooks(fwd_hooks=[(f"{name}.hook_in", look) for name in frozen]):
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, look) for name in frozen]):
         for batch in tokens.to(model.W_E.device).split(_AT_ONCE):
             found.clear()
             final = model(batch, stop_at_layer=model.cfg.n_layers)
             model.ln_final(final)  # which is a site too
-            found.append(~final.isfinite().flatten(1).all(1))
-            rows.append(torch.stack(found).any(0))
+            last = len(norms) - 1
+            found[last] = ~final.isfinite().flatten(1).all(1) | found.get(last, False)
+            first = torch.full((len(batch),), len(norms), device=final.device)
+            for site, bad in found.items():
+                first[bad] = first[bad].clamp(max=site)
+            rows.append(first)
     return torch.cat(rows).cpu()
 
 
@@ -55,8 +65,10 @@ def hold_runaways(
 ) -> tuple[NormSite, ...]:
     """Make norms live again, one after the other, until no token of a text runs away.
 
-    Each time it is the norm with which the fewest sequences have such a token; of those before the
-    MLPs, if there are any: an MLP is what answers to a large token with a larger one.
+    Each time it is the norm with which the fewest sequences have such a token, and of equal ones
+    that with which they have it latest in the model. Norms before the MLPs come first: an MLP is
+    what answers to a large token with a larger one. A norm that turns out to be needless, once the
+    others are live, stays frozen.
 
     Args:
         model: With norm sites; it is changed.
@@ -68,7 +80,7 @@ def hold_runaways(
         away.
 
     Raises:
-        TrainingError: if there is no norm that helps. The model is as it was.
+        TrainingError: if a token is not finite with all norms live. The model is as it was.
 
     Source:
         Ours.
@@ -79,24 +91,38 @@ def hold_runaways(
         >>> lf.hold_runaways(sited, tokens, progress=False)
         ()
     """
-    norms = {site: get_norm(model, site) for site in list_norm_sites(model)}
+    sites = list_norm_sites(model)
+    frozen = [site for site in sites if get_norm(model, site).frozen]
+
+    def at(rows: Int[Tensor, "sequence pos"], live: Iterable[NormSite]) -> Int[Tensor, " sequence"]:
+        norms = [get_norm(model, site) for site in live]
+        with restored(norms):
+            for norm in norms:
+                norm.thaw()
+            return runs_away_at(model, rows)
+
+    bad = (found := at(tokens, ())) < len(sites)
+    if bad.any() and (broken := int((at(tokens, frozen) < len(sites)).sum())):
+        raise TrainingError(
+            f"{broken} of {len(bad)} sequences are not finite, with all norms live too: the model "
+            "is broken, and no norm holds it. Go on from an earlier checkpoint"
+        )
     chosen: list[NormSite] = []
-    with restored(norms.values()):
-        while (bad := running_away(model, tokens)).any():
-            frozen = [site for site, norm in norms.items() if norm.frozen]
-            frozen = [site for site in frozen if site.kind == "ln2"] or frozen
-            worst, left = tokens[bad][:_LOOKED_AT], {}
-            for site in tqdm(frozen, desc="norms to keep", unit="site", disable=not progress):
-                with restored([norms[site]]):
-                    norms[site].thaw()
-                    left[site] = int(running_away(model, worst).sum())
-            if min(left.values(), default=len(worst)) == len(worst):
-                raise TrainingError(
-                    f"in {int(bad.sum())} of {len(bad)} sequences a token runs away, and there is "
-                    "no norm that holds it when it is live again: train for more steps"
-                )
-            chosen.append(min(left, key=lambda site: left[site]))
-            norms[chosen[-1]].thaw()
+    while bad.any():
+        worst = tokens[bad][:_LOOKED_AT]
+        earlier = [site for site in sites[: int(found[bad].max()) + 1] if site in frozen]
+        left = [site for site in earlier if site not in chosen]
+        left = [site for site in left if site.kind == "ln2"] or left
+        what, helps = f"norms to keep: {len(chosen)}, {int(bad.sum())} runaways", {}
+        for site in tqdm(left, desc=what, unit="site", disable=not progress):
+            where = at(worst, [*chosen, site])
+            helps[site] = (int((where == len(sites)).sum()), int(where.sum()))
+        chosen.append(max(left, key=lambda site: helps[site]))
+        bad = (found := at(tokens, chosen)) < len(sites)
+    for site in tuple(chosen[:-1]):
+        fewer = [other for other in chosen if other != site]
+        if (at(tokens, fewer) == len(sites)).all():
+            chosen = fewer
     for site in chosen:
-        norms[site].thaw()
+        get_norm(model, site).thaw()
     return tuple(chosen)

@@ -9,29 +9,36 @@ from lnfree_interp.errors import TrainingError
 from lnfree_interp.models.agreement import random_tokens
 from lnfree_interp.removal import run_job as run_job_module
 from lnfree_interp.removal import runaways
+from lnfree_interp.removal.freezing import restored
 from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.run_job import run_job
-from lnfree_interp.removal.runaways import FAR, running_away
+from lnfree_interp.removal.runaways import FAR, runs_away_at
 from lnfree_interp.removal.statistics import measure_sigma
 
 TEXT = torch.randint(100, (6, 24), generator=torch.Generator().manual_seed(3))
 WILD = 250  # a token that no other sequence has
 
 
-def frozen_gpt2(wild_layer=None):
+def frozen_gpt2(*wild_layers):
     """All norms frozen. A token may be eight times as large as the others, and the MLP of a layer
-    answer to it, unless its norm is live."""
+    answer to it, unless its norm is live.
+
+    Args:
+        wild_layers: The layers of such MLPs, in order.
+    """
     model = lf.load(make_gpt2(n_layer=3), check=False)
-    if wild_layer is not None:
+    if wild_layers:
         with torch.no_grad():
             model.W_E[WILD] *= 8
             model.blocks[0].mlp.W_out[:] = 0  # so that its norm cannot help
-            mlp, norm = model.blocks[wild_layer].mlp, model.blocks[wild_layer].ln2
+    for layer in wild_layers:
+        with torch.no_grad():
+            mlp, norm = model.blocks[layer].mlp, model.blocks[layer].ln2
             _, cache = model.run_with_cache(with_the_wild_token())
-            y, size = norm(cache["resid_mid", wild_layer]), cache["resid_mid", 0][0].norm()
+            y, size = norm(cache["resid_mid", layer]), cache["resid_mid", 0][0].norm()
             direction = y[2, 5] / y[2, 5].norm()
             mlp.W_in[:, 0], mlp.b_in[0] = direction, -y[2, 5].norm()  # what is larger than live
-            mlp.W_out[0] = 4 * direction * size
+            mlp.W_out[0] = 16 * direction * size
     sited = lf.with_norm_sites(model)
     sigma = measure_sigma(sited, lf.list_norm_sites(sited), TEXT)
     for site, value in sigma.items():
@@ -45,6 +52,10 @@ def with_the_wild_token():
     return text
 
 
+def running_away(model, tokens):
+    return runs_away_at(model, tokens) < len(lf.list_norm_sites(model))
+
+
 def test_sequences_with_a_token_that_is_far_too_large():
     model = frozen_gpt2()
     assert not running_away(model, TEXT).any()
@@ -52,7 +63,10 @@ def test_sequences_with_a_token_that_is_far_too_large():
     with torch.no_grad():
         model.embed.W_E[WILD] *= 1e6
     text[4, 7] = WILD
-    assert running_away(model, text).tolist() == [False] * 4 + [True, False]
+    sites = len(lf.list_norm_sites(model))
+    assert runs_away_at(model, text).tolist() == [sites] * 4 + [0, sites]
+    lf.get_norm(model, "blocks.0.ln1.qk").thaw()
+    assert runs_away_at(model, text).tolist() == [sites] * 4 + [1, sites]
     with torch.no_grad():
         model.embed.W_E[WILD] = torch.nan
     assert running_away(model, text).tolist() == [False] * 4 + [True, False]
@@ -89,13 +103,43 @@ def test_the_norm_before_the_mlp_that_answers_is_live_again(monkeypatch):
     assert lf.hold_runaways(model, text, progress=False) == ()
 
 
+def test_two_norms_where_one_alone_is_not_enough(monkeypatch):
+    """Two MLPs answer to a token: with the norm of either live it runs away still."""
+    monkeypatch.setattr(runaways, "FAR", 30.0)
+    model, text = frozen_gpt2(1, 2), with_the_wild_token()
+    for layer in (1, 2):
+        with restored([lf.get_norm(model, f"blocks.{layer}.ln2")]):
+            lf.get_norm(model, f"blocks.{layer}.ln2").thaw()
+            assert running_away(model, text).any()
+    held = lf.hold_runaways(model, text, progress=False)
+    assert list(map(str, held)) == ["blocks.1.ln2", "blocks.2.ln2"]
+    assert not running_away(model, text).any()
+
+
+def test_a_norm_that_turns_out_to_be_needless_stays_frozen(monkeypatch):
+    """The norm of block 0 holds most sequences; the last one needs two others, which hold all."""
+    model, text = frozen_gpt2(), TEXT[:3].clone()
+    text[:, 0] = torch.arange(3)
+    held_by = [[{0}, {1}], [{0}, {2}], [{1, 2}]]
+
+    def pretend(model, tokens):
+        live = {site.layer for site in lf.live_sites(model) if site.kind == "ln2"}
+        held = [any(some <= live for some in held_by[row[0]]) for row in tokens.tolist()]
+        return torch.where(torch.tensor(held), 10, 8)
+
+    monkeypatch.setattr(runaways, "runs_away_at", pretend)
+    held = lf.hold_runaways(model, text, progress=False)
+    assert list(map(str, held)) == ["blocks.1.ln2", "blocks.2.ln2"]
+    assert list(map(str, lf.live_sites(model))) == ["blocks.1.ln2", "blocks.2.ln2"]
+
+
 def test_weights_that_are_broken_are_no_runaway():
     model = frozen_gpt2()
     with torch.no_grad():
         model.embed.W_E[WILD] = torch.nan
     text = with_the_wild_token()
     constants = [lf.get_norm(model, site).constant for site in lf.list_norm_sites(model)]
-    with pytest.raises(TrainingError, match="1 of 6 sequences a token runs away, and there is no"):
+    with pytest.raises(TrainingError, match="1 of 6 sequences are not finite, with all norms live too"):
         lf.hold_runaways(model, text, progress=False)
     assert not lf.live_sites(model)
     assert constants == [lf.get_norm(model, site).constant for site in lf.list_norm_sites(model)]
