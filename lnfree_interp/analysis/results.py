@@ -1,10 +1,9 @@
 """What every result has in common, and the result of most questions: a labelled sum."""
 
-import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
@@ -12,13 +11,12 @@ from typing import Any, SupportsIndex, TypeVar
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lnfree_interp.analysis.certificates import Certificate, describe_held
 from lnfree_interp.analysis.components import KINDS, Component, find_components, nearest
 from lnfree_interp.analysis.positions import read_key_position, read_number, whole_number
+from lnfree_interp.analysis.saving import read_saved, saved
 from lnfree_interp.errors import DataError, HeldWarning
 from lnfree_interp.files import write_new_file
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
@@ -75,9 +73,7 @@ class Result:
         Raises:
             OutputError: if the path exists already, or the file cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        plain = _to_plain(self, tensors)
-        return write_new_file(path, save(tensors, {_HEADER: json.dumps(plain)}))
+        return write_new_file(path, saved(self))
 
     def _noted(self, frame: pd.DataFrame) -> pd.DataFrame:
         """A table of the result, with a column `held` if something was held."""
@@ -381,67 +377,6 @@ def read_top(k: Any, n: int) -> int:
     return min(number, n)
 
 
-_HEADER = "lnfree_result"
-_PIECES = ("Component", "Certificate", "MeasuredError")
-
-
-def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Anything that results are made of, as JSON; tensors go into a dictionary of their own."""
-    if isinstance(value, Tensor):
-        name = f"t{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, Component):
-        through = [_to_plain(one, tensors) for one in value.through]
-        return {"component": [value.kind, value.layer, value.index, value.pos, through]}
-    if is_dataclass(value) and not isinstance(value, type):
-        content = {f.name: _to_plain(getattr(value, f.name), tensors) for f in fields(value)}
-        return {"type": type(value).__name__, "fields": content}
-    if isinstance(value, Mapping):
-        return {"map": [[key, _to_plain(one, tensors)] for key, one in value.items()]}
-    if isinstance(value, tuple | list):
-        return [_to_plain(one, tensors) for one in value]
-    return value
-
-
-def _from_plain(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(plain, list):
-        return tuple(_from_plain(one, tensors) for one in plain)
-    if not isinstance(plain, dict):
-        return plain
-    if "tensor" in plain:
-        return tensors[plain["tensor"]]
-    if "dtype" in plain:
-        return getattr(torch, plain["dtype"])
-    if "component" in plain:
-        kind, layer, index, pos, through = plain["component"]
-        return Component(kind, layer, index, pos, _from_plain(through, tensors))
-    if "map" in plain:
-        return {key: _from_plain(one, tensors) for key, one in plain["map"]}
-    made = {name: _from_plain(one, tensors) for name, one in plain["fields"].items()}
-    return _class_of(plain["type"])(**made)
-
-
-def _read_result(plain: Any, tensors: Mapping[str, Tensor]) -> Result:
-    found = _from_plain(plain, tensors)
-    if not isinstance(found, Result):
-        raise TypeError(f"its header holds {type(found).__name__}")
-    return found
-
-
-def _class_of(name: str) -> type:
-    import lnfree_interp as lf
-
-    if name == "MeasuredError":
-        return MeasuredError
-    found = getattr(lf, name, None) if name in lf.__all__ else None
-    if not isinstance(found, type) or not (issubclass(found, Result) or name in _PIECES):
-        raise ValueError(f"{name!r} is no result of this package")
-    return found
-
-
 def load_result(path: str | os.PathLike[str]) -> Any:
     """A result that `.save(path)` wrote.
 
@@ -464,14 +399,4 @@ def load_result(path: str | os.PathLike[str]) -> Any:
         >>> lf.load_result(path).verify().prompts[0][-1]
         ' in'
     """
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            plain = json.loads((file.metadata() or {})[_HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _read_result(plain, tensors)
-    except (
-        OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError,
-    ) as error:  # fmt: skip
-        raise DataError(
-            f"{path} is no result that `.save` wrote, or the file is damaged: {error}"
-        ) from error
+    return read_saved(path, Result)

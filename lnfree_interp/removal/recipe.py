@@ -88,8 +88,8 @@ class Recipe:
     they are too rare to be unlearnt. (2503.08908)"""
     random_tokens: float = 0.0
     """The share of the training sequences that are given a stretch of tokens from the whole
-    vocabulary; in every second one they come again. Most of a vocabulary is rare in text, and a rare
-    token may be an outlier that nothing has trained."""
+    vocabulary; in every second one they come again. Most of a vocabulary is rare in text, and a
+    rare token may be an outlier that nothing has trained."""
     equal_embeddings: bool = False
     """Whether all rows of W_E are brought to one norm before the first step: the mean one of the
     text. The rows of rare tokens often have other norms, which a norm in block 0 hides. W_U stays
