@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.gaps import token_gap
@@ -18,7 +19,7 @@ from lnfree_interp.analysis.results import CertifiedResult, Contributions
 from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.sublayers import GivenBlock
 from lnfree_interp.analysis.targets import Reading, Target
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError
 
@@ -203,7 +204,7 @@ class AffineMap(CertifiedResult):
         )
 
 
-@question
+@analysis
 def affine_map(trace: Trace, answer: Answers | Target, foil: Answers | None = None) -> AffineMap:
     """What each input token adds to a logit, with attention patterns and neuron gates given.
 

@@ -7,6 +7,7 @@ still add up, but they no longer say what taking one away does; `gaps` measures 
 
 from typing import Any, Literal, SupportsIndex
 
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.gaps import target_gap
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.logit_targets import Logit, LogitDifference, NextTokens
@@ -16,11 +17,11 @@ from lnfree_interp.analysis.results import Contributions
 from lnfree_interp.analysis.score_targets import Score
 from lnfree_interp.analysis.scores import attribute_scores
 from lnfree_interp.analysis.targets import Neuron, Target
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 
 
-@question
+@analysis
 def attribute(
     trace: Trace, target: Target, by: str | Level = "head", *, biases: bool = False
 ) -> Any:
@@ -86,7 +87,7 @@ def attribute(
     return result.select(prompt=0) if trace.single else result
 
 
-@question
+@analysis
 def attribute_logits(
     trace: Trace,
     answer: Answers,
@@ -137,7 +138,7 @@ def attribute_logits(
     return attribute(trace, target, by, biases=biases)
 
 
-@question
+@analysis
 def attribute_next_tokens(
     trace: Trace, *, by: str | Level = "head", biases: bool = False
 ) -> Contributions:
@@ -172,7 +173,7 @@ def attribute_next_tokens(
     return attribute(trace, NextTokens(), by, biases=biases)
 
 
-@question
+@analysis
 def attribute_neuron(
     trace: Trace,
     layer: SupportsIndex,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.ablation import by_ablation
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import KINDS, Component, as_labels, find_components
 from lnfree_interp.analysis.levels import Level, level
@@ -25,7 +26,7 @@ from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.score_targets import ScoreParts, require_head
 from lnfree_interp.analysis.scores import project_side
 from lnfree_interp.analysis.stream import Place, Stream
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error, soft_cap
 
@@ -89,7 +90,7 @@ class CounterfactualPattern(CertifiedResult):
         )
 
 
-@question
+@analysis
 def counterfactual_pattern(
     trace: Trace,
     layer: SupportsIndex,

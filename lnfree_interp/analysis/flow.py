@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lnfree_interp.analysis.affine import Backward, as_target, carry_back, needed
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.flow_results import FlowGraph
@@ -24,7 +25,7 @@ from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.stream import Place
 from lnfree_interp.analysis.sublayers import GivenMLP
 from lnfree_interp.analysis.targets import Target
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 
@@ -53,7 +54,7 @@ class _Node:
     own_bias: Float[Tensor, " batch"]
 
 
-@question
+@analysis
 def flow_graph(
     trace: Trace,
     answer: Answers | Target,

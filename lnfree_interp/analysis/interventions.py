@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component, as_labels, nearest
 from lnfree_interp.analysis.levels import Level, level
@@ -23,7 +24,7 @@ from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.score_targets import require_head
 from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.targets import Target
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import measure_error, own_precision
@@ -394,7 +395,7 @@ def _merged(changes: Sequence[_Change]) -> dict[str, Edit]:
     return {hook: in_turn(edits) for hook, edits in by_hook.items()}
 
 
-@question
+@analysis
 def ablate(
     trace: Trace,
     components: str | Component | Sequence[str | Component],

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.levels import level
 from lnfree_interp.analysis.logit_targets import logits_of_targets, read_logits
@@ -21,7 +22,7 @@ from lnfree_interp.analysis.parts import project
 from lnfree_interp.analysis.positions import Positions, read_number
 from lnfree_interp.analysis.results import CertifiedResult, read_top
 from lnfree_interp.analysis.stream import Place
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 
@@ -107,7 +108,7 @@ class Lens(CertifiedResult):
         return f"Lens(values [{', '.join(map(str, self.values.shape))}], {self.certificate})"
 
 
-@question
+@analysis
 def logit_lens(trace: Trace) -> Lens:
     """The stream at every layer, read through the final norm and the unembedding.
 

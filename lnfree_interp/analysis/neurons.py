@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import expand
 from lnfree_interp.analysis.results import CertifiedResult, read_top
 from lnfree_interp.analysis.targets import require_mlp
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error
 
@@ -99,7 +100,7 @@ def _distance(pre: Tensor, slope: Tensor) -> Tensor:
     return torch.where(torch.isfinite(t) & (t > 0), t, torch.inf)
 
 
-@question
+@analysis
 def flip_distances(
     trace: Trace, layer: int, along: Any, pos: SupportsIndex = -1, *, by: str | Level = "head"
 ) -> Flips:

@@ -8,10 +8,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from lnfree_interp.analysis.asking import Analysis, analysis
 from lnfree_interp.analysis.attribute import attribute
 from lnfree_interp.analysis.targets import Target
-from lnfree_interp.analysis.trace import Question as Asked
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.analysis.view import LOGIT_CAP, SCORE_CAP, noting_reads
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.site_names import NormSite
@@ -23,7 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _noting(ask: Asked[P, R]) -> Asked[P, R]:
+def _noting(ask: Analysis[P, R]) -> Analysis[P, R]:
     """Note reads before there is a trace: norms inside sublayers are in the way of one."""
 
     @functools.wraps(ask)
@@ -35,7 +35,7 @@ def _noting(ask: Asked[P, R]) -> Asked[P, R]:
 
 
 @_noting
-@question
+@analysis
 def norms_read(trace: Trace, of: Question) -> tuple[NormSite, ...]:
     """The norms that a question reads through: those that must be affine for an exact answer.
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lnfree_interp.analysis.affine import Backward, as_target, carry_back, needed
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import Constant
@@ -28,7 +29,7 @@ from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.results import Contributions
 from lnfree_interp.analysis.stream import Place
 from lnfree_interp.analysis.targets import Target
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 
 Weights = Float[Tensor, "batch read pos"]
@@ -65,7 +66,7 @@ class _Closed:
         return _Row((self.head,), self.via, self.values.sum(1)[:, None, None], False)
 
 
-@question
+@analysis
 def expand_paths(
     trace: Trace,
     answer: Answers | Target,

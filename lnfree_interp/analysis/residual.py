@@ -2,15 +2,16 @@
 
 from typing import Any, SupportsIndex
 
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.attribute import attribute
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import expand
 from lnfree_interp.analysis.results import Contributions
 from lnfree_interp.analysis.targets import Probe
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 
 
-@question
+@analysis
 def decompose_residual(
     trace: Trace,
     at: str | None = None,

@@ -18,6 +18,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
 from lnfree_interp.analysis.components import Component, find_components
 from lnfree_interp.analysis.gaps import measured_gap
@@ -32,7 +33,7 @@ from lnfree_interp.analysis.positions import (
 from lnfree_interp.analysis.results import Contributions, Result, largest_rows
 from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
 from lnfree_interp.analysis.stream import Place, divided
-from lnfree_interp.analysis.trace import Trace, question
+from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
@@ -229,7 +230,7 @@ class ScoreAttribution(Result):
         return self._line(what)
 
 
-@question
+@analysis
 def attribute_scores(
     trace: Trace,
     layer: SupportsIndex,

@@ -9,18 +9,7 @@ is linear in the input that its gate multiplies.
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import (
-    Any,
-    Concatenate,
-    Literal,
-    NoReturn,
-    ParamSpec,
-    Protocol,
-    SupportsIndex,
-    TypeVar,
-    overload,
-    runtime_checkable,
-)
+from typing import Any, Literal, NoReturn, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -469,44 +458,3 @@ def _require_same_tokens(made: Trace) -> None:
             "the run is of other tokens, or something changed its embeddings: run the model on the "
             "tokens of the prompt, without hooks"
         )
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
-
-
-@runtime_checkable
-class Question(Protocol[P, R_co]):
-    """A call about a trace; or about a model and a prompt, from which it makes a trace."""
-
-    @overload
-    def __call__(self, trace: Trace, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
-    @overload
-    def __call__(
-        self, model: Model, prompt: Prompt, /, *args: P.args, **kwargs: P.kwargs
-    ) -> R_co: ...
-
-
-def question(ask: Callable[Concatenate[Trace, P], R]) -> Question[P, R]:
-    """Let a call about a trace also take a model and a prompt, and compute without gradients in the
-    model's own precision."""
-
-    exact = own_precision(ask)
-
-    @functools.wraps(ask)
-    def asked(first: Any, *args: Any, **kwargs: Any) -> R:
-        if not isinstance(first, Trace):
-            if not args:
-                raise DataError(
-                    f"{ask.__name__} takes a trace, or a model and a prompt: give the prompt, or "
-                    "lf.trace(model, prompt)"
-                )
-            prompt, *rest = args
-            first, args = trace(first, prompt, keep="asked"), tuple(rest)
-        try:
-            return exact(first, *args, **kwargs)
-        except NotAffineError:
-            return first.refuse(lambda: exact(first, *args, **kwargs))
-
-    return asked  # type: ignore[return-value]
