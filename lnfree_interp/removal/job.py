@@ -180,6 +180,8 @@ class SpecialTokenOptions:
     special_outlier_caps: Annotated[tuple[float, float] | None, arg(metavar="FIRST LAST")] = None
     """That cap at first and just before it is gone, as multiples of what a live norm makes of a
     token."""
+    special_outliers_stay: bool | None = None
+    """Whether that cap stays from there on, to the last step."""
     special_end_of_text_until: int | None = None
     """Step at which end-of-text tokens get the common sigma; 0: they always have it."""
     special_end_of_text_kinds: Kinds = None

@@ -149,11 +149,12 @@ def _special(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "position 0", "keeps a sigma of its own, in the finished model too"
     if special.outliers_until:
         first, last = special.outlier_caps
+        end = "stays from" if special.outliers_stay else "is gone at"
         yield (
             "outliers",
             f"no token comes out more than {first:g} times as large as from a live norm; this cap "
-            f"rises from step {special.outliers_from} and is gone at step "
-            f"{special.outliers_until}, at {last:g}",
+            f"rises from step {special.outliers_from} and {end} step {special.outliers_until}, at "
+            f"{last:g}",
         )
     if special.end_of_text_until:
         kinds = special.end_of_text_kinds

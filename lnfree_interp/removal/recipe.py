@@ -187,7 +187,8 @@ class Recipe:
 
     @property
     def removed_at(self) -> int:
-        """The first step at which every norm is frozen and no token is special, unless it waits."""
+        """The first step at which every norm is frozen and no token is special, but for a cap that
+        stays; unless it waits."""
         return max(last_step(self.events), self.special.until if self.events else 0)
 
     @property

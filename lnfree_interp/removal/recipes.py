@@ -167,7 +167,7 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     tokens, which are rare in text, are put into the text for that, and all rows of W_E begin with
     one norm. After a third of the steps sites begin to fade, the cheapest first, and an
     expensive one has more time; sigma follows the text until its site is frozen. A cap on how large
-    a token may come out rises once all sites are frozen, until it is gone; another term holds the
+    a token may come out rises once all sites are frozen, and stays; another term holds the
     residual stream to the original's; the finished model has the average of the last weights; the
     schedule waits while the model is far from the original; and one sequence that runs away does
     not end the run, three steps in a row do.
@@ -253,6 +253,7 @@ def _slowly(
             outliers_from=frozen,
             outliers_until=until,
             outlier_caps=(1.25, 1.6 if everywhere else 10.0),
+            outliers_stay=everywhere,
         ),
         guard=Guard(in_a_row=3, spike=5.0),
         wait=Wait(above=0.3, steps=wait),

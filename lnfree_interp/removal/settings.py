@@ -101,8 +101,8 @@ class Special:
     """Whether position 0 keeps a sigma of its own in the finished model, which then cannot be
     folded; the frozen form holds it."""
     outliers_until: int | None = None
-    """The step at which every token gets the common sigma, however large it is. Until then a frozen
-    site divides a token by at least its own scale over a cap, so that no token comes out larger
+    """The step at which every token gets the common sigma, however large it is; with
+    `outliers_stay`, at which its cap has risen. Until then a frozen site divides a token by at least its own scale over a cap, so that no token comes out larger
     than the cap times what the live norm makes of it; the largest tokens lose the live norm last.
     None or 0: there is no cap."""
     outliers_from: int = 0
@@ -110,6 +110,9 @@ class Special:
     rises geometrically: slowly where most tokens are, fast where few are left."""
     outlier_caps: tuple[float, float] = (1.25, 10.0)
     """The cap on outliers at first, and just before it is gone."""
+    outliers_stay: bool = False
+    """Whether the cap stays as it is from `outliers_until` on, to the last step of the training. The
+    finished model and the held-out loss from there on have none."""
     end_of_text_kinds: tuple[SiteKind, ...] | None = None
     """The kinds of sites at which end-of-text is special; None: all."""
 
@@ -138,15 +141,15 @@ class Special:
     def cap(self, step: int) -> float:
         """How many times larger than a live norm would make it a token may come out at a step."""
         until = self.outliers_until or 0
-        if step >= until:
+        if not until or (step >= until and not self.outliers_stay):
             return math.inf
-        risen = max(0, step - self.outliers_from) / (until - self.outliers_from)
+        risen = min(max(0, step - self.outliers_from) / (until - self.outliers_from), 1)
         first, last = map(math.log, self.outlier_caps)
         return math.exp(first * (last / first) ** risen)
 
     @property
     def until(self) -> int:
-        """The first step at which no token is special."""
+        """The first step at which no token is special, but for a cap that stays."""
         return max(self.first_until or 0, self.end_of_text_until or 0, self.outliers_until or 0)
 
 

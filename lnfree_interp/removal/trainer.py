@@ -343,7 +343,10 @@ class Trainer:
     @torch.no_grad()
     def _heldout_loss(self, heldout: Tensor) -> float:
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        with self.average.in_place(), self.model.hooks([*self.transition.hooks()]):
+        # What is still special when all norms are gone, a cap, the finished model does not have.
+        gone = self.scheduled > self.recipe.removed_at
+        hooks = [] if gone else self.transition.hooks()
+        with self.average.in_place(), self.model.hooks(hooks):
             for tokens in heldout.split(self.recipe.micro_batch):
                 loss = self.wrapped(tokens, CROSS_ENTROPY).terms["cross_entropy"]
                 sums[0] += loss.double() * len(tokens)

@@ -101,6 +101,8 @@ def test_where_mlps_keep_their_norms_first_tokens_may_stay_massive():
         assert not slowly(steps=100, maker=maker)[1].special.keep_first
     _, everywhere = slowly(steps=100)
     assert everywhere.special.outlier_caps == (1.25, 1.6)
+    assert [everywhere.special.cap(step) for step in (99, 1000)] == pytest.approx([1.6, 1.6])
+    assert recipe.special.cap(68) == math.inf
     assert everywhere.losses == {"stream": 1.0, "scales": 30.0}
     assert (everywhere.repeats, everywhere.random_tokens) == (0.15, 0.3)
     assert everywhere.equal_embeddings

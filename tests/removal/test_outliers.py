@@ -74,12 +74,40 @@ def test_the_logarithm_of_the_cap_rises_geometrically():
     assert len(ratios) == 1
     assert logs[-1] * ratios.pop() == pytest.approx(math.log(3.0))
     assert caps[30] == math.inf
+    stays = dataclasses.replace(special, outliers_stay=True)
+    assert [stays.cap(step) for step in range(30)] == caps[:30]
+    assert [stays.cap(step) for step in (30, 31, 500)] == pytest.approx([3.0] * 3)
+    assert lf.Special(outliers_stay=True).cap(9) == math.inf
     assert lf.Special().cap(0) == lf.Special(outliers_from=9, outliers_until=0).cap(0) == math.inf
     for caps in ((1.0, 2.0), (3.0, 2.0), (2.0, math.inf), (math.nan, 2.0)):
         with pytest.raises(RecipeError, match="above 1, and the second is not the smaller one"):
             lf.Special(outlier_caps=caps)
     with pytest.raises(RecipeError, match="let it end later"):
         lf.Special(outliers_from=30, outliers_until=30)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_cap_that_stays_is_there_in_training_and_not_in_what_is_evaluated(model, stays):
+    with torch.no_grad():
+        model.embed.W_E[LARGE] /= 100  # so that it is borne without a cap too
+    text = TEXT.clone()
+    text[:, 5] = LARGE
+    special = lf.Special(
+        outliers_from=4, outliers_until=8, outlier_caps=(1.05, 1.1), outliers_stay=stays
+    )
+    settings = {"batch": 16, "micro_batch": 16, "lr": 1e-9, "evaluate_every": 4}
+    settings["guard"] = lf.Guard(above_best=1e9, sigma_factor=1e9)
+    recipe = recipe_for(model, special, scale_anchor=0.0, **settings)
+    run = lf.remove_norms(model, recipe, text, heldout=text, progress=False)
+    training = [record.losses["cross_entropy"] for record in run.history]
+    heldout = {r.step: r.heldout for r in run.history if r.heldout is not None}
+    with torch.no_grad():
+        finished = run.model(text, return_type="loss").item()
+    for step in (11, 15, 19):
+        assert heldout[step] == pytest.approx(finished, rel=1e-5)
+        assert training[step] == pytest.approx(training[8], rel=1e-5)
+    assert (training[19] == pytest.approx(finished, rel=1e-4)) is not stays
+    assert heldout[3] != pytest.approx(finished, rel=1e-4)
 
 
 def test_outliers_do_not_count_in_the_constant_of_ordinary_tokens(model):
