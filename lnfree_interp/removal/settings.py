@@ -102,17 +102,18 @@ class Special:
     folded; the frozen form holds it."""
     outliers_until: int | None = None
     """The step at which every token gets the common sigma, however large it is; with
-    `outliers_stay`, at which its cap has risen. Until then a frozen site divides a token by at least its own scale over a cap, so that no token comes out larger
-    than the cap times what the live norm makes of it; the largest tokens lose the live norm last.
-    None or 0: there is no cap."""
+    `outliers_stay`, at which its cap has risen. Until then a frozen site divides a token by at
+    least its own scale over a cap, so that no token comes out larger than the cap times what the
+    live norm makes of it; the largest tokens lose the live norm last. None or 0: there is no
+    cap."""
     outliers_from: int = 0
     """The last step with the first of the two `outlier_caps`. From there the logarithm of the cap
     rises geometrically: slowly where most tokens are, fast where few are left."""
     outlier_caps: tuple[float, float] = (1.25, 10.0)
     """The cap on outliers at first, and just before it is gone."""
     outliers_stay: bool = False
-    """Whether the cap stays as it is from `outliers_until` on, to the last step of the training. The
-    finished model and the held-out loss from there on have none."""
+    """Whether the cap stays as it is from `outliers_until` on, to the last step of the training.
+    The finished model and the held-out loss from there on have none."""
     end_of_text_kinds: tuple[SiteKind, ...] | None = None
     """The kinds of sites at which end-of-text is special; None: all."""
 
