@@ -16,7 +16,7 @@ help:
 	@echo "make docs   install, then build this documentation, strictly (build/site)"
 	@echo "make notebooks  install, run the demo if it was not, then every notebook, keeping outputs"
 	@echo "make types  install, then pyright over the package and how users call it"
-	@echo "make bench  install, then what removal costs by recipe, docs/benchmarks.md (about an hour)"
+	@echo "make bench  install, then what removal costs by recipe, docs/results/removal.md (about an hour)"
 	@echo "make bridge install transformer-lens 4 beside it, and open exported models there"
 	@echo "make clean  remove .venv and what the demo wrote"
 

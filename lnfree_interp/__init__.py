@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.recipe import Recipe
     from lnfree_interp.removal.remove import remove_norms
     from lnfree_interp.removal.run import Run
-    from lnfree_interp.removal.runaways import hold_runaways
+    from lnfree_interp.removal.runaways import thaw_runaways
     from lnfree_interp.removal.schedule import Event, Ramp
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
     from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait
@@ -239,7 +239,7 @@ _HOME = {
     "FrozenFor": "lnfree_interp.removal.freeze_for",
     "freeze_for": "lnfree_interp.removal.freeze_for",
     "SiteSensitivity": "lnfree_interp.removal.sensitivity",
-    "hold_runaways": "lnfree_interp.removal.runaways",
+    "thaw_runaways": "lnfree_interp.removal.runaways",
     "site_sensitivity": "lnfree_interp.removal.sensitivity",
     "finetune": "lnfree_interp.removal.training",
     "train": "lnfree_interp.removal.training",

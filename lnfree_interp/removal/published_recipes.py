@@ -3,7 +3,7 @@
 They come from two repositories. What they share: AdamW, gradients clipped at 1, sequences of 1024
 tokens of OpenWebText packed with end-of-text, the order `ln2`, `ln1` for queries and keys, `ln1`
 for values, `ln_final`. Not repeated here: dropout, bfloat16 master weights, masked end-of-text
-targets, a special sigma on channel 0 (docs/removal.md).
+targets, a special sigma on channel 0 (docs/removal-reference.md).
 """
 
 from lnfree_interp.removal.recipe import Recipe

@@ -107,7 +107,7 @@ def distilled(model: Sites, *, steps: int = 250, seed: int = 0) -> Recipe:
     without gaps if there are few steps. In the other steps the model recovers, at a learning rate
     that falls to half. The loss is the KL divergence from the original instead of cross-entropy, so
     that the model keeps what a short fine-tuning on little text would unlearn
-    (docs/benchmarks.md). Batches are small, so that there are more steps for as many tokens.
+    (docs/results/removal.md). Batches are small, so that there are more steps for as many tokens.
 
     Args:
         model: A model or its sites, of any architecture.
@@ -157,7 +157,7 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     If activations are ordinary, it has the schedule of `distilled`, in batches of a quarter of its
     size, so that there are four times as many steps for as much text, at a lower learning rate that
     falls to a tenth. The original's distribution is a target with little noise, so that small
-    batches lose nothing by it (docs/benchmarks.md).
+    batches lose nothing by it (docs/results/removal.md).
 
     If the measurement finds massive activations, norms go slowly. What ends a removal of such a
     model is a token that a frozen norm makes too large: it grows from layer to layer, because a

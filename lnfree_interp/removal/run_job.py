@@ -41,7 +41,7 @@ from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.remove import remove_norms, require_records
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.run_folder import RunFolder
-from lnfree_interp.removal.runaways import hold_runaways
+from lnfree_interp.removal.runaways import thaw_runaways
 from lnfree_interp.removal.schedule import Sites, moved, sites_of
 from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
 from lnfree_interp.removal.settings import Special, Statistics
@@ -248,7 +248,7 @@ def run_job(
     if os.environ.get("RANK", "0") == "0":
         finished, errors = None, {}
         if run.recipe.events:
-            _hold_runaways(run.model, heldout, say, progress)
+            _thaw_runaways(run.model, heldout, say, progress)
         if not live_sites(run.model):
             what, finished = _finished(run.model)
             errors[f"{what} against frozen norms"] = error = compare_logits(finished, run.model)
@@ -257,13 +257,13 @@ def run_job(
     return run
 
 
-def _hold_runaways(
+def _thaw_runaways(
     model: HookedTransformer, heldout: Tensor | None, say: Say, progress: bool
 ) -> None:
     """Make norms live again without which a token of the held-out text, or one of the random ones
     on which models are compared, runs away."""
     for tokens in (random_tokens(model), heldout):
-        held = () if tokens is None else hold_runaways(model, tokens, progress=progress)
+        held = () if tokens is None else thaw_runaways(model, tokens, progress=progress)
         if held:
             what = "random" if tokens is not heldout else "held-out"
             say(

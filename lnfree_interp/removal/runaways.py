@@ -60,7 +60,7 @@ def runs_away_at(
     return torch.cat(rows).cpu()
 
 
-def hold_runaways(
+def thaw_runaways(
     model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], *, progress: bool = True
 ) -> tuple[NormSite, ...]:
     """Make norms live again, one after the other, until no token of a text runs away.
@@ -88,7 +88,7 @@ def hold_runaways(
     Examples:
         >>> sited = lf.with_norm_sites(model)
         >>> lf.freeze_site(sited, "ln_final", sigma=2.0)
-        >>> lf.hold_runaways(sited, tokens, progress=False)
+        >>> lf.thaw_runaways(sited, tokens, progress=False)
         ()
     """
     sites = list_norm_sites(model)

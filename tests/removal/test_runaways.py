@@ -93,14 +93,14 @@ def test_the_norm_before_the_mlp_that_answers_is_live_again(monkeypatch):
     text = with_the_wild_token()
     before = {str(s): lf.get_norm(model, s).constant for s in lf.list_norm_sites(model)}
     assert running_away(model, text).any()
-    held = lf.hold_runaways(model, text, progress=False)
+    held = lf.thaw_runaways(model, text, progress=False)
     assert list(map(str, held)) == ["blocks.1.ln2"]
     assert not running_away(model, text).any()
     assert list(map(str, lf.live_sites(model))) == ["blocks.1.ln2"]
     for site in lf.list_norm_sites(model):
         if site not in held:
             assert lf.get_norm(model, site).constant == before[str(site)]
-    assert lf.hold_runaways(model, text, progress=False) == ()
+    assert lf.thaw_runaways(model, text, progress=False) == ()
 
 
 def test_two_norms_where_one_alone_is_not_enough(monkeypatch):
@@ -111,7 +111,7 @@ def test_two_norms_where_one_alone_is_not_enough(monkeypatch):
         with restored([lf.get_norm(model, f"blocks.{layer}.ln2")]):
             lf.get_norm(model, f"blocks.{layer}.ln2").thaw()
             assert running_away(model, text).any()
-    held = lf.hold_runaways(model, text, progress=False)
+    held = lf.thaw_runaways(model, text, progress=False)
     assert list(map(str, held)) == ["blocks.1.ln2", "blocks.2.ln2"]
     assert not running_away(model, text).any()
 
@@ -128,7 +128,7 @@ def test_a_norm_that_turns_out_to_be_needless_stays_frozen(monkeypatch):
         return torch.where(torch.tensor(held), 10, 8)
 
     monkeypatch.setattr(runaways, "runs_away_at", pretend)
-    held = lf.hold_runaways(model, text, progress=False)
+    held = lf.thaw_runaways(model, text, progress=False)
     assert list(map(str, held)) == ["blocks.1.ln2", "blocks.2.ln2"]
     assert list(map(str, lf.live_sites(model))) == ["blocks.1.ln2", "blocks.2.ln2"]
 
@@ -140,7 +140,7 @@ def test_weights_that_are_broken_are_no_runaway():
     text = with_the_wild_token()
     constants = [lf.get_norm(model, site).constant for site in lf.list_norm_sites(model)]
     with pytest.raises(TrainingError, match="1 of 6 sequences are not finite, with all norms"):
-        lf.hold_runaways(model, text, progress=False)
+        lf.thaw_runaways(model, text, progress=False)
     assert not lf.live_sites(model)
     assert constants == [lf.get_norm(model, site).constant for site in lf.list_norm_sites(model)]
 
@@ -155,7 +155,7 @@ def test_a_removal_says_which_norms_are_live_again(gpt2_folder, tmp_path, monkey
         lf.get_norm(model, site).thaw()
         return (site,)
 
-    monkeypatch.setattr(run_job_module, "hold_runaways", hold)
+    monkeypatch.setattr(run_job_module, "thaw_runaways", hold)
     text, said = tmp_path / "text.txt", []
     text.write_text("def f(x):\n    return x + 1\n" * 300)
     job = RemovalJob(
