@@ -54,7 +54,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         continued = {
-            "remove": "lnfree remove --resume RUN continues it",
+            "remove": "lnfree remove --resume RUN continues a run that had begun",
+            "freeze": "with --steps, the same command with --resume continues what had begun",
             "sample": "the same command continues it",
         }
         left = continued.get("".join(sys.argv[1:2]), "nothing was written")

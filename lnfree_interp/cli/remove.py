@@ -8,6 +8,7 @@ from tyro.conf import arg
 
 from lnfree_interp.cli.memory import keep_freed_memory
 from lnfree_interp.cli.terminal import import_libraries, say
+from lnfree_interp.errors import RecipeError
 from lnfree_interp.removal.job import RemovalJob
 
 
@@ -35,6 +36,11 @@ def remove(
     """
     from lnfree_interp.files import require_writable
 
+    if resume is not None and plan:
+        raise RecipeError(
+            "--plan is about a run that has not begun: leave it out to continue the run of "
+            "--resume, whose recipe is in its run.json"
+        )
     if resume is None and not plan:
         require_writable(out)
     keep_freed_memory()

@@ -18,11 +18,12 @@ class MixedSequences:
     """A `TokenSequences` that reads a window of sequences and gives them in a random order.
 
     A packed text gives the sequences of a document one behind the other. In small batches a model
-    would be trained on one document for many steps, and then on the next.
+    would be trained on one document for many steps, and then on the next. A window ends with the
+    epoch, so that each epoch has the sequences that it has in order.
 
     Args:
         sequences: The source. Nothing else may use it.
-        window: How many sequences are mixed; they are held in memory.
+        window: How many sequences are mixed at most; they are held in memory.
         seed: The random seed of the order.
 
     Raises:
@@ -80,16 +81,22 @@ class MixedSequences:
 
     def _take(self, n: int) -> Tensor:
         if self._window is None:
-            order = epoch_order(self._size, self._seed, self._number)
-            self._window = self._sequences.take(self._size)[order]
-        taken = self._window[self._used : self._used + n]
+            self._window = self._read_window()
+        window = self._window
+        taken = window[self._used : self._used + n]
         self._used += len(taken)
-        if self._used == self._size:
+        if self._used == len(window):
             self._number, self._used = self._number + 1, 0
             self._go_to(self._sequences.state_dict())
         if len(taken) == n:
             return taken.clone()
         return torch.cat([taken, self._take(n - len(taken))])
+
+    def _read_window(self) -> Tensor:
+        rows = [self._sequences.take(1)]
+        while len(rows) < self._size and self._sequences.epoch == self._epoch:
+            rows.append(self._sequences.take(1))
+        return torch.cat(rows)[epoch_order(len(rows), self._seed, self._number)]
 
     def _go_to(self, start: dict[str, Any]) -> None:
         """Begin a window here, where the source stands."""

@@ -66,6 +66,7 @@ class Freezing:
         *,
         measured: int | None = None,
         known: Mapping[str, Constants] | None = None,
+        keep_first: bool = True,
     ):
         """Sites before a pass.
 
@@ -76,12 +77,14 @@ class Freezing:
             measured: How many sequences, from the first on, constants are measured on. Default:
                 all.
             known: Constants that need not be measured.
+            keep_first: Whether first tokens that are apart keep their constant; else they do not
+                count in that of the others, and are divided by it.
 
         Raises:
             NormSiteError: if the model has no such site.
         """
         self._apart: Apart = apart
-        self._measured, self._known = measured, known or {}
+        self._measured, self._known, self._keep_first = measured, known or {}, keep_first
         self._own: dict[str, tuple[Tensor, Tensor]] = {}
         self.edits: dict[str, Edit] = {}
         for name in map(str, sites):
@@ -94,7 +97,8 @@ class Freezing:
         if found is None:
             found = measure_constants(r[: self._measured], self._apart)
         # Behind a weight there is no form that could keep the first token apart.
-        norm.freeze(found.sigma, first=found.first if reads_stream(name) else None)
+        keeps = self._keep_first and reads_stream(name)
+        norm.freeze(found.sigma, first=found.first if keeps else None)
         if self._apart == "outliers":
             self._own[name] = find_outliers(r), r
 
@@ -130,12 +134,13 @@ def freeze_in_one_pass(
         model: With norm sites; changed in place.
         sites: The sites to freeze.
         tokens: The text to measure on, which runs as one batch.
-        first: Whether the first token of a prompt keeps a constant of its own.
+        first: Whether the first token of a prompt keeps a constant of its own, or has that of all
+            others.
 
     Raises:
         NormSiteError: if the model has no such site, or a measured constant is not finite.
     """
-    freezing = Freezing(model, sites, "first" if first else "none")
+    freezing = Freezing(model, sites, "first", keep_first=first)
     final_input(model, tokens.to(model.W_E.device), freezing.edits)
 
 

@@ -154,7 +154,8 @@ def site_scales(seen: ForwardPass) -> Float[Tensor, ""]:
         sigma = scale[:, 1:].detach().median() if norm.live else norm.constant
         q = (scale / sigma).log().pow(2)
         q = q * (1 + TAIL * q.clamp(max=1))
-        first = 0.0 if seen.first_apart else FIRST * q[:, 0].mean()
+        apart = seen.first_apart or norm.first is not None
+        first = 0.0 if apart else FIRST * q[:, 0].mean()
         found.append(q[:, 1:].mean() + first)
     return torch.stack(found).mean()
 

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -15,6 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lnfree_interp.errors import RecipeError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for the main one, which measures and evaluates alone."""
 
 
 class Processes:
@@ -43,7 +47,9 @@ class Processes:
         try:
             # The objective has its own autocast: each product has the dtype that it states.
             self.accelerator = Accelerator(
-                cpu=device.type == "cpu" and not torch.cuda.is_available(), mixed_precision="no"
+                cpu=device.type == "cpu" and not torch.cuda.is_available(),
+                mixed_precision="no",
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
         except ValueError as error:
             raise RecipeError(

@@ -17,7 +17,14 @@ from lnfree_interp.removal.schedule import (
     weight_at,
     widened,
 )
-from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait, check_choices
+from lnfree_interp.removal.settings import (
+    SPECIAL_STEPS,
+    Guard,
+    Special,
+    Statistics,
+    Wait,
+    check_choices,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +162,11 @@ class Recipe:
         for name, weight in self.losses.items():
             if not all(0 <= value < math.inf for value in extremes(weight)):
                 raise RecipeError(f"the weight of {name} cannot be negative: {weight}")
+        if "stream" in self.losses and not self.always_distils:
+            raise RecipeError(
+                "the term stream compares with the original, which runs only while the recipe "
+                "distils: give a distillation above 0 at every step, or leave the term out"
+            )
         self._check_events()
 
     def _check_events(self) -> None:
@@ -245,7 +257,7 @@ class Recipe:
 
         special = {
             name: until if until is None else later(until, done, factor)
-            for name in ("first_until", "end_of_text_until", "outliers_from", "outliers_until")
+            for name in SPECIAL_STEPS
             for until in [getattr(self.special, name)]
         }
         if self.removed_at < done or not self.events:

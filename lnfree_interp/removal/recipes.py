@@ -228,6 +228,8 @@ def _slowly(
     """Every site fades, then the cap rises; some steps are for waiting. Where an MLP that makes
     massive activations loses its norm, all tokens come to one scale before."""
     everywhere = any(s.kind == "ln2" and not cost <= COSTLY for s, cost in costs.items())
+    # What a norm in block 0 hides can be changed only while it is live.
+    hidden = {NormSite("ln1.qk", 0), NormSite("ln1.v", 0)} <= set(costs)
     wait = max(1, steps // (10 if everywhere else 5))
     shares = (0.33, 0.18, 0.62, 1.0) if everywhere else (1 / 30, 0.25, 0.4, 0.85)
     start, fade, frozen, until = (int(share * (steps - wait) + 0.5) for share in shares)
@@ -246,7 +248,7 @@ def _slowly(
         weight_average=0.99,
         repeats=0.15 if everywhere else 0.0,
         random_tokens=0.3 if everywhere else 0.0,
-        equal_embeddings=everywhere,
+        equal_embeddings=everywhere and hidden,
         statistics=Statistics(source="ema", momentum=0.98, tokens="ordinary", sequences=8),
         special=Special(
             keep_first=first_matters and not everywhere,

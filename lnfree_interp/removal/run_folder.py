@@ -24,7 +24,7 @@ from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
 from lnfree_interp.files import new_folder, require_writable
 from lnfree_interp.removal.run import StepRecord
 
-_VERSION = 2
+_VERSION = 3
 _NAME = re.compile(r"step-(\d+)")
 
 

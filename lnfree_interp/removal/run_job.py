@@ -4,7 +4,8 @@ import fnmatch
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from lnfree_interp.removal.remove import remove_norms, require_records
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.run_folder import RunFolder
 from lnfree_interp.removal.runaways import thaw_runaways
-from lnfree_interp.removal.schedule import Sites, moved, sites_of
+from lnfree_interp.removal.schedule import Sites, last_step, moved, sites_of
 from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
 from lnfree_interp.removal.settings import Special, Statistics
 from lnfree_interp.removal.trial import try_steps
@@ -102,12 +103,14 @@ def _recipe_in(job: RemovalJob, model: Sites | SiteSensitivity, steps: int | Non
     # The published ones are made for one size of GPT-2 and a number of steps.
     recipe = make() if job.recipe.startswith("gpt2") else make(model, **given)
     recipe = replace(recipe, events=tuple(e for e in recipe.events if _goes(e.site, job)))
+    events = moved(recipe.events, start=job.start, gap=job.gap, over=job.taper)
+    special = recipe.special.moved(last_step(events) - last_step(recipe.events))
     return replace(
         recipe,
         **_given(job, Recipe) | given,
-        events=moved(recipe.events, start=job.start, gap=job.gap, over=job.taper),
+        events=events,
         statistics=replace(recipe.statistics, **_given(job, Statistics, "sigma_")),
-        special=replace(recipe.special, **_given(job, Special, "special_")),
+        special=replace(special, **_given(job, Special, "special_")),
     )
 
 
@@ -198,7 +201,7 @@ def run_job(
             documents, model.tokenizer, length, column, seed=recipe.seed, prepend_bos=prepend_bos
         )
 
-    first_matters = False
+    processes, first_matters = Processes(model.W_E.device), False
     if job.recipe == MEASURED and not resume:
         shorter = min(length, _MEASURED_LENGTH)
 
@@ -209,12 +212,13 @@ def run_job(
             say("measuring what each norm costs")
             text = MixedSequences(packed(shorter, bool(job.prepend_bos)), seed=recipe.seed)
             sample = text.take(_MEASURED_SEQUENCES)
-            found = site_sensitivity(model, sample, sites, stop_above=0.1, progress=progress)
+            with _on(processes.device, model):
+                found = site_sensitivity(model, sample, sites, stop_above=0.1, progress=progress)
             if job.costs is not None:
                 write_costs(job.costs, model, found)
             return found
 
-        costs = Processes(model.W_E.device).on_main(read_or_measure)
+        costs = processes.on_main(read_or_measure)
         say(f"    {costs}")
         # The control is measured too: it has the same text and learning rates.
         recipe, first_matters = recipe_of(job, costs), costs.first_matters
@@ -224,7 +228,8 @@ def run_job(
     say(plan(recipe, length, text=described(job.text, documents)))
     if only_plan or out is None:
         say("timing a few steps on random tokens")
-        say(str(try_steps(model, recipe, length, heldout=job.heldout, teacher=teacher)))
+        with _on(processes.device, *filter(None, (model, teacher))):
+            say(str(try_steps(model, recipe, length, heldout=job.heldout, teacher=teacher)))
         return None
     source = packed(length, bool(job.prepend_bos))
     heldout = _heldout_text(job, recipe, model, length, source)
@@ -255,6 +260,19 @@ def run_job(
             say(f"    {what} against frozen norms: {error}")
         write_finished(run, finished, Path(out) / "model", source=shown, errors=errors)
     return run
+
+
+@contextmanager
+def _on(device: torch.device, *models: HookedTransformer) -> Iterator[None]:
+    """Models on a device; several processes have loaded them into main memory."""
+    before = [model.W_E.device for model in models]
+    for model in models:
+        model.to(device, print_details=False)
+    try:
+        yield
+    finally:
+        for model, home in zip(models, before, strict=True):
+            model.to(home, print_details=False)
 
 
 def _thaw_runaways(

@@ -1,7 +1,7 @@
 """Parts of a recipe: how sigma is measured, special tokens, and what counts as diverging."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lnfree_interp.errors import RecipeError
@@ -70,6 +70,10 @@ class Statistics:
             raise RecipeError(f"momentum must lie in 0..1 (1 excluded), not {self.momentum}")
 
 
+SPECIAL_STEPS = ("first_until", "end_of_text_until", "outliers_from", "outliers_until")
+"""The fields of `Special` that are steps of the schedule."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Special:
     """Tokens that a frozen site divides by a sigma of their own during the transition.
@@ -118,8 +122,7 @@ class Special:
     """The kinds of sites at which end-of-text is special; None: all."""
 
     def __post_init__(self) -> None:
-        steps = (self.first_until, self.end_of_text_until, self.outliers_from, self.outliers_until)
-        for step in steps:
+        for step in (getattr(self, name) for name in SPECIAL_STEPS):
             if step is not None and step < 0:
                 raise RecipeError(f"tokens cannot be special until step {step}: it is negative")
         if self.outliers_until and self.outliers_from >= self.outliers_until:
@@ -138,6 +141,18 @@ class Special:
                 f"position 0 cannot both keep its sigma and lose it at step {self.first_until}: "
                 "give keep_first or first_until"
             )
+
+    def moved(self, steps: int) -> "Special":
+        """The same some steps later, or earlier if they are negative."""
+        least = {name: 0 if name == "outliers_from" else 1 for name in SPECIAL_STEPS}
+        return replace(
+            self,
+            **{
+                name: max(least[name], step + steps)
+                for name, step in ((name, getattr(self, name)) for name in SPECIAL_STEPS)
+                if step
+            },
+        )
 
     def cap(self, step: int) -> float:
         """How many times larger than a live norm would make it a token may come out at a step."""

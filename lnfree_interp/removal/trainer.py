@@ -4,7 +4,6 @@ The loop is `Trainer.run`. What it calls is in files of its own: the state of th
 (`transition`), the loss (`losses`), divergence (`divergence`), the run's files (`run_folder`).
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +34,7 @@ from lnfree_interp.removal.run_folder import Checkpoint, RunFolder
 from lnfree_interp.removal.schedule import cosine_with_warmup, extremes, last_step
 from lnfree_interp.removal.statistics import Hooks, common, measure
 from lnfree_interp.removal.tracking import Progress
-from lnfree_interp.removal.transition import Transition
+from lnfree_interp.removal.transition import SigmaError, Transition
 from lnfree_interp.removal.weight_average import WeightAverage
 
 CROSS_ENTROPY = {"cross_entropy": 1.0}
@@ -78,7 +77,7 @@ class Trainer:
             checkpoint_every: Steps between two checkpoints.
             log_every: Steps between two measurements of the probes; 0: none.
             minutes: Pause after so many. Default: never.
-            copy_weights: False: train the original's own weights.
+            copy_weights: False: train the original's own weights, and run the teacher's own.
             teacher: The model to distil from. Default: the original.
 
         Raises:
@@ -99,7 +98,7 @@ class Trainer:
         }
         own = None
         if extremes(recipe.distillation)[1] > 0:
-            own = copy.deepcopy(self.model) if teacher is None else with_norm_sites(teacher)
+            own = with_norm_sites(teacher or self.model, teacher is None or copy_weights)
             own = own.requires_grad_(False).to(processes.device, print_details=False)
         if own is not None and teacher is not None:
             self.fingerprints["teacher"] = training_state.fingerprint(own)
@@ -171,23 +170,27 @@ class Trainer:
         """
         began = time.monotonic()
         if resume:
-            self._load(self._latest())
-            assert self.folder is not None
-            # The run continued after each checkpoint but the last one.
-            self.saved = {step: step < self.next_step for step in self.folder.checkpoints}
+            checkpoint = self._latest()
+            self._load(checkpoint)
+            self.saved = dict(checkpoint.state["saved"])
         else:
             self._fix_anchor()
             if self.folder is not None:
                 self._save()
         rollback = None
         while self.next_step < self.recipe.steps and not self._stopped_early():
-            record = self._step(self.next_step, rollback)
+            try:
+                record = self._step(self.next_step, rollback)
+            except SigmaError as error:
+                rollback = str(error)
+                self._roll_back(rollback)
+                continue
             rollback = None
             drift = record.probes.get("drift")
             watched = record.losses[self.divergence.term]
             wrong = self.divergence.verdict(watched, record.gradient, drift)
             if wrong is not None and self.divergence.diverged:
-                self._roll_back(record, wrong)
+                self._roll_back(wrong)
                 rollback = wrong
                 continue
             if wrong is not None:
@@ -290,7 +293,9 @@ class Trainer:
             group["lr"] = lr
         batch = self.processes.on_main(self._next_batch)
         batch = share(batch, self.processes.rank, self.processes.world)
-        probing = self.log_every > 0 and step % self.log_every == 0
+        # Drift is not wrong in one step alone: while something is, every step is looked at.
+        due = step % max(self.log_every, 1) == 0 or self.divergence.in_a_row > 0
+        probing = self.log_every > 0 and due
         hooks = [*self.fwd_hooks, *self.transition.hooks(metering=probing)]
         if probing:
             hooks += self.residual.hooks
@@ -335,8 +340,8 @@ class Trainer:
             return record
         heldout = self._heldout_loss(self.heldout)
         if record.step >= self.recipe.removed_at + self.waited:
-            better = heldout < self.heldout_best
-            self.heldout_best = min(heldout, self.heldout_best)
+            better = heldout < self.heldout_best  # nor if it is not a number
+            self.heldout_best = heldout if better else self.heldout_best
             self.heldout_since = 0 if better else self.heldout_since + 1
         return replace(record, heldout=heldout)
 
@@ -359,9 +364,9 @@ class Trainer:
         patience = self.recipe.patience
         return patience is not None and self.heldout_since >= patience
 
-    def _roll_back(self, record: StepRecord, wrong: str) -> None:
+    def _roll_back(self, wrong: str) -> None:
         """Go back to the last good checkpoint with wider gaps, or end the run."""
-        guard, where = self.recipe.guard, f"at step {record.step}: {wrong}"
+        guard, where = self.recipe.guard, f"at step {self.next_step}: {wrong}"
         began = find_runaway(
             self.model, self.transition.watched, self.last_batch.to(self.processes.device),
             [*self.fwd_hooks, *self.transition.hooks()], guard.sigma_factor, self._run_model,
@@ -434,6 +439,7 @@ class Trainer:
             "anchor_target": self.objective.anchor_target,
             "waited": self.waited,
             "averaged": self.average.steps,
+            "saved": [*self.saved.items(), (self.next_step, False)],
             "random": self.processes.gather(training_state.random_state()),
         }
         model = training_state.tensors(self.model)
@@ -462,11 +468,10 @@ class Trainer:
         self.data.load_state_dict(plain["data"])
         self.recipe, self.next_step = Recipe.from_json(plain["recipe"]), checkpoint.step
         self.waited = plain["waited"]
-        self.average.steps = plain.get("averaged", 0)  # not in those of an earlier version
+        self.average.steps = plain["averaged"]
         self.transition.follow(self.recipe)
         watch = self.divergence
-        # Checkpoints of an earlier version have two numbers.
-        watch.best, watch.rollbacks, watch.in_a_row = [*plain["divergence"], 0][:3]
+        watch.best, watch.rollbacks, watch.in_a_row = plain["divergence"]
         self.heldout_best, self.heldout_since = plain["heldout"]
         self.objective.anchor_target = plain["anchor_target"]
         training_state.set_random_state(plain["random"][self.processes.rank])

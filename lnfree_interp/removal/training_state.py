@@ -76,15 +76,17 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     model: HookedTransformer, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` returned.
+    """Restore what `optimizer_tensors` returned. A parameter that never had a gradient, such as
+    the map of a site that was frozen from the start, has nothing to restore.
 
     Raises:
-        CheckpointError: if the names are those of another model.
+        CheckpointError: if there is a name that the model does not have.
     """
     parameters = dict(model.named_parameters())
     names = {key.partition("|")[0] for key in saved}
-    if names:
-        _require_same(names, {name for name, p in parameters.items() if p.requires_grad})
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    if odd := sorted(names - trained):
+        raise _of_another_model(odd[0])
     optimizer.state.clear()
     for key, x in saved.items():
         name, _, kind = key.partition("|")
@@ -95,9 +97,11 @@ def load_optimizer_tensors(
 
 def _require_same(found: set[str], expected: set[str]) -> None:
     if odd := sorted(found ^ expected):
-        raise CheckpointError(
-            f"the checkpoint is of another model: {odd[0]} is in one of them only"
-        )
+        raise _of_another_model(odd[0])
+
+
+def _of_another_model(name: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint is of another model: {name} is in one of them only")
 
 
 def random_state() -> dict[str, Any]:

@@ -31,6 +31,10 @@ from lnfree_interp.removal.statistics import (
 )
 
 
+class SigmaError(TrainingError):
+    """A site cannot be frozen, since its constant is no positive number: the run has diverged."""
+
+
 class Transition:
     """Fires a recipe's events on a model with norm sites, and keeps sigma up to date.
 
@@ -143,7 +147,7 @@ class Transition:
             for name in [name for name in found if name in self.norms]:
                 new = found[name]
                 old = self.estimates.get(name, new)
-                self.estimates[name] = {group: self._blend(old[group], new[group]) for group in new}
+                self.estimates[name] = self._blend(old, new)
         return found
 
     def drift(self, found: Mapping[str, Mapping[Group, Moments]]) -> dict[str, float]:
@@ -154,18 +158,23 @@ class Transition:
             if self.watched[name].frozen
         }
 
-    def _blend(self, old: Moments, new: Moments) -> Moments:
-        if new.count == 0 or not math.isfinite(new.second):  # a step that ran away teaches nothing
-            return old
-        if old.count == 0 or self.statistics.source == "batch":
+    def _blend(self, old: dict[Group, Moments], new: dict[Group, Moments]) -> dict[Group, Moments]:
+        """The moving average: its groups have the shares that they have in the text."""
+        before, now = (sum(group.count for group in each.values()) for each in (old, new))
+        if not now or not all(math.isfinite(group.second) for group in new.values()):
+            return old  # a step that ran away teaches nothing
+        if not before or self.statistics.source == "batch":
             return new
-        # Rescaled to the old count, so that a batch with more tokens does not count more.
-        m, scale = self.statistics.momentum, old.count / new.count
-        return Moments(
-            old.count,
-            m * old.first + (1 - m) * new.first * scale,
-            m * old.second + (1 - m) * new.second * scale,
-        )
+        # Rescaled to as many tokens, so that a batch with more of them does not count more.
+        m, share = self.statistics.momentum, (1 - self.statistics.momentum) * before / now
+        return {
+            group: Moments(
+                m * old[group].count + share * found.count,
+                m * old[group].first + share * found.first,
+                m * old[group].second + share * found.second,
+            )
+            for group, found in new.items()
+        }
 
     @property
     def _moving(self) -> bool:
@@ -215,17 +224,21 @@ class Transition:
         }
         sigma = common(groups, self.statistics)
         if not 0 < sigma < float("inf"):
-            raise TrainingError(f"sigma of {name} is {sigma}: the run has diverged")
+            raise SigmaError(f"the sigma of {name} is {sigma:g}")
         return sigma
 
     def _first(self, event: Event, sigma: float) -> float | None:
         """The constant that first tokens keep, if they keep one."""
-        if not (self.special.keep_first and reads_stream(str(event.site))):
+        name, partner = str(event.site), _partner(str(event.site)) or ""
+        if not reads_stream(name):
             return None
-        name = str(event.site)
-        norm, other = self.norms[name], self.norms.get(_partner(name) or "")
-        follows = self._follows(event) and self.statistics.follow_frozen
+        norm, other = self.norms[name], self.watched.get(partner)
         # The halves of ln1 are one norm in the frozen form: the second takes the first one's ratio.
+        if other is not None and partner not in self.norms:  # which an earlier stage froze
+            return None if other.first is None else sigma * other.first / other.constant
+        if not self.special.keep_first:
+            return None
+        follows = self._follows(event) and self.statistics.follow_frozen
         if other is not None and other.first is not None and not (norm.frozen or follows):
             return sigma * other.first / other.constant
         if norm.first is not None and not follows:

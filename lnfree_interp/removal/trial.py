@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.precision import products_dtype
-from lnfree_interp.models.sites import with_norm_sites
+from lnfree_interp.models.sites import untie, with_norm_sites
 from lnfree_interp.removal.losses import Objective
 from lnfree_interp.removal.optimizer import adamw
 from lnfree_interp.removal.plan import aligned
@@ -86,6 +86,7 @@ class Trial:
             "gradients": self.gradients,
             "AdamW": 2 * self.gradients,
             "original": self.original if True in self.micro_batch else 0,
+            "average of the weights": self.gradients if recipe.weight_average else 0,
             f"activations of {recipe.micro_batch} sequences": kept,
         }
         memory = " + ".join(f"{what} {_size(size)}" for what, size in parts.items() if size)
@@ -152,6 +153,8 @@ class _Bench:
     ):  # fmt: skip
         self.recipe, self.length, self.clock = recipe, length, clock
         self.model = with_norm_sites(model, copy_weights=False)
+        if recipe.equal_embeddings:
+            untie(self.model)
         self.device = model.W_E.device
         distils = extremes(recipe.distillation)[1] > 0
         self.original = None

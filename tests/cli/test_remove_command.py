@@ -314,6 +314,13 @@ def test_a_control_has_the_text_and_the_rates_of_the_removal_that_was_measured(
         assert (len(set(tokens[:, 0].tolist())) == 1) is begun
 
 
+def test_a_plan_is_not_a_resumption(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        lnfree(monkeypatch, "remove", "--resume", tmp_path, "--plan")
+    assert stopped.value.code == 2
+    assert "--plan is about a run that has not begun" in capsys.readouterr().err
+
+
 def test_resuming_what_is_no_run(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         lnfree(monkeypatch, "remove", "--resume", tmp_path)

@@ -216,6 +216,21 @@ def test_mixing_gives_each_window_in_another_order():
         MixedSequences(InOrder(in_order, seed=0), window=0)
 
 
+def test_a_window_ends_with_the_epoch(tokenizer):
+    """Every sequence once before any comes again; what is left out of an epoch stays out."""
+    rows = Dataset.from_list([{"input_ids": [i] * LENGTH} for i in range(7)])
+    source = PackedStream(rows, tokenizer, LENGTH, "input_ids")
+    held_out = source.take(2)[:, 0].tolist()
+    mixed = MixedSequences(source, window=1024)
+    assert mixed.epoch == 0
+    first = mixed.take(5)[:, 0].tolist()
+    assert sorted([*first, *held_out]) == list(range(7))
+    assert mixed.epoch == 1
+    second = torch.cat([mixed.take(3), mixed.take(4)])[:, 0].tolist()
+    assert sorted(second) == list(range(7))
+    assert mixed.epoch == 2
+
+
 def test_a_window_that_cannot_be_read_leaves_the_position(tokenizer):
     rows = Dataset.from_list([{"input_ids": [*range(LENGTH)]}] * 3)
     mixed = MixedSequences(PackedStream(rows, tokenizer, LENGTH, "input_ids"), window=2)

@@ -1,6 +1,7 @@
 """A run that goes wrong stops, or goes back with wider gaps; one that is done stops early."""
 
 import dataclasses
+import itertools
 import math
 import re
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
 from lnfree_interp.removal.divergence import DivergenceWatch, find_runaway
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.settings import Guard, Special
+from lnfree_interp.removal.settings import Guard, Special, Statistics
 from lnfree_interp.removal.trainer import Trainer
 
 __all__ = ["data", "model"]  # fixtures
@@ -176,6 +177,45 @@ def test_the_newest_good_checkpoint_is_not_pruned(model, data, tmp_path):
     assert all(math.isfinite(record.loss) for record in run.history[8:])
 
 
+def test_which_checkpoints_were_good_is_known_after_a_pause(model, data, tmp_path):
+    """The run stops at a step that went badly, behind a checkpoint of ruined weights."""
+    recipe = a_recipe(guard=Guard(action="rollback", in_a_row=4))
+    right, out = Trainer._step, tmp_path / "run"
+
+    def step(self, number, rollback):
+        if number == 11 and not self.divergence.rollbacks:
+            raise KeyboardInterrupt
+        return right(self, number, rollback)
+
+    with poisoned_before(9) as hooks:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_step", step)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, data, out, recipe=recipe, bwd_hooks=hooks, every=1)
+        run = train(model, data, out, recipe=recipe, bwd_hooks=hooks, every=1, resume=True)
+    (told,) = [record for record in run.history if record.rollback]
+    assert told.step == 8
+    assert all(math.isfinite(record.loss) for record in run.history[8:])
+
+
+def test_a_constant_that_cannot_be_measured_is_a_reason_to_go_back(model, data, tmp_path):
+    """Weights that are ruined just before a site is to be frozen."""
+    recipe = a_recipe(
+        guard=Guard(action="rollback"), statistics=Statistics(source="event"), special=Special()
+    )
+    at = next(event.step for event in recipe.events if event.step > 5)
+    with poisoned_before(at) as hooks:
+        run = train(model, data, tmp_path / "run", recipe=recipe, bwd_hooks=hooks)
+    (told,) = [record for record in run.history if record.rollback]
+    assert "sigma of" in told.rollback
+    assert told.step == 5
+    assert lf.live_sites(run.model) == ()
+    assert all(math.isfinite(record.loss) for record in run.history)
+    again, message = dataclasses.replace(recipe, guard=Guard()), f"at step {at}: the sigma of .* is"
+    with poisoned_before(at) as hooks, pytest.raises(TrainingError, match=message):
+        train(model, data, None, recipe=again, bwd_hooks=hooks)
+
+
 def test_a_run_with_nothing_left_to_widen_stops_at_once(model, data, tmp_path):
     recipe = a_recipe(guard=Guard(action="rollback", slower=1.0)).vanilla()
     with pytest.raises(TrainingError, match="no event is left"):
@@ -254,7 +294,10 @@ def test_steps_in_a_row():
         Guard(in_a_row=0)
 
 
-def test_a_sigma_that_runs_away_is_noticed(model, data, tmp_path):
+@pytest.mark.parametrize(("in_a_row", "at"), [(1, 20), (3, 22)])
+def test_a_sigma_that_runs_away_is_noticed(model, data, in_a_row, at):
+    """Though it is measured every ten steps, while nothing is wrong."""
+
     def inflate(x, hook):
         if inflate.on:
             return 100 * x
@@ -267,8 +310,8 @@ def test_a_sigma_that_runs_away_is_noticed(model, data, tmp_path):
         watch.forwards += torch.is_grad_enabled()
 
     watch.forwards = 0
-    guard = Guard(above_best=1e9, sigma_factor=5.0)
-    with pytest.raises(TrainingError, match="at step 20: the inputs of"):
+    guard = Guard(above_best=1e9, sigma_factor=5.0, in_a_row=in_a_row)
+    with pytest.raises(TrainingError, match=f"at step {at}: the inputs of"):
         lf.remove_norms(
             model, a_recipe(guard=guard), data, progress=False, log_every=10,
             fwd_hooks=[("hook_embed", watch), ("blocks.0.hook_resid_mid", inflate)],
@@ -282,6 +325,18 @@ def test_early_stop_waits_for_the_last_event(model, data):
     assert evaluated == list(range(1, len(run.history), 2))
     assert recipe.removed_at <= run.history[-1].step < 30
     assert lf.live_sites(run.model) == ()
+
+
+def test_a_held_out_loss_that_is_no_number_is_not_the_best(model, data, monkeypatch):
+    recipe = a_recipe(patience=2, evaluate_every=2, steps=40, lr=1e-9, distillation=0.0)
+    recipe = dataclasses.replace(recipe, events=recipe.events[:1], special=Special())
+    losses = itertools.chain([4.0, 3.0, math.nan], itertools.count(2.9, -0.01))
+    monkeypatch.setattr(Trainer, "_heldout_loss", lambda self, heldout: next(losses))
+    run = lf.remove_norms(model, recipe, data, heldout=data[:4], progress=False)
+    assert run.history[-1].step == 39
+    losses = itertools.repeat(math.nan)
+    run = lf.remove_norms(model, recipe, data, heldout=data[:4], progress=False)
+    assert run.history[-1].step < 10
 
 
 def test_held_out_loss_is_that_of_the_model_at_that_step(model, data):

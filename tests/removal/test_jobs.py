@@ -28,7 +28,8 @@ from lnfree_interp.removal.job import RemovalJob
 from lnfree_interp.removal.named_models import find_model
 from lnfree_interp.removal.recipes import BY_NAME
 from lnfree_interp.removal.run_job import make_recipe, run_job
-from lnfree_interp.removal.schedule import Event, Ramp, moved, sequential_sites
+from lnfree_interp.removal.schedule import Event, Ramp, last_step, moved, sequential_sites
+from lnfree_interp.removal.settings import Special
 from lnfree_interp.removal.trial import Trial, distils_at, try_steps
 
 SITES = sequential_sites(4)
@@ -112,6 +113,24 @@ def test_a_recipe_that_freezes_none_of_the_chosen_sites_is_refused():
         make_recipe(job, sites)
 
 
+def test_special_tokens_move_with_the_schedule(monkeypatch):
+    """The cap rises when all norms are frozen, wherever that is."""
+    before = replace(
+        BY_NAME["distilled"](SITES, steps=1000),
+        special=Special(outliers_from=500, outliers_until=600),
+    )
+    monkeypatch.setitem(BY_NAME, "measured", lambda sites, steps: before)
+    later = make_recipe(RemovalJob(start=400, special_outliers_until=990, steps=1000), SITES)
+    shift = 400 - min(event.step for event in before.events)
+    assert shift > 0
+    assert last_step(later.events) == last_step(before.events) + shift
+    assert later.special.outliers_from == before.special.outliers_from + shift
+    assert later.special.outliers_until == 990
+    special = Special(first_until=30, outliers_from=4, outliers_until=9)
+    assert special.moved(5) == Special(first_until=35, outliers_from=9, outliers_until=14)
+    assert special.moved(-20) == Special(first_until=10, outliers_until=1)
+
+
 def test_options_replace_parts_of_the_settings():
     job = RemovalJob(
         recipe="published-style", sigma_share_ln1=False, sigma_sequences=8, special_first_until=0,
@@ -163,6 +182,9 @@ def test_a_trial_counts_micro_batches_optimiser_and_forward_passes():
     assert "activations of 4 sequences 14 kB" in shown
     assert "original" in shown
     assert "original" not in str(control)
+    assert "average of the weights" not in shown
+    averaged = replace(trial, recipe=replace(recipe, weight_average=0.9), gradients=3_000_000)
+    assert "average of the weights 3 MB" in str(averaged)
 
 
 @pytest.mark.parametrize("distillation", [0.0, 1.0, Ramp(0.0, 1.0, 4, 9)], ids=str)
@@ -181,6 +203,19 @@ def test_a_trial_runs_the_recipes_own_steps(distillation):
     assert 4 * n > trial.weights == trial.gradients > 2 * n
     # Each block keeps its input, and more, of every token.
     assert trial.activations > 2 * 4 * (4 * 24 * model.cfg.d_model)
+
+
+def test_a_trial_has_the_unembedding_that_a_run_of_equal_embeddings_unties():
+    recipe = replace(BY_NAME["distilled"](SITES, steps=20), precision="float32")
+    sizes = {
+        equal: try_steps(
+            lf.load(make_gpt2(n_layer=2), device="cpu"),
+            replace(recipe, equal_embeddings=equal), 24, clock=ticks(0.01),
+        ).gradients
+        for equal in (False, True)
+    }  # fmt: skip
+    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    assert sizes[True] - sizes[False] == model.W_U.nbytes
 
 
 def test_a_trial_runs_the_teacher_of_the_run():

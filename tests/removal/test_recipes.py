@@ -237,6 +237,11 @@ def test_a_word_that_is_no_choice_is_refused(settings, field, word):
         (lambda: control(distillation=Ramp(0.0, 2.0, 50, 60)), "distillation must lie"),
         (lambda: control(scale_anchor=Ramp(0.0, -1.0, 50, 60)), "scale_anchor cannot be"),
         (lambda: BY_NAME["taper"](sequential_sites(2), steps=9), "too few for a taper"),
+        (lambda: control(losses={"stream": 1.0}), "the term stream compares with the original"),
+        (
+            lambda: control(losses={"stream": 1.0}, distillation=Ramp(1.0, 0.0, 50, 60)),
+            "give a distillation above 0 at every step",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(make, message):

@@ -72,6 +72,19 @@ def test_a_resumed_training_is_the_one_that_was_not_interrupted(small, data, tmp
     assert len(run.history) == 8
 
 
+def test_a_training_is_resumed_though_a_parameter_never_has_a_gradient(small, data, tmp_path):
+    """That of a map which a constant has replaced."""
+    variant = lf.to_dyt(small, tokens=data[:4]).model
+    lf.freeze_site(variant, "ln_final", 2.0)
+    recipe, options = lf.recipes.from_scratch(steps=6, batch=8), {"progress": False}
+    whole = lf.train(variant, recipe, data, **options)
+    with pytest.raises(lf.errors.PausedError):
+        lf.train(variant, recipe, data, out=tmp_path / "run", minutes=1e-9, **options)
+    run = lf.train(variant, recipe, data, out=tmp_path / "run", resume=True, **options)
+    expected = dict(whole.model.named_parameters())
+    assert all(torch.equal(W, expected[name]) for name, W in run.model.named_parameters())
+
+
 def test_norms_that_are_constants_from_the_start_stay_so(small, data):
     sited = lf.with_norm_sites(lf.untrained(small, n_layers=1, d_model=16, n_heads=2))
     for site in lf.list_norm_sites(sited):

@@ -146,6 +146,26 @@ def test_a_moving_sigma_follows_until_the_event(model, text, source):
     assert transition.before(5) == {}
 
 
+def test_a_moving_sigma_of_all_tokens_has_each_kind_as_often_as_the_text_has_it(model, text):
+    """End-of-text is in the first batches, and then no more: in the end it hardly counts."""
+    statistics = Statistics(source="ema", momentum=0.5)
+    with torch.no_grad():
+        model.embed.W_E[EOT] *= 40
+    recipe = a_recipe(all_at_once(model, step=30), statistics=statistics)
+    transition = Transition(model, recipe, text)
+    without = torch.where(text == EOT, 5, text)
+    means = [deviations(model, each, "blocks.0.ln2").mean().item() for each in (text, without)]
+    assert means[0] > 1.5 * means[1]
+    for number in range(12):
+        step(transition, without[:3], number)
+        found = sum(m.first for m in transition.estimates["blocks.0.ln2"].values())
+        count = sum(m.count for m in transition.estimates["blocks.0.ln2"].values())
+        assert count == pytest.approx(text.numel(), rel=1e-9)
+        kept = 0.5 ** (number + 1)
+        expected = deviations(model, without[:3], "blocks.0.ln2").mean().item()
+        assert found / count == pytest.approx(kept * means[0] + (1 - kept) * expected, rel=1e-4)
+
+
 def test_following_goes_on_if_asked_for(model, text):
     events = (Event(1, NormSite("ln2", 0)), Event(4, NormSite("ln_final")))
     statistics = Statistics(source="batch", follow_frozen=True)
@@ -300,6 +320,34 @@ def test_sites_of_an_earlier_stage_are_watched(model, text):
     assert set(transition.estimates) == {"blocks.1.ln2"}
     step(transition, text, 3)
     assert lf.get_norm(model, "blocks.0.ln1.v").constant == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_other_half_of_ln1_takes_the_ratio_that_an_earlier_stage_gave(
+    model, text, keep_first, apart
+):
+    """Else no finished form could hold them, which are one norm there."""
+    for layer in (0, 1):
+        lf.freeze_site(model, f"blocks.{layer}.ln1.v", 2.0)
+        lf.get_norm(model, f"blocks.{layer}.ln1.v").freeze(2.0, first=14.0 if apart else None)
+    recipe = a_recipe(
+        all_at_once(lf.live_sites(model), step=1),
+        special=Special(keep_first=keep_first),
+    )
+    transition = Transition(model, recipe, text)
+    for number in range(3):
+        step(transition, text, number)
+    assert lf.live_sites(model) == ()
+    for layer in (0, 1):
+        norm = lf.get_norm(model, f"blocks.{layer}.ln1.qk")
+        assert (norm.first is not None) is apart
+        if apart:
+            assert norm.first / norm.constant == pytest.approx(7.0)
+    if not apart and not keep_first:
+        lf.fold(model)
+    finished = lf.frozen_form(model)
+    torch.testing.assert_close(finished(text), model(text), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_frozen_already_is_not_removed_again(model, text):
