@@ -135,7 +135,7 @@ def price_groups(model: HookedTransformer, text: Tensor, heldout: Tensor) -> Non
         name: [site for site in every if site.kind in kinds] for name, kinds in GROUPS.items()
     }
     late = [site for site in every if site.layer is None or site.layer > 11]
-    groups["every site behind layer 11"] = late
+    groups["every site after layer 11"] = late
     groups["all"] = list(every)
     for name, sites in groups.items():
         price = lf.freeze_for(model, sites, text, heldout=heldout, progress=False).price

@@ -219,14 +219,6 @@ def test_the_term_on_scales_by_brute_force_and_where_it_pulls(first_apart):
     assert terms(alike, alike, same, distillation=0.0, scales=1.0).terms["scales"] < 1e-9
 
 
-def test_the_distance_of_streams_needs_an_original():
-    model = live()
-    recipe = replace(lf.recipes.distilled(model, steps=20), distillation=0.0)
-    recipe = replace(recipe, losses={"stream": 1.0}, batch=4)
-    with pytest.raises(RecipeError, match="give it a distillation above 0"):
-        lf.remove_norms(model, recipe, TEXT, progress=False)
-
-
 def waiting(model, above, steps, **more):
     recipe = lf.recipes.measured(model, steps=60)
     plain = {
