@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,35 +77,22 @@ PYTHON = {
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> dict[str, Any]:
-    """What a page may use without saying where it comes from."""
-    model = lf.load(lf.bundled_checkpoint())
-    sited = lf.with_norm_sites(model)
+def demo(tmp_path_factory) -> Path:
+    """What `lnfree demo` writes, as far as pages use it."""
+    sited = lf.with_norm_sites(lf.load(lf.bundled_checkpoint()))
     for site in lf.list_norm_sites(sited):
         lf.freeze_site(sited, site, 1.0)
     folder = tmp_path_factory.mktemp("snippets") / FREE
     lf.export(sited, folder)
-    text = lf.pack(lf.stdlib_corpus("heldout").select(range(20)), model.tokenizer, 64)
-    return {
-        "lf": lf,
-        "model": model,
-        "free": lf.fold(sited),
-        "run": SimpleNamespace(model=sited),  # what a removal returns
-        "tokens": text[:4],
-        "text": text[:64],
-        "heldout": text[64:72],
-        "tokenizer": model.tokenizer,
-        "n_layers": model.cfg.n_layers,
-        "prompt": "for i in",
-        "demo": folder.parent,
-    }
+    return folder.parent
 
 
 @pytest.fixture
-def names(shared, tmp_path, monkeypatch) -> dict[str, Any]:
-    """The same in an empty folder, with stand-ins for the hub, and for long runs and much text."""
+def names(demo, tmp_path, monkeypatch) -> dict[str, Any]:
+    """Nothing: a page says where everything comes from. In an empty folder, with stand-ins for the
+    hub, and for long runs and much text."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lnfree-demo").symlink_to(shared["demo"])
+    (tmp_path / "lnfree-demo").symlink_to(demo)
     load, distilled, evaluation_text = loading.load, lf.recipes.distilled, lf.evaluation_text
 
     def load_here(source, **more):
@@ -134,7 +120,7 @@ def names(shared, tmp_path, monkeypatch) -> dict[str, Any]:
     for recipe in ("from_scratch", "finetuning"):
         monkeypatch.setattr(lf.recipes, recipe, quick(getattr(lf.recipes, recipe)))
     monkeypatch.setattr(losses, "TERMS", dict(losses.TERMS))
-    return {key: value for key, value in shared.items() if key != "demo"}
+    return {}
 
 
 @pytest.mark.filterwarnings("ignore::lnfree_interp.errors.HeldWarning")
