@@ -43,9 +43,11 @@ Question = Literal["logits", "L23H3", "L20N7", "paths"]
 
 
 def read(model: HookedTransformer, file: Path, sequences: int, skip: int) -> torch.Tensor:
-    """Sequences from all over 400 documents, behind the first `skip`."""
+    """Sequences from all over 400 documents after the first `skip`, each after the
+    beginning-of-text token."""
     lines = file.read_text(encoding="utf-8").splitlines()[skip : skip + 400]
-    tokens = lf.pack([json.loads(line)["text"] for line in lines], model.tokenizer, LENGTH)
+    texts = [json.loads(line)["text"] for line in lines]
+    tokens = lf.pack(texts, model.tokenizer, LENGTH, prepend_bos=True)
     return tokens[torch.arange(sequences) * len(tokens) // sequences]
 
 
