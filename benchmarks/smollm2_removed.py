@@ -9,11 +9,12 @@
     python benchmarks/smollm2_removed.py heldout.jsonl --lnfree run/model [--control control/model]
     python benchmarks/smollm2_removed.py heldout.jsonl --partial
 
-MODEL.gguf is what `lf.smollm2()` returns. Texts are held-out documents, packed behind the
-beginning-of-text token. Recall is the share of 200 prompts whose likeliest next token is the
-answer: capitals in two phrasings, and random tokens that repeat. Sequences on which a token of the
-model of the removal overflows are counted, and left out of the comparison. `--partial` measures
-what some groups of norms cost without any training, first tokens apart.
+MODEL.gguf is what `lf.smollm2()` returns. Texts are held-out documents, packed after the
+beginning-of-text token. Recall is the share of 100 prompts whose likeliest next token is the
+answer: capitals in two phrasings, and random tokens that repeat, drawn as they are in the text,
+from the text's with each as likely, and from the whole vocabulary, most of which is rare. Sequences
+on which a token of the model of the removal overflows are counted, and left out of the comparison.
+`--partial` measures what some groups of norms cost without any training, first tokens apart.
 """
 
 import json
@@ -69,14 +70,13 @@ def capitals(model: HookedTransformer) -> list[tuple[Tensor, int]]:
 
 
 def repetitions(
-    model: HookedTransformer, n: int = 100, length: int = 20
+    model: HookedTransformer, pool: Tensor, n: int = 100, length: int = 20
 ) -> list[tuple[Tensor, int]]:
-    """Random tokens, then the first half of them again: the next one is the answer."""
+    """Random tokens of a pool, then the first half of them again: the next one is the answer."""
     generator = torch.Generator().manual_seed(0)
-    size, bos = model.cfg.d_vocab, model.tokenizer.bos_token_id
-    found = []
+    bos, found = model.tokenizer.bos_token_id, []
     for _ in range(n):
-        tokens = torch.randint(1000, size, (length,), generator=generator)
+        tokens = pool[torch.randint(len(pool), (length,), generator=generator)]
         half = length // 2
         prompt = torch.cat([torch.tensor([bos]), tokens, tokens[:half]])
         found.append((prompt, int(tokens[half])))
@@ -181,15 +181,20 @@ def main(
         )
         found = lf.evaluate(models, tokens[8:][finite], original="original", neurons=0, pairs=0)
         print(found.table().to_text())
-        facts, repeated = capitals(original), repetitions(original)
-        print("| | capitals | repeated tokens | IOI logit difference | IOI accuracy |")
-        print("|---|---|---|---|---|")
+        seen, every_token = tokens[8:, 1:].flatten(), torch.arange(1000, original.cfg.d_vocab)
+        asked = [
+            capitals(original),
+            *(repetitions(original, pool) for pool in (seen, seen.unique(), every_token)),
+        ]
+        print(
+            "| | capitals | repeated: tokens of the text | each as likely | of the vocabulary "
+            "| IOI logit difference | IOI accuracy |"
+        )
+        print("|---|---|---|---|---|---|---|")
         for name, model in models.items():
+            shares = " | ".join(f"{recall(model, prompts):.2f}" for prompts in asked)
             difference, accuracy = indirect_objects(model)
-            print(
-                f"| {name} | {recall(model, facts):.2f} | {recall(model, repeated):.2f} | "
-                f"{difference:+.2f} | {accuracy:.2f} |"
-            )
+            print(f"| {name} | {shares} | {difference:+.2f} | {accuracy:.2f} |")
         exactness(made)
     print(
         f"\n{tokens[8:].numel():,} held-out tokens; {time.perf_counter() - began:.0f} s; torch "

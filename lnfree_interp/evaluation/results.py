@@ -98,7 +98,7 @@ class Evaluation:
         """The measures of one model; None if one was not asked for, or the model does not allow
         it."""
         model, first = self.models[name], None
-        loss, norms = model.cross_entropy, model.residual_norms
+        loss, norms, about = model.cross_entropy, model.residual_norms, model.distribution
         if self.original is not None and name != self.original:
             first = self.models[self.original].cross_entropy
         not_finite = max(x.cross_entropy.share_not_finite for x in self.models.values())
@@ -113,9 +113,12 @@ class Evaluation:
             f"tokens worse by more than {self.threshold:g}": (
                 None if first is None else loss.share_above(first, self.threshold)
             ),
-            "entropy": model.distribution.entropy,
-            "calibration error": model.distribution.calibration_error,
-            "Jensen-Shannon divergence": (None if first is None else model.distribution.divergence),
+            "entropy": about.entropy,
+            "calibration error": about.calibration_error,
+            "Jensen-Shannon divergence": None if first is None else about.divergence,
+            "KL divergence from the original, mean": None if first is None else about.kl,
+            "KL divergence from the original, median": None if first is None else about.kl_median,
+            "the original's likeliest token": None if first is None else about.agreement,
             "largest residual norm, position 0": norms.first_max.max().item(),
             "largest residual norm, others": norms.others_max.max().item(),
             "median residual norm, others, last": norms.others_median[-1].item(),
@@ -182,7 +185,10 @@ class Evaluation:
         return f"Evaluation({self.text}, {self.tokens:,} tokens; cross-entropy {means})"
 
 
-_SHARES = ("tokens worse", "tokens without", "sink rate", "attribution error", "entropy without")
+_SHARES = (
+    "tokens worse", "tokens without", "the original's likeliest", "sink rate", "attribution error",
+    "entropy without",
+)  # fmt: skip
 
 
 def _shown(label: str, value: float | None) -> str:

@@ -24,15 +24,24 @@ class Distribution:
     divergence: float | None
     """The mean Jensen-Shannon divergence from the original, in nats per token; None without an
     original."""
+    kl: float | None
+    """The mean KL divergence from the original, in nats per token."""
+    kl_median: float | None
+    """Its median over tokens."""
+    agreement: float | None
+    """The share of tokens whose likeliest next token is the original's."""
 
 
 def distribution(measures: TokenMeasures) -> Distribution:
     """Entropy, calibration error and divergence from the original, as means over tokens."""
-    divergence = measures.divergence
+    divergence, kl, agrees = measures.divergence, measures.kl, measures.agrees
     return Distribution(
         measures.entropy.double().mean().item(),
         calibration_error(measures.confidence, measures.correct),
         None if divergence is None else divergence.double().mean().item(),
+        None if kl is None else kl.double().mean().item(),
+        None if kl is None else float(np.median(kl.double().numpy())),
+        None if agrees is None else agrees.double().mean().item(),
     )
 
 

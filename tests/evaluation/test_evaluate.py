@@ -60,6 +60,12 @@ def test_every_token_by_brute_force(live, folded, tokens):
         m = (p + p_live) / 2
         jsd = ((p * (p / m).log()).sum(-1) + (p_live * (p_live / m).log()).sum(-1)) / 2
         close(measures.divergence, jsd, 1e-5)
+        kl = (p_live * (p_live / p).log()).sum(-1)
+        about = distribution(measures)
+        assert about.kl == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-6)
+        assert about.kl_median == pytest.approx(np.median(kl.detach().numpy()), rel=1e-4, abs=1e-6)
+        same = (p.argmax(-1) == p_live.argmax(-1)).double().mean().item()
+        assert about.agreement == pytest.approx(same)
 
         streams = [cache[get_act_name("resid_pre", layer)] for layer in range(3)]
         streams.append(cache[get_act_name("resid_post", 2)])
