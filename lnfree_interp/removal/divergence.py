@@ -22,7 +22,8 @@ class DivergenceWatch:
         what: The loss that is watched, in words: the KL divergence from the original if the recipe
             distils at every step, because the text of a batch moves it less; else cross-entropy.
         term: Its name in `StepRecord.losses`.
-        best: The lowest of a step so far, in nats per token.
+        best: The lowest that was usual so far, in nats per token: a single step's says more of its
+            text than of the model where a batch is one sequence.
         rollbacks: How often the run has gone back to a checkpoint.
         in_a_row: How many steps in a row have been wrong.
     """
@@ -44,9 +45,8 @@ class DivergenceWatch:
         """
         if self.guard.spike is None or not math.isfinite(gradient):
             return math.isfinite(gradient)
-        usual = sorted(filter(math.isfinite, earlier[-RECENT:]))
-        few = len(usual) < RECENT // 2
-        return few or gradient <= self.guard.spike * usual[len(usual) // 2]
+        few = sum(map(math.isfinite, earlier[-RECENT:])) < RECENT // 2
+        return few or gradient <= self.guard.spike * _usual(earlier)
 
     @property
     def diverged(self) -> bool:
@@ -54,15 +54,21 @@ class DivergenceWatch:
         return self.in_a_row >= self.guard.in_a_row
 
     def verdict(
-        self, loss: float, gradient: float, drift: Mapping[str, float] | None = None
+        self,
+        loss: float,
+        gradient: float,
+        earlier: Sequence[float] = (),
+        drift: Mapping[str, float] | None = None,
     ) -> str | None:
         """What is wrong with a step, in words; None if nothing is.
 
         Args:
             loss: The step's loss that is watched.
             gradient: The norm of its gradient.
+            earlier: The losses of the steps before it.
             drift: By frozen site, the sigma of its inputs over its constant, if it was measured.
         """
+        self.best = min(self.best, _usual(earlier))
         wrong = self._wrong(loss, gradient, drift or {})
         self.in_a_row = 0 if wrong is None else self.in_a_row + 1
         return wrong
@@ -71,12 +77,17 @@ class DivergenceWatch:
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             return f"{self.what} {loss:.4g}, gradient norm {gradient:.4g}"
         if loss > self.best + self.guard.above_best:
-            return f"{self.what} {loss:.4g}, {loss - self.best:.3g} above the lowest so far"
-        self.best = min(self.best, loss)
+            return f"{self.what} {loss:.4g}, {loss - self.best:.3g} above the lowest usual so far"
         for site, ratio in drift.items():
             if not 1 / self.guard.sigma_factor < ratio < self.guard.sigma_factor:
                 return f"the inputs of {site} have {ratio:.3g} times its constant sigma"
         return None
+
+
+def _usual(earlier: Sequence[float]) -> float:
+    """The median of the last `RECENT` steps; infinite before the first."""
+    found = sorted(filter(math.isfinite, earlier[-RECENT:]))
+    return found[len(found) // 2] if found else math.inf
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ OUTLIER = 5.0
 """A token is an outlier where its own scale is so many times the median of the others."""
 
 RECENT = 20
-"""Steps whose gradient norms say what is usual."""
+"""Steps whose losses and gradient norms say what is usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,8 @@ class Guard:
     """`"stop"`: raise a TrainingError. `"rollback"`: go back to the last good checkpoint, with
     wider gaps between the events and a lower learning rate; this needs a run folder."""
     above_best: float = 3.0
-    """The run diverges if a step's loss is this many nats above the lowest so far: its KL
+    """The run diverges if a step's loss is this many nats above the lowest median of the last
+    `RECENT` steps so far: its KL
     divergence from the original if the recipe distils at every step, else its cross-entropy."""
     sigma_factor: float = 30.0
     """The run diverges if the inputs of a frozen site have a sigma this many times larger or

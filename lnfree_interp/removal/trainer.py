@@ -32,6 +32,7 @@ from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run import Run, StepRecord
 from lnfree_interp.removal.run_folder import Checkpoint, RunFolder
 from lnfree_interp.removal.schedule import cosine_with_warmup, extremes, last_step
+from lnfree_interp.removal.settings import RECENT
 from lnfree_interp.removal.statistics import Hooks, common, measure
 from lnfree_interp.removal.tracking import Progress
 from lnfree_interp.removal.transition import SigmaError, Transition
@@ -187,8 +188,10 @@ class Trainer:
                 continue
             rollback = None
             drift = record.probes.get("drift")
-            watched = record.losses[self.divergence.term]
-            wrong = self.divergence.verdict(watched, record.gradient, drift)
+            watched, *earlier = (
+                one.losses[self.divergence.term] for one in (record, *self.history[-RECENT:])
+            )
+            wrong = self.divergence.verdict(watched, record.gradient, earlier, drift)
             if wrong is not None and self.divergence.diverged:
                 self._roll_back(wrong)
                 rollback = wrong
@@ -314,7 +317,8 @@ class Trainer:
         gradients = gradient_sizes(block_weights(self.model), whole) if probing else {}
         gradient = self.processes.clip(list(self.objective.parameters()), recipe.clip)
         means = (self.processes.sum(sums) / self.processes.world).tolist()
-        kept = self.divergence.keeps(gradient, [record.gradient for record in self.history])
+        earlier = [record.gradient for record in self.history[-RECENT:]]
+        kept = self.divergence.keeps(gradient, earlier)
         if kept:  # else the weights stay; if the run ends here, they say where it came from
             self.stepper.step()
         self.stepper.zero_grad()

@@ -230,15 +230,27 @@ def test_going_back_needs_a_folder(model, data):
 
 def test_verdicts():
     watch = DivergenceWatch(Guard(above_best=2.0, sigma_factor=10.0))
-    assert watch.verdict(5.0, 1.0) is None
-    assert watch.verdict(4.0, 1.0, {"ln_final": 9.0}) is None
-    assert watch.verdict(5.9, 1.0) is None
-    assert "2.1 above the lowest" in watch.verdict(6.1, 1.0)
-    assert "cross-entropy nan" in watch.verdict(math.nan, 1.0)
-    assert "gradient norm inf" in watch.verdict(4.0, math.inf)
-    assert "blocks.0.ln2 have 11 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 11.0})
-    assert "0.05 times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": 0.05})
-    assert "nan times" in watch.verdict(4.0, 1.0, {"blocks.0.ln2": math.nan})
+    assert watch.verdict(50.0, 1.0) is None  # there is nothing to compare with yet
+    assert watch.verdict(5.9, 1.0, [4.0]) is None
+    assert "2.1 above the lowest" in watch.verdict(6.1, 1.0, [4.0])
+    assert "cross-entropy nan" in watch.verdict(math.nan, 1.0, [4.0])
+    assert "gradient norm inf" in watch.verdict(4.0, math.inf, [4.0])
+    assert watch.verdict(4.0, 1.0, [4.0], {"ln_final": 9.0}) is None
+    assert "blocks.0.ln2 have 11 times" in watch.verdict(4.0, 1.0, [4.0], {"blocks.0.ln2": 11.0})
+    assert "0.05 times" in watch.verdict(4.0, 1.0, [4.0], {"blocks.0.ln2": 0.05})
+    assert "nan times" in watch.verdict(4.0, 1.0, [4.0], {"blocks.0.ln2": math.nan})
+    # The usual may rise, and what was usual at its lowest counts.
+    assert watch.verdict(5.9, 1.0, [5.8] * 20) is None
+    assert "2.3 above the lowest" in watch.verdict(6.3, 1.0, [5.8] * 20)
+
+
+def test_one_easy_sequence_is_not_what_later_ones_are_compared_with():
+    """Cross-entropy of single sequences: one is of a few words again and again, all others not."""
+    watch, losses = DivergenceWatch(Guard(above_best=3.0)), [3.2, 2.9, 3.4] * 10
+    losses[12] = 0.3
+    assert all(watch.verdict(x, 1.0, losses[:n]) is None for n, x in enumerate(losses))
+    assert watch.best == pytest.approx(2.9, abs=0.31)
+    assert "above the lowest usual so far" in watch.verdict(6.5, 1.0, losses)
 
 
 def test_gradients_far_above_the_usual_are_thrown_away():
@@ -287,7 +299,7 @@ def test_a_step_with_such_a_gradient_leaves_the_weights(model, data):
 def test_steps_in_a_row():
     watch = DivergenceWatch(Guard(above_best=2.0, in_a_row=2))
     for loss, wrong, diverged in ((1, 0, 0), (4, 1, 0), (2, 0, 0), (4, 1, 0), (9, 1, 1)):
-        assert (watch.verdict(float(loss), 1.0) is not None) is bool(wrong)
+        assert (watch.verdict(float(loss), 1.0, [1.0]) is not None) is bool(wrong)
         assert watch.diverged is bool(diverged)
     assert watch.best == 1
     with pytest.raises(RecipeError, match="in_a_row=0: give a number of steps"):
@@ -364,7 +376,7 @@ def test_a_batch_of_difficult_text_is_no_divergence_for_a_run_that_distils(disti
         losses = [record.loss for record in run.history]
         assert max(losses) > min(losses) + recipe.guard.above_best
     else:
-        with pytest.raises(TrainingError, match=r"cross-entropy .* above the lowest so far"):
+        with pytest.raises(TrainingError, match=r"cross-entropy .* above the lowest usual so far"):
             lf.remove_norms(model, recipe, data, progress=False)
 
 
