@@ -86,6 +86,7 @@ SLOW: dict[str, Change] = {
     "measured": lambda recipe: recipe,
     "published order": published,
     "no fading": at_once,
+    "the cap goes at the end": lambda recipe: special(recipe, outliers_stay=False),
     "no cap": lambda recipe: special(recipe, outliers_from=0, outliers_until=None),
     "sigma follows until the cap is gone": lambda recipe: sigma(recipe, follow_frozen=True),
     "sigma of few sequences": lambda recipe: sigma(recipe, momentum=0.9),
