@@ -89,9 +89,11 @@ def write_new_file(out: str | os.PathLike[str], content: str | bytes) -> Path:
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Set ordinary permissions: temporary folders and files of safetensors are private."""
+    """Set the permissions that new files have: temporary folders and files of safetensors are
+    private."""
+    os.umask(hidden := os.umask(0o077))  # there is no other way to ask
     for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)
 
 
 @contextmanager

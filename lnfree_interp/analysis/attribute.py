@@ -12,6 +12,7 @@ from lnfree_interp.analysis.gaps import target_gap
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.logit_targets import Logit, LogitDifference, NextTokens
 from lnfree_interp.analysis.parts import project
+from lnfree_interp.analysis.positions import whole_number
 from lnfree_interp.analysis.prompts import Answers
 from lnfree_interp.analysis.results import Contributions
 from lnfree_interp.analysis.score_targets import Score
@@ -63,6 +64,11 @@ def attribute(
             "the methods `needs` and `read`"
         )
     if isinstance(target, Score) and target.side is None:
+        if len(set(trace.lengths)) > 1 and whole_number(target.key, "a key") < 0:
+            raise DataError(
+                f"key {target.key} is another position in each of these prompts, which are not "
+                "equally long: count keys from 0, give a side, or take one with trace.select(i)"
+            )
         return attribute_scores(trace, target.layer, target.head, target.query, [target.key], by=by)
     chosen = level(by)
     place, names = target.needs(trace)

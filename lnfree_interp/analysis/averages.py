@@ -157,13 +157,8 @@ def mean_next_token_attribution(
         errors.append(last.certificate.require().error)
         gaps += [] if last.gap is None else [last.gap]
         values = last.values.flatten(1)
-        moments = torch.stack(
-            [
-                values.sum(1, dtype=torch.float64),
-                values.abs().sum(1, dtype=torch.float64),
-                values.square().sum(1, dtype=torch.float64),
-            ]
-        )
+        rows = [(x.sum(), x.abs().sum(), x.square().sum()) for x in map(Tensor.double, values)]
+        moments = torch.tensor(rows, dtype=torch.float64, device=values.device).T
         sums = moments if sums is None else sums + moments
         total += last.total.double().sum().item()
         count += values.shape[1]

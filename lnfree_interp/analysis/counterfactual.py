@@ -18,13 +18,11 @@ from transformer_lens.utilities import get_act_name
 from lnfree_interp.analysis.ablation import by_ablation
 from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.components import KINDS, Component, as_labels, find_components
+from lnfree_interp.analysis.components import KINDS, Component, as_labels
 from lnfree_interp.analysis.levels import Level, level
 from lnfree_interp.analysis.parts import expand
-from lnfree_interp.analysis.positions import Positions
 from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.score_targets import ScoreParts, require_head
-from lnfree_interp.analysis.scores import project_side
 from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.errors import DataError
@@ -144,7 +142,7 @@ def counterfactual_pattern(
         )
     if side not in get_args(Sides):
         raise DataError(f"side={side!r} is not a side: give one of {', '.join(get_args(Sides))}")
-    wanted = as_labels(without)
+    wanted = tuple(dict.fromkeys(as_labels(without)))
     if not wanted:
         raise DataError("no component was named: give at least one component to take away")
     if biases := [one for one in wanted if not _in_stream(one)]:
@@ -155,14 +153,12 @@ def counterfactual_pattern(
     parts, chosen, place = ScoreParts(trace, layer, head), level(by), Place(layer)
     trace.need(*parts.needs(), *chosen.needs(trace.view, place))
     held = trace.require_affine([parts.site])
-    q, k, everywhere = parts.met("q")[0], parts.met("k")[0], Positions(slice(None))
-    values, components = project_side(parts, chosen, "query", everywhere)
-    rows = find_components(wanted, components)
+    q, k = parts.met("q")[0], parts.met("k")[0]
+    gone = expand(chosen.parts(trace, place), wanted)[0]
     if side != "key":
-        q = q - values[rows].sum(0)[0]
+        q = q - parts.projected("query", gone).sum(0)[0]
     if side != "query":
-        values, components = project_side(parts, chosen, "key", everywhere)
-        k = k - values[find_components(wanted, components)].sum(0)[0]
+        k = k - parts.projected("key", gone).sum(0)[0]
     scores = _scores(parts, q, k)
     pattern = scores.softmax(-1)
     patched = _patched_pattern(parts, chosen, wanted, side)

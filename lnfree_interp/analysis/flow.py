@@ -133,10 +133,6 @@ def _sources_alone(trace: Trace, by: Level, place: Place) -> list[str]:
     ]
 
 
-def _order(place: Place) -> float:
-    return place.layer + 0.5 * place.mid
-
-
 def _nodes(
     way: Backward, by: Level, top_k: int | None
 ) -> tuple[list[_Node], list[tuple[float, Tensor]], Float[Tensor, " batch"]]:
@@ -149,7 +145,7 @@ def _nodes(
     for _, value in way.constants():
         started = started + value[:, 0]
     for part in by.parts(trace, reading.place):
-        u, written = way.at(part.written), _order(part.written)
+        u, written = way.at(part.written), part.written.order
         apart, part = _biases_apart(trace, part)
         for bias in apart:
             biases.append((written, bias))
@@ -231,14 +227,10 @@ def _node(way: Backward, part: Part, flow: Tensor, pos: int, i: int) -> _Node:
     writes = part.vectors([i])[:, pos, 0]
     nothing = torch.zeros_like(flow[:, 0, 0])
     if component.kind not in _READERS:
-        return _Node(
-            component, pos, flow[:, pos, i], writes, _order(part.written), [], None, nothing
-        )
+        return _Node(component, pos, flow[:, pos, i], writes, part.written.order, [], None, nothing)
     reads, reads_at = _reads(way, component, part.written, pos)
     own = _own_biases(way, part, flow)[:, pos, i]
-    return _Node(
-        component, pos, flow[:, pos, i], writes, _order(part.written), reads, reads_at, own
-    )
+    return _Node(component, pos, flow[:, pos, i], writes, part.written.order, reads, reads_at, own)
 
 
 def _reads(way: Backward, component: Component, written: Place, pos: int) -> tuple[Terms, Place]:
@@ -309,7 +301,7 @@ def _graph(
     for j, node in enumerate(nodes):
         if node.reads_at is None:
             continue
-        seen = _order(node.reads_at)
+        seen = node.reads_at.order
         stream = trace.stream(node.reads_at)
         from_biases[j], into[j] = node.own_bias, node.own_bias
         for weights, direction in node.reads:

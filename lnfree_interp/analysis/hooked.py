@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from lnfree_interp.analysis.stream import First, Read, Stream
 from lnfree_interp.analysis.sublayers import MLP, Attention
@@ -43,6 +44,9 @@ class HookedView(View):
             f"{positions!r} positions": positions not in ("standard", "rotary"),
             "mixtures of experts": cfg.num_experts is not None,
             "token types": getattr(cfg, "use_token_type_ids", False),
+            "norms after the sublayers only": cfg.original_architecture in POST_NORM_ARCHITECTURES,
+            "attention sinks": cfg.use_attention_sinks,
+            "clipped queries, keys and values": cfg.clip_qkv is not None,
         }
         found = [what for what, is_so in unsupported.items() if is_so]
         if has_norm_sites(self.model) or cfg.use_normalization_before_and_after:

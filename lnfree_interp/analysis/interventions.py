@@ -48,8 +48,10 @@ class Effects(CertifiedResult):
             of the component minus the share of what took its place.
         direct: [change, prompt], measured with the change made only in the stream that the target
             reads; along a path, with the patterns of its heads given.
-        total_effect: [change, prompt], measured with the change made in the model; everything
-            behind it is computed anew, and nothing is held.
+        total_effect: [change, prompt], measured with the change made in the model; everything up to
+            the place where the target reads is computed anew, and nothing is held. What belongs to
+            the target is as it was: the other side of a score, and the slope or gate of a neuron's
+            `post`.
         before: [prompt], the target without the intervention.
         of: What the target is, for each prompt.
         unit: The unit of all numbers.
@@ -110,6 +112,8 @@ class _Change:
     """What the stream loses by them, before anything reads it."""
     predicted: Stream
     """What the stream loses according to the level's parts, with patterns given."""
+    written: Place
+    """Where it is written."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -186,10 +190,17 @@ class Intervention:
             several.
 
         Raises:
-            DataError: for several answers at once.
+            DataError: for several answers at once, or a component that is written after the target
+                has read the stream.
             InexactError: if the target reads through a live norm and the trace does not hold.
         """
         place, names = target.needs(self.trace)
+        for label, change in zip(self.labels, self._changes, strict=True):
+            if change.written.order > place.order:
+                raise DataError(
+                    f"{label} is written after the target reads the stream (at {place.hook}), and "
+                    "has no effect on it: give components from before"
+                )
         self.trace.need(*names, place.hook)
         reading = target.read(self.trace)
         if reading.total.shape[1] != 1:
@@ -244,7 +255,7 @@ class Intervention:
         if layer is None or component.kind not in _WITHIN:
             embeds = component.kind in ("embed", "pos_embed")
             hook = f"hook_{component.kind}" if embeds else part.written.hook
-            return _Change({hook: lambda x: x - predicted}, predicted, predicted)
+            return _Change({hook: lambda x: x - predicted}, predicted, predicted, part.written)
         within, written = (get_act_name(name, layer) for name in _WITHIN[component.kind])
         if index is not None and component.pos is not None:
             edits = {within: _subtract(index, self._moved_from(component))}
@@ -252,7 +263,7 @@ class Intervention:
             x = self.trace[within] if index is None else self.trace[within][:, :, index]
             at = slice(None) if pos is None else slice(pos, pos + 1)
             edits = {within: _put(index, at, self._instead(x, within, index))}
-        return _Change(edits, self._lost(layer, written, edits), predicted)
+        return _Change(edits, self._lost(layer, written, edits), predicted, part.written)
 
     def _lost(self, layer: int, written: str, edits: Mapping[str, Edit]) -> Stream:
         """What a block writes less by edits inside it."""
@@ -334,7 +345,7 @@ class Intervention:
                 block.before.forward(predicted) @ block.attention.W_V[index]
             )
             predicted = block.attention.write(moved[:, :, None], [index])[:, :, 0]
-        return _Change(edits, given, predicted)
+        return _Change(edits, given, predicted, view.attn_written(before))
 
 
 def _level_of(label: str, component: Component | None) -> str:

@@ -147,7 +147,7 @@ def logit_lens(trace: Trace) -> Lens:
             "prompt at a time"
         )
     places = [Place(layer) for layer in range(view.n_layers + 1)]
-    trace.require_affine(["ln_final"], logits=True)
+    trace.require_text().require_affine(["ln_final"], logits=True)
     trace.need(*(place.hook for place in places), *by_layer.needs(view, view.last))
     streams = [trace.stream(place) for place in places]
     at_end = trace.positions(-1)

@@ -203,7 +203,8 @@ def logits_of_targets(
     token of the largest logit."""
     found, top = [], []
     position = torch.arange(stream.shape[1], device=stream.device).expand(stream.shape[:2])
-    pieces = (x.split(POSITIONS, dim=1) for x in (stream, targets, position == 0))
+    size = max(1, POSITIONS // len(stream))
+    pieces = (x.split(size, dim=1) for x in (stream, targets, position == 0))
     for some, wanted, first in zip(*pieces, strict=True):
         logits, _ = view.logits(some, first=first)
         found.append(logits.gather(-1, wanted[..., None])[..., 0])
@@ -242,8 +243,9 @@ def _pick_logits(
         return picked, uncapped, positions.of(trace[scale_hook]) if scale_hook else None
     stream, first = positions.of(trace.stream(view.last)), trace.first(positions)
     pieces: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    for start in range(0, stream.shape[1], POSITIONS):
-        some = slice(start, start + POSITIONS)
+    size = max(1, POSITIONS // len(stream))
+    for start in range(0, stream.shape[1], size):
+        some = slice(start, start + size)
         logits, found = view.logits(stream[:, some], names, first=first[:, some])
         uncapped = pick(found["unembed.hook_out"], some) if capped else None
         scale = found[scale_hook] if scale_hook else None

@@ -215,7 +215,8 @@ class Contributions(Result):
             raise DataError(f"there is no dimension {dim!r} to select from: there are {there}")
         axis = self.dims.index(dim)
         if dim == "key" and self.keys:
-            row = read_key_position(number, max(map(len, self.prompts)), self.keys)
+            n_pos = max(map(len, self.prompts), default=max(self.keys) + 1)
+            row = read_key_position(number, n_pos, self.keys)
         else:
             row = read_number(number, self.total.shape[axis], dim)
         chosen: dict[str, Any] = {
@@ -293,7 +294,9 @@ class Contributions(Result):
             self,
             values=self.values - other.values,
             total=self.total - other.total,
-            of=tuple(f"({a}) - ({b})" for a, b in zip(self.of, other.of, strict=False)),
+            of=_minus(self.of, other.of),
+            answers=tuple(map(_minus, self.answers, other.answers)),
+            prompts=self.prompts if self.prompts == other.prompts else (),
             identity=f"{self.identity}, minus the same of another result",
             held=tuple(dict.fromkeys((*self.held, *other.held))),
             gap=max(gaps, key=lambda gap: gap.relative, default=None),
@@ -353,6 +356,10 @@ class Contributions(Result):
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.values.shape))
         return self._line(f"{self.level} level, values [{shape}]")
+
+
+def _minus(these: tuple[str, ...], those: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"({a}) - ({b})" for a, b in zip(these, those, strict=False))
 
 
 def largest_rows(frame: pd.DataFrame, column: str, k: Any) -> pd.DataFrame:

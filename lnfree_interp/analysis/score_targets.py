@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
@@ -119,6 +120,25 @@ class ScoreParts:
         if read.bias is not None:
             constants.insert(0, (Component("ln1.b", self.layer), ahead @ (read.bias @ W)))
         return read.back(ahead @ W.T), tuple(constants)
+
+    def projected(
+        self, side: Side, parts: Float[Tensor, "component batch pos d_model"]
+    ) -> Float[Tensor, "component batch pos d_head"]:
+        """What parts of the stream add to the queries or keys, rotated if these are."""
+        attention = self.trace.view.attention(self.layer)
+        W = (attention.W_Q if side == "query" else attention.W_K)[self.head]
+        return self.rotated(self.trace.read(self.site).forward(parts) @ W, Positions(slice(None)))
+
+    def rotated(
+        self, x: Float[Tensor, "component batch kept d_head"], at: Positions
+    ) -> Float[Tensor, "component batch kept d_head"]:
+        """Parts of queries or keys at their positions, if these are rotary."""
+        view, n_pos = self.trace.view, self.trace.n_pos
+        if not view.rotary:
+            return x
+        turn = view.rotations(self.layer, n_pos)
+        turn = turn[at.numbers(n_pos, self.trace.batch).to(turn.device)]
+        return einsum(x, turn, "part batch pos d, batch pos d e -> part batch pos e")
 
     def again(self, side: Side, at: Positions, stream: Stream) -> Float[Tensor, "batch query key"]:
         """The scores if one side reads another stream at some positions, and the other side does

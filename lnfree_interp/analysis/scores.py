@@ -368,8 +368,4 @@ def project_side(
         constants.insert(0, (Component("ln1.b", parts.layer), read.bias @ W))
     shape = (1, *values.shape[1:])
     values = torch.cat([values, *(constant.expand(shape) for _, constant in constants)])
-    if view.rotary:
-        turn = view.rotations(parts.layer, trace.n_pos)
-        places = at.numbers(trace.n_pos, trace.batch).to(turn.device)
-        values = (values[..., None, :] @ turn[places])[..., 0, :]
-    return values, (*components, *(component for component, _ in constants))
+    return parts.rotated(values, at), (*components, *(component for component, _ in constants))

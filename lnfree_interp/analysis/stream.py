@@ -85,6 +85,11 @@ class Place:
     """Whether it comes after the next block's attention as well."""
 
     @property
+    def order(self) -> float:
+        """A number that grows from place to place in the order of computation."""
+        return self.layer + 0.5 * self.mid
+
+    @property
     def hook(self) -> str:
         """Its hook name."""
         if self.mid:

@@ -235,7 +235,7 @@ class View(ABC):
     def value_bias(self, layer: int) -> Float[Tensor, "head d_head"]:
         """What biases add to a layer's values: b_V, and what the norm's bias adds through W_V."""
         attention = self.attention(layer)
-        norm = self.read(f"blocks.{layer}.ln1.v", torch.ones(1))
+        norm = self.read(f"blocks.{layer}.ln1.v", torch.ones(1, device=self.device))
         if norm.bias is None:
             return attention.b_V
         return attention.b_V + einsum(norm.bias, attention.W_V, "d, head d k -> head k")
@@ -286,7 +286,8 @@ class View(ABC):
                 f"{' and '.join(found)} depends on the input, so products of weights are not what "
                 f"the model computes{self.how_to_freeze(found)}"
             )
-        live = None if self.is_affine(site) else torch.ones(1)  # only where reads are noted
+        # A norm is live here only where reads are noted.
+        live = None if self.is_affine(site) else torch.ones(1, device=self.device)
         return self.read(site, live)
 
     # How the model runs

@@ -16,6 +16,7 @@ from lnfree_interp.checkpoints.source import Sigma
 from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.files import require_writable
 from lnfree_interp.models.folding import Form
+from lnfree_interp.models.inserting import varied
 from lnfree_interp.models.sites import list_norm_sites
 from lnfree_interp.numerics import MeasuredError
 from lnfree_interp.variants.rms import Basis, to_crms, to_rms
@@ -110,6 +111,8 @@ def convert(
             f"form={form!r} and to_norm={to_norm!r} exclude each other: form is for LN-free "
             "models, to_norm for models with live norms"
         )
+    if basis != "orthonormal" and to_norm != "crms":
+        raise NormSiteError(f"basis={basis!r} is for to_norm='crms': leave it out, or give both")
     name = os.fspath(source)
     loaded = load_checkpoint(
         source,
@@ -151,6 +154,7 @@ def _plan(
     if kind == "live":
         norms = f"{'RMSNorm' if cfg.normalization_type == 'RMS' else 'LayerNorm'}, live, at "
         norms += f"{len(sites)} sites"
+        norms += f"; {other}" if (other := varied(model)) else ""
     else:
         norms = {
             "folded": "none: constants folded into the weights",
@@ -161,6 +165,10 @@ def _plan(
         if kind not in ("live", "rms"):
             raise NormSiteError(
                 f"{source}: to_norm={to_norm!r} needs live norms, and its norms are {norms}"
+            )
+        if other := varied(model):
+            raise UnsupportedModelError(
+                f"{source}: {other}; only the norms of a stock model can be converted"
             )
         if kind == "rms" and to_norm == "rms":
             raise NormSiteError(

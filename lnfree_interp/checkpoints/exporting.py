@@ -25,7 +25,7 @@ from lnfree_interp.files import new_folder
 from lnfree_interp.models.agreement import origin_of, require_same_logits
 from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.crms import is_crms
-from lnfree_interp.models.forms import epsilon_of
+from lnfree_interp.models.forms import epsilon_of, reads_mean
 from lnfree_interp.models.inserting import varied
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.site_names import whole_norm
@@ -269,6 +269,8 @@ def best_target(model: HookedTransformer) -> Target:
         return "transformer_lens"
     if form != "live" and architecture.fixed_epsilon:
         return "transformer_lens"
+    if form in ("folded", "frozen") and architecture.centres and reads_mean(model):
+        return "transformer_lens"  # norms there would subtract it
     places = hooked_names(architecture.layout, model.cfg) | {"unembed.b_U"}
     left_over = (W for name, W in stock_weights(model).items() if name not in places)
     return "transformer_lens" if any(W.any() for W in left_over) else "transformers"

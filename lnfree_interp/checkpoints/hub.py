@@ -26,6 +26,8 @@ OFFLINE_WAYS = (
     "there is a network and set HF_HOME to that cache"
 )
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+"""What a tokenizer may be in, one of them."""
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of a file with all weights; an index of shards adds `.index.json` to the name."""
 
@@ -98,11 +100,14 @@ def _download(
 ) -> Path:
     """The snapshot folder of a hub model, without a network if the cache holds all of it."""
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    enough: Path | None = None
     try:
         for config in ("config.json", "hooked_transformer.json"):
             cached = try_to_load_from_cache(name, config, **where)
             if isinstance(cached, str) and (not weights or _has_weights(Path(cached).parent)):
-                return Path(cached).parent
+                enough = Path(cached).parent
+                if not weights or any((enough / file).is_file() for file in TOKENIZER_FILES):
+                    return enough  # else another program has fetched the weights alone
         # One question with a short time-out, in place of slow retries.
         files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
         names = [file.rfilename for file in files]
@@ -124,12 +129,16 @@ def _download(
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{name}: no such folder and no such hub model") from error
     except LocalEntryNotFoundError as error:
+        if enough is not None:
+            return enough
         raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{name}: the hub answered: {first_line(error)}") from error
     except Exception as error:  # no route, no name service, proxy, offline mode
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES):
             raise CheckpointError(f"{name}: cannot be downloaded: {error}") from error
+        if enough is not None:
+            return enough
         raise CheckpointError(f"{name}: the hub cannot be reached; {OFFLINE_WAYS}") from error
 
 

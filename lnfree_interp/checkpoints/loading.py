@@ -174,6 +174,7 @@ def load_checkpoint(
                     "constants: leave sigma out"
                 )
             model, error = native.read(path, tokenizer, dtype, device, check=check)
+            _require_same_vocabulary(model.tokenizer, model.cfg, name)
             sidecar = read_sidecar(path)
             record_origin(model, None if sidecar is None else sidecar.weights)
             model = _in_form(model, form)
@@ -216,7 +217,7 @@ def load_checkpoint(
     error = measure_error(logits_of(model, tokens).cpu(), expected)
     error.require(
         f"{name}: HookedTransformer against transformers",
-        logit_tolerance(dtype, architecture, constant_epsilon=norms is not None),
+        logit_tolerance(error.dtype, architecture, constant_epsilon=norms is not None),
     )
     record_agreement(model, error)
     return Loaded(model, recognised, error)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
-from lnfree_interp.checkpoints.hub import first_line
+from lnfree_interp.checkpoints.hub import TOKENIZER_FILES, first_line
 from lnfree_interp.checkpoints.layouts import is_finite
 from lnfree_interp.checkpoints.source import read_tokenizer, weight_shapes
 from lnfree_interp.errors import CheckpointError, NormSiteError
@@ -38,7 +38,7 @@ from lnfree_interp.models.sites import (
     split_norms,
     stock_weights,
 )
-from lnfree_interp.numerics import MeasuredError, measure_error
+from lnfree_interp.numerics import TOLERANCE, MeasuredError, measure_error
 
 CONFIG = "hooked_transformer.json"
 _VERSION = 1
@@ -146,9 +146,10 @@ def read(
         )
     if unknown := sorted(firsts.keys() - frozen.keys()):
         raise CheckpointError(f"{file}: frozen_first names {unknown[0]}, which is not frozen")
-    if tokenizer is None and (folder / "tokenizer.json").is_file():
+    if tokenizer is None and any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = read_tokenizer(folder)
     with safe_open(weights, framework="pt", device=str(device)) as opened:
+        written = opened.get_tensor("embed.W_E").dtype
         pairs = ((name, _checked(opened.get_tensor(name), name, weights)) for name in shapes)
         if frozen and not sited:
             model = frozen_transformer(cfg, {}, frozen, tokenizer, firsts=firsts, complete=False)
@@ -167,7 +168,11 @@ def read(
     if not check:
         return model.eval(), None
     error = measure_error(_logits(model.eval(), tokens).to(dtype), expected.to(dtype))
-    return model, error.require(f"{folder}: logits against those of the model that was written")
+    error.require(
+        f"{folder}: logits against those of the model that was written",
+        max(TOLERANCE[dtype], TOLERANCE.get(written, 0.0)),
+    )
+    return model, error
 
 
 def saved_live_sites(folder: Path, cfg: HookedTransformerConfig) -> tuple[NormSite, ...] | None:

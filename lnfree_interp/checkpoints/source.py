@@ -28,13 +28,17 @@ from transformers import (
 from lnfree_interp.checkpoints import gguf, published
 from lnfree_interp.checkpoints.architectures import architecture_of, config_fields
 from lnfree_interp.checkpoints.gguf_header import read_header
-from lnfree_interp.checkpoints.hub import WEIGHTS_FILES, first_line, is_gguf, locate
+from lnfree_interp.checkpoints.hub import (
+    TOKENIZER_FILES,
+    WEIGHTS_FILES,
+    first_line,
+    is_gguf,
+    locate,
+)
 from lnfree_interp.checkpoints.pickles import read_pickle, read_state_dict, shards_of
 from lnfree_interp.checkpoints.sidecar import read_sidecar
 from lnfree_interp.errors import CheckpointError, LnfreeError, UnsupportedModelError
 from lnfree_interp.models.agreement import record_origin
-
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 
 # Causal masks that old versions of transformers stored with the weights.
 _MASK = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias)$")
@@ -343,7 +347,7 @@ def _require_files(folder: Path, tokenizer_needed: bool) -> None:
     for index in indices:
         if index.is_file():
             shards_of(index)
-    if tokenizer_needed and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if tokenizer_needed and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder}: no tokenizer (tokenizer.json): pass tokenizer=, or save it there with "
             "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
@@ -360,7 +364,7 @@ def has_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -
     folder = locate(source, revision)
     if is_gguf(folder):
         return read_header(folder).has_tokenizer
-    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def weight_shapes(file: Path) -> dict[str, list[int]]:

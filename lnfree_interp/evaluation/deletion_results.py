@@ -162,6 +162,6 @@ def agreement(
     return {
         "correlation": pm / math.sqrt(pp * mm) if pp * mm > 0 else math.nan,
         "slope": pm / pp if pp > 0 else math.nan,
-        "nmae": error / size if error else 0.0,
+        "nmae": error / size if size else math.inf if error else 0.0,
         "sign": (predicted.sign() == measured.sign()).double().mean().item(),
     }

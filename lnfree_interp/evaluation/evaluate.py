@@ -129,8 +129,13 @@ def evaluate(
     chosen = {name: _chosen(model, neurons) for name, model in models.items()}
     if original is not None:
         theirs = models[original]
-        same = [name for name, model in models.items() if _width(model) == _width(theirs)]
-        chosen |= dict.fromkeys(same, chosen[original])
+        same = [
+            name
+            for name, model in models.items()
+            if _width(model) == _width(theirs) and chosen[name] is not None
+        ]
+        if chosen[original] is not None:
+            chosen |= dict.fromkeys(same, chosen[original])
     if effects:
         read_sequences(next(iter(models.values())), sample)  # raises an error for padding
     corrupted = {

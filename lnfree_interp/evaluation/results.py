@@ -136,7 +136,8 @@ class Evaluation:
             ablation = model.confidence_neurons
             figures["entropy without confidence neurons, change"] = ablation.total_entropy_change
         if model.loss_without is not None:
-            figures["loss without the least needed block, change"] = model.loss_without.min().item()
+            changes = model.loss_without.nan_to_num(math.inf)
+            figures["loss without the least needed block, change"] = changes.min().item()
         for task, scores in model.tasks.items():
             for metric, value in scores.items():
                 figures[f"{task}, {metric}"] = value

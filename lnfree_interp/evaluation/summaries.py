@@ -40,7 +40,7 @@ def distribution(measures: TokenMeasures) -> Distribution:
         calibration_error(measures.confidence, measures.correct),
         None if divergence is None else divergence.double().mean().item(),
         None if kl is None else kl.double().mean().item(),
-        None if kl is None else float(np.median(kl.double().numpy())),
+        None if kl is None else float(np.median(kl.double().nan_to_num(torch.inf).numpy())),
         None if agrees is None else agrees.double().mean().item(),
     )
 
@@ -81,7 +81,7 @@ class ResidualNorms:
 
 def residual_norms(measures: TokenMeasures) -> ResidualNorms:
     """The largest and the median norm per place."""
-    norms = measures.norms.double().numpy()
+    norms = measures.norms.double().nan_to_num(torch.inf).numpy()  # what overflows is large
     first, others = norms[:, :, :1], norms[:, :, 1:]
     found = []
     for part in (first, others):

@@ -136,7 +136,8 @@ def fitting_batch(model: HookedTransformer, pos: int) -> int:
     hidden = 4 * pos * ((cfg.d_mlp or 0) + 4 * cfg.d_model)
     logits = 6 * min(pos, POSITIONS) * cfg.d_vocab_out
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + kept  # what the allocator has, and nothing uses
     else:
         free = min(_free_memory(), 4 * 2**30)
     return max(1, min(32, int(free / 4 / (4 * (scores + hidden + logits)))))

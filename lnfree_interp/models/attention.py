@@ -60,6 +60,7 @@ class _Fused(AbstractAttention):
             and all(argument is None for argument in arguments)
             and not cfg.use_attn_result
             and not cfg.attn_scores_soft_cap > 0
+            and not cfg.ungroup_grouped_query_attention
             and not is_watched(self.hook_attn_scores)
             and not is_watched(self.hook_pattern)
         )

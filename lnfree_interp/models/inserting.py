@@ -50,7 +50,7 @@ def set_map(
         model: With norm sites; changed in place.
         site: A site, or its name.
         name: The map: a key of `lnfree_interp.models.maps.MAPS`, such as `"LayerNorm"`.
-        bias: Whether it has a bias. Default: as before; at a new site as `ln2` has.
+        bias: Whether it has a bias. Default: as before; at a new site as `ln_final` has.
         factor: What multiplies its output. Default: as before; at a new site 1.
 
     Returns:

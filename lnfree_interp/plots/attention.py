@@ -49,7 +49,7 @@ def scores(result: ScoreAttribution, key: int | None = None, top: int = 12) -> g
     if result.dims != ("key",):
         raise DataError("a figure shows one prompt: take one with result.select(i)")
     read_top(top, 1)
-    column = int(result.total.argmax()) if key is None else result.column(key)
+    column = int(result.log_pattern.argmax()) if key is None else result.column(key)
     position = result.keys[column]
     values = result.values[:, :, column].double()
     chosen = []

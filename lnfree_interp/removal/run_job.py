@@ -28,6 +28,7 @@ from lnfree_interp.errors import CheckpointError, DataError, RecipeError, TooFew
 from lnfree_interp.files import anywhere, require_new_file, require_writable
 from lnfree_interp.models.agreement import compare_logits, random_tokens
 from lnfree_interp.models.forms import fold, frozen_form
+from lnfree_interp.models.inserting import varied
 from lnfree_interp.models.site_names import NormSite, name_sites
 from lnfree_interp.models.sites import first_constants, live_sites
 from lnfree_interp.models.sites import sites_of as list_sites
@@ -376,7 +377,9 @@ def write_finished(
         The layout.
     """
     target = best_target(run.model if finished is None else finished)
-    model = run.model if finished is None or target == "transformers" else finished
+    # With its sites, so that the export can be undone; a norm of another kind no class holds.
+    undoable = target == "transformers" and not varied(run.model)
+    model = run.model if finished is None or undoable else finished
     export(model, folder, target=target, recipe=run.recipe, errors=errors, source=source)
     return target
 

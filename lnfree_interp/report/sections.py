@@ -70,8 +70,10 @@ def default_questions(model: HookedTransformer) -> list[Question]:
 
 def holds(model: HookedTransformer) -> bool:
     """Whether something in the model is not affine, so that questions have to hold it."""
+    if live_sites(model):  # some of them may be in the way of any view
+        return True
     view = view_of(model)
-    return bool(live_sites(model) or view.logit_cap or view.score_cap)
+    return bool(view.logit_cap or view.score_cap)
 
 
 def traced(model: HookedTransformer, questions: Question | Sequence[Question]) -> Trace:

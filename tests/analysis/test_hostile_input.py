@@ -421,3 +421,27 @@ def test_wrong_log_odds_are_an_alarm():
     found.verify()
     with pytest.raises(InexactError):
         replace(found, total=found.total + 1e-3).verify()
+
+
+def test_architectures_whose_sums_are_not_plain_are_refused():
+    """TransformerLens runs them; what their sublayers write is no sum of heads and neurons."""
+    for setting, what in (
+        ({"original_architecture": "Olmo2ForCausalLM"}, "norms after the sublayers only"),
+        ({"clip_qkv": 8.0}, "clipped queries, keys and values"),
+        ({"use_attention_sinks": True}, "attention sinks"),
+    ):
+        model = lf.load(make_model("llama"), check=False)
+        for name, value in setting.items():
+            setattr(model.cfg, name, value)
+        with pytest.raises(UnsupportedModelError, match=what):
+            lf.trace(model, TOKENS, hold=True)
+
+
+def test_a_negative_key_is_one_position_of_equally_long_prompts():
+    model = lf.fold(freeze_all(lf.load(make_gpt2(), check=False)))
+    long, short = TOKENS[:6], TOKENS[:4]
+    with pytest.raises(DataError, match="another position in each of these prompts"):
+        lf.attribute(lf.trace(model, [long, short]), lf.Score(1, 1, key=-1))
+    alone = lf.attribute(lf.trace(model, short), lf.Score(1, 1, key=-1))
+    both = lf.attribute(lf.trace(model, [short, short.flip(0)]), lf.Score(1, 1, key=-1))
+    torch.testing.assert_close(both.select(prompt=0).total, alone.total)

@@ -326,6 +326,23 @@ def test_other_targets_see_what_hooks_do(model, name, label):
         close(effects.total_effect[0], seen[0] - seen[2])
 
 
+@pytest.mark.parametrize(
+    ("label", "target"),
+    [
+        ("L1H2", lf.Neuron(0, 9)), ("L1H2", lf.Probe(torch.ones(32), at="blocks.1.hook_resid_pre")),
+        ("0_mlp_out", lf.Neuron(0, 9)), ("L2H0@1", lf.Score(2, 1, key=1, side="query")),
+        ("L0H1 > L2H0", lf.Score(2, 1, key=1, side="key")), ("L2N3", lf.Score(1, 1, side="key")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+def test_what_is_written_after_the_target_has_no_effect_on_it(kind, label, target):
+    """A stream that lacks it is one that the target never reads."""
+    model = made(kind, "folded")
+    assert lf.ablate(trace_of(model), "embed").compare(target).total_effect.abs().max() > 0
+    with pytest.raises(DataError, match=r"is written after the target reads the stream"):
+        lf.ablate(trace_of(model), ["embed", label]).compare(target)
+
+
 def test_the_mean_is_over_real_tokens_only():
     model, rows = made("gpt2", "folded"), [PROMPTS[0], PROMPTS[1, :3]]
     effects = lf.ablate(lf.trace(model, rows), "L2H2", "mean").compare(lf.Logit(ANSWER))

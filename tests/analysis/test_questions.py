@@ -159,6 +159,18 @@ def test_the_mean_over_much_text_is_the_mean(folded):
     close(lf.mean_next_token_attribution(folded, tokens.split(3)).mean, mean.mean)
 
 
+def test_the_spread_of_values_that_are_large_in_half_precision():
+    """Their squares are above what the dtype holds."""
+    model = lf.fold(freeze_all(lf.load(make_gpt2(), check=False)))
+    with torch.no_grad():
+        model.W_U[:] *= 600.0 / model(torch.arange(9)[None]).abs().max()
+    tokens = torch.randint(300, (4, 9), generator=torch.Generator().manual_seed(2))
+    exact = lf.mean_next_token_attribution(model, tokens)
+    half = lf.mean_next_token_attribution(model.to(torch.float16), tokens)
+    assert exact.std.max() > 100
+    torch.testing.assert_close(half.std, exact.std, rtol=0.02, atol=0.2)
+
+
 def test_scores_and_their_sums(folded):
     tokens = torch.arange(8)
     scores = lf.attribute_scores(folded, tokens, 2, 1, query=5).verify()

@@ -194,6 +194,12 @@ def test_clean_minus_corrupt_is_part_by_part(folded, live):
         assert (
             change.top(3)["component"].iloc[0] == change.labels[int(change.values.abs().argmax())]
         )
+        assert change.prompts == ()  # of two prompts
+        assert (clean - lf.attribute_logits(trace(CLEAN), 7, 5)).prompts == clean.prompts
+        two = lf.attribute_logits(trace(CLEAN), [3, 5]) - lf.attribute_logits(trace(CLEAN), [7, 9])
+        one = lf.attribute_logits(trace(CLEAN), 3) - lf.attribute_logits(trace(CLEAN), 7)
+        assert two.select(answer=0).of == one.of
+        close(two.select(answer=0).values, one.values)
     nothing = clean - clean  # a difference of equal numbers is no error
     assert nothing.certificate.holds
     assert not nothing.values.any()

@@ -1,6 +1,8 @@
 """`lnfree convert`: one checkpoint into another, or a plan of it."""
 
 import json
+import os
+import stat
 import sys
 
 import pytest
@@ -120,6 +122,34 @@ def test_requests_that_contradict_themselves_or_the_model(gpt2_folder, fake, tmp
     with pytest.raises(CheckpointError, match="no such folder"):
         lf.convert(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_is_about_the_model_that_is_there(gpt2_folder, tmp_path):
+    """A variant is no stock model, and an option that does nothing is refused."""
+    variant = lf.to_dyt(lf.load(gpt2_folder)).model
+    lf.export(variant, tmp_path / "dyt", target="transformer_lens")
+    plan = lf.convert(tmp_path / "dyt", tmp_path / "out", dry_run=True)
+    assert "DyT" in plan.norms
+    with pytest.raises(UnsupportedModelError, match="only the norms of a stock model"):
+        lf.convert(tmp_path / "dyt", tmp_path / "out", to_norm="rms", dry_run=True)
+    with pytest.raises(NormSiteError, match="basis='drop' is for to_norm='crms'"):
+        lf.convert(gpt2_folder, tmp_path / "out", basis="drop", dry_run=True)
+    for site in lf.list_norm_sites(variant):
+        lf.freeze_site(variant, site, 2.0)
+    lf.export(variant, tmp_path / "constants", target="transformer_lens")
+    folded = lf.convert(tmp_path / "constants", tmp_path / "folded", form="folded")
+    assert folded.target == "transformer_lens"  # LayerNorms would subtract what it reads
+    lf.compare_logits(lf.load(tmp_path / "folded"), lf.fold(variant)).require("folded")
+
+
+def test_a_folder_has_the_permissions_of_new_files(gpt2_folder, tmp_path):
+    model, before = lf.load(gpt2_folder), os.umask(0o027)
+    try:
+        lf.export(model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
 
 
 def test_an_interrupted_conversion_leaves_nothing(gpt2_folder, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from lnfree_interp.errors import (
     NormSiteError,
     UnsupportedModelError,
 )
+from lnfree_interp.numerics import TOLERANCE
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -204,6 +205,21 @@ def test_a_half_downloaded_model_is_not_taken_for_whole(gpt2_folder, tmp_path):
     ).is_file()
 
 
+def test_what_another_program_fetched_is_not_taken_for_whole(gpt2_folder, tmp_path, monkeypatch):
+    """Weights without a tokenizer: the hub is asked; where it cannot be reached they may do."""
+    cache = make_cache(tmp_path / "cache", gpt2_folder, {"main": 0})
+    for file in cache.rglob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        lf.load("someone/small-gpt2", cache_dir=cache)
+    model = lf.load("someone/small-gpt2", cache_dir=cache, tokenizer=make_tokenizer())
+    lf.compare_logits(model, make_gpt2(0)).require("main")
+    nothing = type("Info", (), {"siblings": ()})
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **more: nothing)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **more: str(gpt2_folder))
+    assert hub.locate("someone/small-gpt2", cache_dir=cache) == gpt2_folder
+
+
 def test_only_what_is_needed_is_downloaded(monkeypatch, gpt2_folder):
     """Of a repository that has its weights in five formats: safetensors, else pickles."""
     asked = {}
@@ -255,6 +271,33 @@ def test_loading_a_model_in_memory_leaves_it_alone(dtype):
             W.add_(1)
     for name, W in hf_model.state_dict().items():
         assert torch.equal(W, before[name]), name
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float64], ids=str)
+def test_a_model_in_memory_may_have_another_dtype(given, wanted):
+    """As transformers makes it by default: that of the file."""
+    model = lf.load(make_gpt2().to(given), dtype=wanted)
+    assert model.cfg.dtype == wanted
+    assert lf.measured_agreement(model).dtype == max((given, wanted), key=TOLERANCE.get)
+
+
+@pytest.mark.parametrize("written", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float64], ids=str)
+def test_a_folder_may_be_opened_in_another_dtype(gpt2_folder, tmp_path, written, wanted):
+    model = lf.load(gpt2_folder, dtype=written)
+    lf.export(model, tmp_path / "out", target="transformer_lens")
+    again = lf.load(tmp_path / "out", dtype=wanted)
+    assert again.cfg.dtype == wanted
+    assert torch.equal(again.W_E, model.W_E.to(wanted))
+
+
+def test_a_tokenizer_of_another_model_is_refused_in_either_layout(gpt2_folder, tmp_path):
+    lf.export(lf.load(gpt2_folder), tmp_path / "out", target="transformer_lens")
+    other = make_tokenizer()
+    other.add_tokens([f"<{i}>" for i in range(30)])
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        lf.load(tmp_path / "out", tokenizer=other)
 
 
 def test_a_form_that_does_not_exist_is_refused(live, gpt2_folder):

@@ -275,6 +275,8 @@ def test_agreement_by_hand():
     assert found["correlation"] == pytest.approx(expected, rel=1e-6)
     slope = torch.linalg.lstsq(torch.stack([p, torch.ones(3)], 1), m[:, None]).solution[0, 0]
     assert found["slope"] == pytest.approx(slope.item(), rel=1e-5)
+    nothing = agreement(torch.tensor([1e-9, -2e-9]), torch.zeros(2))  # all measured is nothing
+    assert nothing["nmae"] == math.inf
     alone = agreement(torch.tensor([1.0]), torch.tensor([1.0]))
     assert alone["nmae"] == 0
     assert math.isnan(alone["correlation"])

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,25 @@ def test_long_rows_have_one_first_token(tokenizer):
     tokens = torch.randint(300, (2, 300), generator=torch.Generator().manual_seed(3))
     loss = measure_text({"frozen": model}, tokens)["frozen"].loss
     close(loss, model(tokens, return_type="loss", loss_per_token=True))
+
+
+def test_one_token_that_overflows_does_not_hide_the_others(live, folded, tokens):
+    measures = measure_text({"live": live, "free": folded}, tokens, "live")["free"]
+    kl, norms = measures.kl.clone(), measures.norms.clone()
+    kl[0, 1] = norms[:, 0, 2] = math.nan
+    broken = replace(measures, kl=kl, norms=norms)
+    assert distribution(broken).kl_median >= distribution(measures).kl_median
+    assert math.isfinite(distribution(broken).kl_median)
+    assert residual_norms(broken).others_median.isfinite().all()
+    assert (residual_norms(broken).others_max == math.inf).all()
+
+
+def test_a_model_that_allows_no_neurons_is_evaluated_beside_one_that_does(live, tokens):
+    models = {"live": live, "sub": lf.to_sub_ln(live).model}
+    for original in models:
+        found = lf.evaluate(models, tokens, original=original, pairs=0, effects=False)
+        assert found.models["live"].confidence_neurons is not None
+        assert found.models["sub"].confidence_neurons is None
 
 
 def test_batches_change_nothing(live, folded, tokens):

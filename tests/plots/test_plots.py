@@ -169,6 +169,17 @@ def test_scores_keep_what_is_not_shown(folded):
     assert f"{result.keys[int(result.total.argmax())]} " in best
 
 
+def test_the_key_that_is_shown_is_one_that_is_seen(folded):
+    """Though all scores are negative, and that of a key which only a longer prompt has is zero."""
+    both = lf.attribute_scores(folded, [torch.arange(3), torch.arange(6)], 2, 1)
+    short = both.select(prompt=0)
+    low = replace(short, total=short.total - (short.log_pattern > -torch.inf) * 100.0)
+    shown = lf.plots.scores(low).layout.xaxis.title.text
+    assert f"at the key, {int(short.log_pattern.argmax())} " in shown
+    mean = both.by_query().mean()
+    assert mean.select(key=1).total == mean.total[1]
+
+
 def test_patterns_before_and_after(folded):
     result = lf.counterfactual_pattern(folded, "for i in <range>", 2, 1, "L0H0")
     before, after, change = lf.plots.pattern(result).data

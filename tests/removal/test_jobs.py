@@ -286,6 +286,23 @@ def test_norms_can_go_in_stages_and_the_original_stays_the_teacher(gpt2_folder, 
         run_job(replace(rest, kinds=("ln1.v",)), tmp_path / "again", progress=False)
 
 
+@pytest.mark.parametrize("make", [lf.to_peri_ln, lf.to_layernorm_scaling, lf.to_dyt])
+def test_a_variant_loses_its_norms_by_a_job_too(gpt2_folder, tmp_path, make):
+    """Its folder is in TransformerLens' layout, and so is what comes out if no class holds it."""
+    live = make(lf.load(gpt2_folder)).model
+    lf.export(live, tmp_path / "variant", target="transformer_lens")
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 300)
+    job = RemovalJob(
+        model=str(tmp_path / "variant"), data=str(text), sequence_length=16, heldout=4, steps=30,
+        recipe="at-once", batch=2, micro_batch=2, lr=1e-6,
+    )  # fmt: skip
+    run = run_job(job, tmp_path / "run", progress=False)
+    again = lf.load(tmp_path / "run" / "model")
+    assert lf.live_sites(again) == ()
+    lf.compare_logits(again, run.model).require("written", 1e-5)
+
+
 def test_the_plan_is_that_of_the_run(tokenizer, tmp_path, monkeypatch):
     """Of a model with massive activations, whose recipe is another than that of ordinary ones."""
     network = make_gpt2()
