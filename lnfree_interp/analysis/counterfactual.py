@@ -142,7 +142,7 @@ def counterfactual_pattern(
         )
     if side not in get_args(Sides):
         raise DataError(f"side={side!r} is not a side: give one of {', '.join(get_args(Sides))}")
-    wanted = tuple(dict.fromkeys(as_labels(without)))
+    wanted = as_labels(without)
     if not wanted:
         raise DataError("no component was named: give at least one component to take away")
     if biases := [one for one in wanted if not _in_stream(one)]:

@@ -5,6 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from support.models import freeze_all, make_gpt2
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities import get_act_name
 

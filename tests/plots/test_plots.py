@@ -1,6 +1,7 @@
 """Figures show the numbers that they were given."""
 
 import html
+from dataclasses import replace
 
 import pytest
 import torch
