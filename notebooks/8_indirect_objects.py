@@ -59,7 +59,7 @@ lf.plots.attribution(by_head)
 # like yours; this is little text as well, so read the price as a rough one.
 
 # %%
-text = lf.pack(topics.values(), model.tokenizer, sequence_length=128, prepend_bos=True)[::48]
+text = lf.pack(topics.values(), model.tokenizer, sequence_length=128)[::48]
 frozen = lf.freeze_for(model, target, text, progress=False)
 print(frozen)
 trace = lf.trace(frozen.model, prompt)

@@ -29,7 +29,7 @@ import lnfree_interp as lf
 lf.plots.show_in_notebooks()
 
 model = lf.load(lf.smollm2())
-text = lf.pack(topics.values(), model.tokenizer, sequence_length=128, prepend_bos=True)[::36]
+text = lf.pack(topics.values(), model.tokenizer, sequence_length=128)[::36]
 
 # %% [markdown]
 # ## Induction
