@@ -16,6 +16,7 @@ import lnfree_interp as lf
 from lnfree_interp.errors import CheckpointError, DataError, OutputError
 from lnfree_interp.removal.named_models import find_model, load_named
 from lnfree_interp.removal.run import StepRecord
+from lnfree_interp.removal.run_folder import VERSION
 from lnfree_interp.report.job import ReportJob
 from lnfree_interp.report.sections import Question
 from lnfree_interp.report.write import write_report
@@ -97,7 +98,7 @@ def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
 def test_the_original_is_what_the_folder_says(tmp_path):
     folder = tmp_path / "folder"
     (folder / "model").mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"version": 2}))
+    (folder / "run.json").write_text(json.dumps({"version": VERSION}))
     (folder / "metrics.jsonl").touch()
     assert find_model(folder).original is None  # made in Python: nothing is guessed
     for about, original in (
@@ -105,7 +106,7 @@ def test_the_original_is_what_the_folder_says(tmp_path):
         ({"model": "gpt2", "revision": "abc"}, "gpt2@abc"),
         ({"model": "gpt2", "revision": None}, "gpt2"),
     ):
-        (folder / "run.json").write_text(json.dumps({"version": 2, "about": about}))
+        (folder / "run.json").write_text(json.dumps({"version": VERSION, "about": about}))
         assert find_model(folder).original == original
         assert find_model(folder).bundled == (about["model"] is None)
     with pytest.raises(
@@ -122,7 +123,7 @@ def test_the_original_is_what_the_folder_says(tmp_path):
 
 
 def test_a_line_that_was_cut_off_is_no_step(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"version": 2}))
+    (tmp_path / "run.json").write_text(json.dumps({"version": VERSION}))
     (tmp_path / "model").mkdir()
     whole = json.dumps(asdict(StepRecord(0, {"cross_entropy": 2.0}, 1e-4, {})))
     (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{whole[:20]}")
@@ -169,7 +170,7 @@ def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
         write_report(ReportJob(source=str(gpt2_folder)), tmp_path / "nowhere" / "report.html")
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
-    (unfinished / "run.json").write_text(json.dumps({"version": 2}))
+    (unfinished / "run.json").write_text(json.dumps({"version": VERSION}))
     with pytest.raises(CheckpointError, match="is a run without a model"):
         write_report(ReportJob(source=str(unfinished)), tmp_path / "report.html")
     command = [sys.executable, "-m", "lnfree_interp", "report", str(gpt2_folder), "--prompt", "a"]

@@ -111,7 +111,7 @@ def evaluate(
         >>> models = {"live": model, "LN-free": free}
         >>> found = lf.evaluate(models, tokens, original="live", effects=False, neurons=0, pairs=0)
         >>> found.to_frame().shape
-        (16, 2)
+        (19, 2)
         >>> found.models["LN-free"].sinks.by_head.shape
         torch.Size([4, 6])
     """

@@ -24,7 +24,8 @@ from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
 from lnfree_interp.files import new_folder, require_writable
 from lnfree_interp.removal.run import StepRecord
 
-_VERSION = 3
+VERSION = 3
+"""The version of `run.json`."""
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -57,7 +58,7 @@ class RunFolder:
             RecipeError: if the configuration is not plain data.
         """
         try:
-            content = json.dumps({"version": _VERSION, **config}, indent=1)
+            content = json.dumps({"version": VERSION, **config}, indent=1)
         except TypeError as error:
             raise RecipeError(
                 f"run.json keeps plain data, and these settings are not: {error}"
@@ -84,9 +85,9 @@ class RunFolder:
             raise CheckpointError(f"{self.path} has no run.json: it is not a run") from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        if version != _VERSION:
+        if version != VERSION:
             raise CheckpointError(
-                f"{file} has version {version}; this version of lnfree_interp reads {_VERSION}"
+                f"{file} has version {version}; this version of lnfree_interp reads {VERSION}"
             )
         return config
 

@@ -4,6 +4,7 @@ The loop is `Trainer.run`. What it calls is in files of its own: the state of th
 (`transition`), the loss (`losses`), divergence (`divergence`), the run's files (`run_folder`).
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -99,7 +100,10 @@ class Trainer:
         }
         own = None
         if extremes(recipe.distillation)[1] > 0:
-            own = with_norm_sites(teacher or self.model, teacher is None or copy_weights)
+            if teacher is None:
+                own = copy.deepcopy(self.model)
+            else:
+                own = with_norm_sites(teacher, copy_weights)
             own = own.requires_grad_(False).to(processes.device, print_details=False)
         if own is not None and teacher is not None:
             self.fingerprints["teacher"] = training_state.fingerprint(own)
