@@ -21,6 +21,8 @@ from lnfree_interp.analysis.view import Model
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError
 
+_AT_ONCE = 1024  # components that are in float64 at once
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MeanContributions(Result):
@@ -157,8 +159,11 @@ def mean_next_token_attribution(
         errors.append(last.certificate.require().error)
         gaps += [] if last.gap is None else [last.gap]
         values = last.values.flatten(1)
-        rows = [(x.sum(), x.abs().sum(), x.square().sum()) for x in map(Tensor.double, values)]
-        moments = torch.tensor(rows, dtype=torch.float64, device=values.device).T
+        # In float64 before they are squared; some components at a time, which bounds the copies.
+        pieces = (some.double() for some in values.split(_AT_ONCE))
+        moments = torch.cat(
+            [torch.stack([x.sum(1), x.abs().sum(1), x.square().sum(1)]) for x in pieces], dim=1
+        )
         sums = moments if sums is None else sums + moments
         total += last.total.double().sum().item()
         count += values.shape[1]

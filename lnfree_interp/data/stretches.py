@@ -40,8 +40,8 @@ def with_random_tokens(
     """Some sequences with a stretch of tokens from the whole vocabulary, each as likely.
 
     Most of a vocabulary is rare in text. In every second stretch the tokens come again after a
-    period, at most half of it: copying what followed last time is all that predicts them, which a
-    model forgets that never needs it. Stretches are as in `with_repeats`.
+    period, at most half of it: what followed last time is all that predicts them. Stretches
+    are as in `with_repeats`.
 
     Args:
         tokens: Text; it is not changed.

@@ -127,15 +127,11 @@ def evaluate(
     sample = spread(tokens, SAMPLE)
     # Errors are raised here, before the long part.
     chosen = {name: _chosen(model, neurons) for name, model in models.items()}
-    if original is not None:
-        theirs = models[original]
-        same = [
-            name
-            for name, model in models.items()
-            if _width(model) == _width(theirs) and chosen[name] is not None
-        ]
-        if chosen[original] is not None:
-            chosen |= dict.fromkeys(same, chosen[original])
+    if original is not None and (theirs := chosen[original]) is not None:
+        width = _width(models[original])
+        for name, model in models.items():
+            if chosen[name] is not None and _width(model) == width:
+                chosen[name] = theirs
     if effects:
         read_sequences(next(iter(models.values())), sample)  # raises an error for padding
     corrupted = {

@@ -17,7 +17,7 @@ from lnfree_interp.errors import RecipeError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=3)
+TIMEOUT = timedelta(hours=3)
 """How long processes wait for the main one, which measures and evaluates alone."""
 
 
@@ -49,7 +49,7 @@ class Processes:
             self.accelerator = Accelerator(
                 cpu=device.type == "cpu" and not torch.cuda.is_available(),
                 mixed_precision="no",
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
             )
         except ValueError as error:
             raise RecipeError(

@@ -35,8 +35,9 @@ def runs_away_at(
         Numbers in `list_norm_sites(model)`; how many sites there are where no token runs away. A
         live norm bears any token, but for one that is not finite behind the last block.
     """
-    norms = [get_norm(model, site) for site in list_norm_sites(model)]
-    frozen = {f"{s}.hook_in": n for n, s in enumerate(list_norm_sites(model)) if norms[n].frozen}
+    sites = list_norm_sites(model)
+    norms = [get_norm(model, site) for site in sites]
+    frozen = {f"{s}.hook_in": n for n, s in enumerate(sites) if norms[n].frozen}
     found: dict[int, Bool[Tensor, " sequence"]] = {}
 
     def look(x: Float[Tensor, "batch pos *head d"], hook: HookPoint) -> None:

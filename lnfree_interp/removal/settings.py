@@ -144,15 +144,12 @@ class Special:
 
     def moved(self, steps: int) -> "Special":
         """The same some steps later, or earlier if they are negative."""
-        least = {name: 0 if name == "outliers_from" else 1 for name in SPECIAL_STEPS}
-        return replace(
-            self,
-            **{
-                name: max(least[name], step + steps)
-                for name, step in ((name, getattr(self, name)) for name in SPECIAL_STEPS)
-                if step
-            },
-        )
+        moved = {
+            name: max(step + steps, int(name != "outliers_from"))
+            for name in SPECIAL_STEPS
+            if (step := getattr(self, name))
+        }
+        return replace(self, **moved)
 
     def cap(self, step: int) -> float:
         """How many times larger than a live norm would make it a token may come out at a step."""

@@ -348,7 +348,7 @@ class Trainer:
             return record
         heldout = self._heldout_loss(self.heldout)
         if record.step >= self.recipe.removed_at + self.waited:
-            better = heldout < self.heldout_best  # nor if it is not a number
+            better = heldout < self.heldout_best  # not if it is not a number
             self.heldout_best = heldout if better else self.heldout_best
             self.heldout_since = 0 if better else self.heldout_since + 1
         return replace(record, heldout=heldout)
