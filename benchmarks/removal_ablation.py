@@ -1,25 +1,31 @@
 """What each part of the recipe `measured` brings: the recipe without it, at equal tokens.
 
-    python benchmarks/removal_ablation.py [--seeds 0 1 2] [--only measured distilled]
+    python benchmarks/removal_ablation.py rows.jsonl [--seeds 0 1 2] [--only measured distilled]
     make smollm2 && python benchmarks/english_text.py text.jsonl
-    python benchmarks/removal_ablation.py --smollm2 text.jsonl --tokens 122880 --seeds 0
+    python benchmarks/removal_ablation.py slow.jsonl --smollm2 text.jsonl --tokens 61440 --seeds 0
 
 The first is about the bundled model and Python source, the second about SmolLM2-135M and English,
-in sequences of 256 tokens (SmolLM2: behind a beginning-of-text token). Loss and KL divergence from
-the original are in nats per token on held-out text; p99.9 is a quantile of the tokens' losses.
-A run that diverged has the step at which it did. All rows see as many tokens.
+in sequences of 256 tokens (SmolLM2: behind a beginning-of-text token, and one sequence a step).
+Loss and KL divergence from the original are in nats per token on held-out text; p99.9 is a quantile
+of the tokens' losses. A sequence on which a token overflows is left out of all but the count. Of
+random tokens that repeat, the share of 100 prompts whose likeliest next token is right. A run that
+diverged has the step at which it did. All rows see as many tokens. Each finished run is a line
+of `rows.jsonl`, and runs that are there are not run again, so that the benchmark can be stopped and
+continued.
 """
 
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
+from smollm2_removed import recall, repetitions
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers.utils import logging
@@ -27,6 +33,7 @@ from transformers.utils import logging
 import lnfree_interp as lf
 from lnfree_interp.errors import TrainingError
 from lnfree_interp.evaluation.text_pass import measure_text
+from lnfree_interp.removal.costs_file import read_costs, write_costs
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import published_order
 
@@ -126,7 +133,34 @@ def material(smollm2: Path | None) -> tuple[HookedTransformer, Tensor, Tensor]:
     return model, train, heldout[:: len(heldout) // 32]
 
 
+def outcome(
+    model: HookedTransformer, recipe: Recipe, text: Tensor, heldout: Tensor
+) -> dict[str, Any]:
+    """What a run makes of the model, on held-out text."""
+    began = time.perf_counter()
+    try:
+        run = lf.remove_norms(model, recipe, text, progress=False, log_every=0)
+    except TrainingError as error:
+        return {"diverged": str(error)}
+    after = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
+    assert after.kl is not None
+    finite = after.kl.isfinite().all(dim=1)
+    loss, kl = after.loss[finite].double(), after.kl[finite].double()
+    seen, every_token = heldout[:, 1:].flatten(), torch.arange(1000, model.cfg.d_vocab)
+    by_sequence = after.kl.double().mean(dim=1).nan_to_num(nan=float("inf"))
+    return {
+        "loss": loss.mean().item(), "kl": kl.mean().item(),
+        "kl_median": by_sequence.median().item(),  # one that overflows counts as the worst
+        "tail": loss.flatten().quantile(0.999).item() if len(loss) else float("nan"),
+        "finite": int(finite.sum()), "sequences": len(finite),
+        "skipped": sum(record.skipped for record in run.history),
+        "repeated": [recall(run.model, repetitions(model, pool)) for pool in (seen, every_token)],
+        "minutes": (time.perf_counter() - began) / 60,
+    }  # fmt: skip
+
+
 def main(
+    rows: tyro.conf.Positional[Path],
     seeds: tuple[int, ...] = (0, 1, 2),
     tokens: int = 163_840,
     smollm2: Path | None = None,
@@ -135,28 +169,35 @@ def main(
     """Run the benchmark.
 
     Args:
+        rows: The file of finished runs; it is made if it does not exist.
         seeds: Random seeds of the order of the text.
         tokens: Tokens of every run.
         smollm2: Text from `english_text.py`: take SmolLM2-135M instead of the bundled model.
         only: The rows to run, by name.
     """
+    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     model, train, heldout = material(smollm2)
-    costs = lf.site_sensitivity(model, train[:8], progress=False)
+    kept = rows.with_suffix(".costs.json")
+    if kept.exists():
+        costs = read_costs(str(kept), model)
+    else:
+        costs = lf.site_sensitivity(model, train[:8], progress=False)
+        write_costs(str(kept), model, costs)
     print(costs)
-    made = lf.recipes.measured(costs)
-    rows = SLOW if made.wait is not None else QUICK
+    slow = lf.recipes.measured(costs).wait is not None
 
     def steps(batch: int) -> int:
         return tokens // (batch * LENGTH)
 
-    def measured(seed: int, batch: int = made.batch) -> Recipe:
+    def measured(seed: int, batch: int = 1 if slow else 2) -> Recipe:
         recipe = lf.recipes.measured(costs, steps=steps(batch), seed=seed)
         return replace(recipe, batch=batch, micro_batch=min(batch, 4))
 
     recipes: dict[str, Callable[[int], Recipe]] = {
-        name: lambda seed, change=change: change(measured(seed)) for name, change in rows.items()
+        name: lambda seed, change=change: change(measured(seed))
+        for name, change in (SLOW if slow else QUICK).items()
     }
-    for batch, lr, final in SETTINGS if rows is QUICK else ():
+    for batch, lr, final in () if slow else SETTINGS:
         recipes[f"{batch} sequences, {lr:g} to {final:g}"] = (
             lambda seed, batch=batch, lr=lr, final=final: replace(
                 measured(seed, batch), lr=lr, final_lr=final
@@ -173,44 +214,57 @@ def main(
         "control": lambda seed: measured(seed).vanilla(),
         OWN_TEXT: measured,
     }
-    print("\n| recipe | loss | KL from the original | p99.9 | diverged |\n|---|---|---|---|---|")
-    began = time.perf_counter()
+    own = None
     for name in only or recipes:
-        text = train
-        if name == OWN_TEXT:
-            text = lf.sample_text(model, tokens // LENGTH, LENGTH, progress=False)
-        found, diverged = [], []
         for seed in seeds:
-            recipe = recipes[name](seed)
-            try:
-                run = lf.remove_norms(model, recipe, text, progress=False, log_every=0)
-            except TrainingError as error:
-                diverged.append(str(error).partition(":")[0].rpartition(" ")[2])
+            about = {"name": name, "seed": seed, "tokens": tokens}
+            if any(about.items() <= row.items() for row in done):
                 continue
-            after = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
-            assert after.kl is not None
-            by_token = after.loss.double().flatten()
-            found.append((by_token.mean().item(), after.kl.double().mean().item(),
-                          by_token.quantile(0.999).item()))  # fmt: skip
-        print(f"| {name} | {_row(found)} | {', '.join(diverged)} |", flush=True)
+            if name == OWN_TEXT and own is None:
+                own = lf.sample_text(model, tokens // LENGTH, LENGTH, progress=False)
+            text = own if name == OWN_TEXT and own is not None else train
+            row = about | outcome(model, recipes[name](seed), text, heldout)
+            done.append(row)
+            with rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+    print("\n| recipe | seeds | loss | KL from the original | median of sequences | p99.9 | "
+          "sequences without overflow | random tokens that repeat, of the text / of the "
+          "vocabulary | gradients thrown away | diverged |")  # fmt: skip
+    print("|" + "---|" * 10)
+    for name in recipes:
+        if of := [row for row in done if (row["name"], row["tokens"]) == (name, tokens)]:
+            print(_row(name, of))
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     print(
         f"\n{tokens:,} tokens a run, {LENGTH} a sequence; {heldout.numel():,} held-out tokens; "
-        f"seeds {seeds}; torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}; "
-        f"{time.perf_counter() - began:.0f} s"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {cpu}"
     )
 
 
-def _row(rows: list[tuple[float, float, float]]) -> str:
+def _row(name: str, runs: Sequence[dict[str, Any]]) -> str:
     """Means over seeds, and their standard deviation."""
-    if not rows:
-        return " | | "
-    loss, kl, tail = zip(*rows, strict=True)
-    spread = [f" ± {statistics.stdev(x):.4f}" if len(rows) > 1 else "" for x in (loss, kl)]
-    return (
-        f"{statistics.mean(loss):.4f}{spread[0]} | {statistics.mean(kl):.4f}{spread[1]} | "
-        f"{statistics.mean(tail):.2f}"
-    )
+    ended = [run for run in runs if "diverged" not in run]
+    lost = [run["diverged"].partition(":")[0].rpartition(" ")[2] for run in runs
+            if "diverged" in run]  # fmt: skip
+
+    def cell(key: str, digits: int = 4) -> str:
+        values = [run[key] for run in ended]
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    finite = ", ".join(f"{run['finite']} of {run['sequences']}" for run in ended)
+    repeated = [statistics.mean(shares) for shares in zip(*(run["repeated"] for run in ended),
+                                                                strict=True)]  # fmt: skip
+    skipped = ", ".join(str(run["skipped"]) for run in ended)
+    cells = [
+        name, str(len(runs)), cell("loss"), cell("kl"), cell("kl_median"), cell("tail", 2), finite,
+        " / ".join(f"{share:.2f}" for share in repeated), skipped,
+        ", ".join(f"at step {step}" for step in lost),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -128,10 +128,17 @@ class HookedView(View):
         norm = self._map(site)
         return norm is None or norm.affine
 
+    def bends(self, site: str) -> bool:
+        """As `View.bends`."""
+        norm = self._map(site)
+        return norm is not None and norm.pointwise
+
     def scale_hook(self, site: str) -> str | None:
         """As `View.scale_hook`."""
         norm = self._map(site)
         if norm is None or (norm.affine and norm.first is None):
+            return None
+        if norm.pointwise and noting():
             return None
         if norm.pointwise:
             raise UnsupportedModelError(
@@ -147,6 +154,8 @@ class HookedView(View):
         if norm is None:
             return Read()
         divisor = norm.scale if norm.affine and scale is None else scale
+        if norm.pointwise and noting():
+            divisor = 1.0
         assert divisor is not None
         gain, bias = (None if x is None else x.detach() for x in (norm.gain, norm.bias))
         return Read(

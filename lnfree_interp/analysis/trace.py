@@ -155,6 +155,7 @@ class Trace:
         if sites is None:
             kinds = ("ln1.qk", "ln1.v", *(("ln2",) if self.view.has_mlps else ()))
             sites = [f"blocks.{i}.{kind}" for i in range(self.view.n_layers) for kind in kinds]
+            sites = [site for site in sites if not self.view.bends(site)]
         return [hook for site in sites if (hook := self.view.scale_hook(site)) is not None]
 
     def stream(self, place: Place) -> Stream:
@@ -206,12 +207,16 @@ class Trace:
         """Refuse a question with the names of all that it reads through and is not affine.
 
         Raises:
-            InexactError: always.
+            UnsupportedModelError: if one of them is a live curve, which cannot be held either.
+            InexactError: always else.
         """
         with noting_reads() as noted:
             ask()
         caps = (LOGIT_CAP, SCORE_CAP)
         found = [name for name in noted if name in caps or not self.view.is_affine(name)]
+        for site in found:
+            if site not in caps and self.view.bends(site):
+                self.view.scale_hook(site)
         raise InexactError(self._refusal(found)) from None
 
     def require_text(self) -> "Trace":

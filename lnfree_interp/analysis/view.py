@@ -214,6 +214,10 @@ class View(ABC):
             UnsupportedModelError: if there is something else than a norm at the site.
         """
 
+    def bends(self, site: str) -> bool:
+        """Whether the norm at a site is a live curve of each entry, so that no token has a scale."""
+        return False
+
     @abstractmethod
     def scale_hook(self, site: str) -> str | None:
         """The hook name of a scale that differs between tokens; None where there is one for all.

@@ -47,7 +47,8 @@ class SiteBlock(TransformerBlock):
         block.ln1 = SplitNorm.from_stock(norms.ln1)
         if not cfg.attn_only:
             block.ln2 = Norm.from_stock(norms.ln2)
-            block.mlp = stock.mlp
+            mlp = stock.mlp
+            block.mlp = SiteGatedMLP.from_stock(mlp) if isinstance(mlp, GatedMLP) else mlp
             if cfg.act_fn == "gelu_new":  # the same function in one kernel
                 block.mlp.act_fn = gelu_pytorch_tanh
         for name in ("ln1_post", "ln2_post", "resid_scale"):
@@ -122,23 +123,52 @@ class InnerNormMLP(MLP):
 
     inner: Norm
 
+    @classmethod
+    def from_stock(cls, stock: MLP, inner: Norm) -> "InnerNormMLP":
+        """Take over the parameters of a stock MLP, without a copy."""
+        mlp = cls(stock.cfg)
+        _take_over(mlp, stock)
+        mlp.inner = inner
+        return mlp
+
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """As `MLP.forward`."""
         post = self.hook_post(self.act_fn(self.hook_pre(batch_addmm(self.b_in, self.W_in, x))))
         return batch_addmm(self.b_out, self.W_out, self.inner(post))
 
 
-class InnerNormGatedMLP(GatedMLP):
-    """`GatedMLP` with a norm between the gated activations and W_out, behind `hook_post`."""
+class SiteGatedMLP(GatedMLP):
+    """`GatedMLP` without its copies of the transposed weights, and with room for a norm before
+    W_out, behind `hook_post`.
 
-    inner: Norm
+    Attributes:
+        inner: That norm; None for none.
+    """
+
+    inner: Norm | None
+
+    @classmethod
+    def from_stock(cls, stock: GatedMLP) -> "SiteGatedMLP":
+        """Take over the parameters of a stock MLP, without a copy."""
+        mlp = cls(stock.cfg)
+        _take_over(mlp, stock)
+        mlp.register_module("inner", None)
+        return mlp
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """As `GatedMLP.forward`."""
         pre = self.hook_pre(F.linear(x, self.W_gate.T))
         linear = self.hook_pre_linear(F.linear(x, self.W_in.T))
         post = self.hook_post(self.act_fn(pre) * linear + self.b_in)
-        return F.linear(self.inner(post), self.W_out.T, self.b_out)
+        if self.inner is not None:
+            post = self.inner(post)
+        return F.linear(post, self.W_out.T, self.b_out)
+
+
+def _take_over(mlp: MLP | GatedMLP, stock: MLP | GatedMLP) -> None:
+    for name, parameter in stock.named_parameters(recurse=False):
+        setattr(mlp, name, parameter)
+    mlp.act_fn = stock.act_fn
 
 
 class LookupEmbed(Embed):

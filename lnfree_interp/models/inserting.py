@@ -12,7 +12,7 @@ from torch import nn
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import NormSiteError
-from lnfree_interp.models.block import InnerNormGatedMLP, InnerNormMLP
+from lnfree_interp.models.block import InnerNormMLP, SiteGatedMLP
 from lnfree_interp.models.folding import WITHIN
 from lnfree_interp.models.forms import epsilon_of
 from lnfree_interp.models.maps import make_map, map_name
@@ -216,7 +216,10 @@ def _put(model: HookedTransformer, site: NormSite, norm: Norm) -> None:
         return
     if site.kind == "mlp.inner":
         block: Any = model.blocks[cast(int, site.layer)]
-        block.mlp = _with_inner(block.mlp, norm)
+        if isinstance(block.mlp, SiteGatedMLP):
+            block.mlp.inner = norm
+        else:
+            block.mlp = InnerNormMLP.from_stock(block.mlp, norm)
         return
     _assign(model, name, norm)
 
@@ -225,14 +228,3 @@ def _assign(model: HookedTransformer, name: str, module: nn.Module) -> None:
     """As `set_submodule`, also where there is none yet."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _with_inner(stock: Any, norm: Norm) -> nn.Module:
-    """An MLP with a norm before W_out, on the same parameters."""
-    kind = InnerNormGatedMLP if hasattr(stock, "W_gate") else InnerNormMLP
-    mlp = kind(stock.cfg)
-    for name, parameter in stock.named_parameters(recurse=False):
-        setattr(mlp, name, parameter)
-    mlp.act_fn = stock.act_fn
-    mlp.inner = norm
-    return mlp

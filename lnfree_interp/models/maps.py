@@ -121,9 +121,11 @@ class _Curve(LiveMap):
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
 
     def scale(self, x: Vectors) -> Scales:
-        """The root mean square of x over that of the curve's output."""
+        """The root mean square of x over that of what the curve makes of it, beyond its value at
+        zero, which no division gives."""
         tiny = torch.finfo(x.dtype).tiny
-        return (mean_square(x) / mean_square(self(x)).clamp(min=tiny)).sqrt()
+        bent = self(x) - self(torch.zeros_like(x[..., :1]))
+        return (mean_square(x) / mean_square(bent).clamp(min=tiny)).sqrt()
 
 
 class DynamicTanh(_Curve):

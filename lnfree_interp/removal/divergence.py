@@ -116,6 +116,8 @@ def find_runaway(
         The site, the token and by how much; None if every token is near, or memory is too short
         to look.
     """
+    if len(tokens) == 0:  # no step yet since the run was resumed
+        return None
     found: list[str] = []
     rows = 0  # that have been looked at
     own: dict[str, Tensor] = {}

@@ -23,6 +23,8 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if name in foreign:
             parameter.requires_grad_(False)
+        if not parameter.is_contiguous():  # fused AdamW goes through memory in order
+            parameter.data = parameter.data.contiguous()
         if parameter.requires_grad:
             leaf = name.rpartition(".")[2].lstrip("_")
             (decayed if leaf.startswith("W_") else kept).append(parameter)

@@ -281,14 +281,13 @@ def _thaw_runaways(
 ) -> None:
     """Make norms live again without which a token of the held-out text, or one of the random ones
     on which models are compared, runs away."""
-    for tokens in (random_tokens(model), heldout):
-        held = () if tokens is None else thaw_runaways(model, tokens, progress=progress)
-        if held:
-            what = "random" if tokens is not heldout else "held-out"
-            say(
-                f"    live again: {', '.join(map(str, held))}, since a token of {what} text runs "
-                "away without them. More steps, or --keep with these, may do better"
-            )
+    texts = [random_tokens(model)] + ([] if heldout is None else [heldout])
+    if held := thaw_runaways(model, *texts, progress=progress):
+        what = "random tokens" if heldout is None else "held-out text or random tokens"
+        say(
+            f"    live again: {', '.join(map(str, held))}, since {what} run away without "
+            "them. More steps, or --keep with these, may do better"
+        )
 
 
 def _finished(model: HookedTransformer) -> tuple[str, HookedTransformer]:

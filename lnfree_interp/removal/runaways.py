@@ -62,9 +62,9 @@ def runs_away_at(
 
 
 def thaw_runaways(
-    model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], *, progress: bool = True
+    model: HookedTransformer, *texts: Int[Tensor, "_sequence _pos"], progress: bool = True
 ) -> tuple[NormSite, ...]:
-    """Make norms live again, one after the other, until no token of a text runs away.
+    """Make norms live again, one after the other, until no token of some texts runs away.
 
     Each time it is the norm with which the fewest sequences have such a token, and of equal ones
     that with which they have it latest in the model. Norms before the MLPs come first: an MLP is
@@ -73,7 +73,7 @@ def thaw_runaways(
 
     Args:
         model: With norm sites; it is changed.
-        tokens: [sequence, pos], the text.
+        texts: Each [sequence, pos]; they may have other lengths.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -95,35 +95,43 @@ def thaw_runaways(
     sites = list_norm_sites(model)
     frozen = [site for site in sites if get_norm(model, site).frozen]
 
-    def at(rows: Int[Tensor, "sequence pos"], live: Iterable[NormSite]) -> Int[Tensor, " sequence"]:
+    def at(some: Iterable[Tensor], live: Iterable[NormSite]) -> list[Int[Tensor, " sequence"]]:
         norms = [get_norm(model, site) for site in live]
         with restored(norms):
             for norm in norms:
                 norm.thaw()
-            return runs_away_at(model, rows)
+            return [runs_away_at(model, tokens) for tokens in some if len(tokens)]
 
-    bad = (found := at(tokens, ())) < len(sites)
-    if bad.any() and (broken := int((at(tokens, frozen) < len(sites)).sum())):
+    texts = tuple(tokens for tokens in texts if len(tokens))
+    found = at(texts, ())
+    if _count(found, below=len(sites)) and (broken := _count(at(texts, frozen), below=len(sites))):
         raise TrainingError(
-            f"{broken} of {len(bad)} sequences are not finite, with all norms live too: the model "
-            "is broken, and no norm holds it. Go on from an earlier checkpoint"
+            f"{broken} of {sum(map(len, texts))} sequences are not finite, with all norms live "
+            "too: the model is broken, and no norm holds it. Go on from an earlier checkpoint"
         )
     chosen: list[NormSite] = []
-    while bad.any():
-        worst = tokens[bad][:_LOOKED_AT]
-        earlier = [site for site in sites[: int(found[bad].max()) + 1] if site in frozen]
-        left = [site for site in earlier if site not in chosen]
+    while n := _count(found, below=len(sites)):
+        bad = [where < len(sites) for where in found]
+        worst = [tokens[those][:_LOOKED_AT] for tokens, those in zip(texts, bad, strict=True)]
+        latest = max(int(where[those].max()) for where, those in zip(found, bad, strict=True)
+                     if those.any())  # fmt: skip
+        left = [site for site in sites[: latest + 1] if site in frozen and site not in chosen]
         left = [site for site in left if site.kind == "ln2"] or left
-        what, helps = f"norms to keep: {len(chosen)}, {int(bad.sum())} runaways", {}
+        what, helps = f"norms to keep: {len(chosen)}, {n} runaways", {}
         for site in tqdm(left, desc=what, unit="site", disable=not progress):
-            where = at(worst, [*chosen, site])
+            where = torch.cat(at(worst, [*chosen, site]))
             helps[site] = (int((where == len(sites)).sum()), int(where.sum()))
         chosen.append(max(left, key=lambda site: helps[site]))
-        bad = (found := at(tokens, chosen)) < len(sites)
+        found = at(texts, chosen)
     for site in tuple(chosen[:-1]):
         fewer = [other for other in chosen if other != site]
-        if (at(tokens, fewer) == len(sites)).all():
+        if not _count(at(texts, fewer), below=len(sites)):
             chosen = fewer
     for site in chosen:
         get_norm(model, site).thaw()
     return tuple(chosen)
+
+
+def _count(found: Iterable[Int[Tensor, " sequence"]], below: int) -> int:
+    """How many sequences have a token that runs away."""
+    return sum(int((where < below).sum()) for where in found)

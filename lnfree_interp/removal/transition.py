@@ -86,6 +86,7 @@ class Transition:
         self.meter = SigmaMeter(model, self.watched, self.groups)
         self.step = 0
         self._own: dict[str, Tensor] = {}
+        self._settled: set[str] = set()  # frozen before this step
 
     def follow(self, recipe: Recipe) -> None:
         """Follow the schedule of a recipe, which a rollback may have widened."""
@@ -103,6 +104,7 @@ class Transition:
             The sites that are frozen from this step on, and their sigma.
         """
         self.step = step
+        self._settled = {name for name, norm in self.norms.items() if norm.frozen}
         if not self.estimates and self.statistics.source != "event" and self.events:
             self._measure(list(self.norms), forward)
         due = [e for e in self.events if e.gate(step) < 1]
@@ -188,11 +190,14 @@ class Transition:
         """Whether the site's sigma may still move at this step."""
         if not self._moving:
             return False
-        if self.statistics.follow_frozen or self.step <= event.end:
+        if self.statistics.follow_frozen:
             return True
-        partner = _partner(str(event.site))
-        ends = [e.end for e in self.events if str(e.site) == partner]
-        return self.statistics.share_ln1 and any(self.step <= end for end in ends)
+        names = {str(event.site)}
+        if self.statistics.share_ln1:
+            names.add(_partner(str(event.site)) or "")
+        # A step of the schedule at which it waits comes more than once.
+        moving = (e for e in self.events if str(e.site) in names - self._settled)
+        return any(self.step <= e.end for e in moving)
 
     def _shared(self, name: str) -> str:
         """The site whose sigma this one uses."""

@@ -16,9 +16,10 @@ from lnfree_interp.removal import trainer
 from lnfree_interp.removal.losses import Objective
 from lnfree_interp.removal.plan import plan
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.schedule import paced, sequential_sites
-from lnfree_interp.removal.settings import OUTLIER
+from lnfree_interp.removal.schedule import Event, paced, sequential_sites
+from lnfree_interp.removal.settings import OUTLIER, Statistics
 from lnfree_interp.removal.statistics import TokenGroups
+from lnfree_interp.removal.training_state import fingerprint
 
 TEXT = torch.randint(20, 300, (16, 24), generator=torch.Generator().manual_seed(5))
 
@@ -253,6 +254,32 @@ def test_the_schedule_waits_until_what_was_frozen_is_absorbed(tmp_path):
         waiting(model, 1.0, 8, distillation=0.0)
     with pytest.raises(RecipeError, match="must be positive"):
         lf.Wait(above=0.0, steps=3)
+
+
+@pytest.mark.parametrize("source", ["ema", "batch"])
+def test_a_constant_stays_while_the_schedule_waits(source):
+    """The step at which a site is frozen comes once more at every step of waiting."""
+    events = tuple(Event(step, site(layer)) for layer, step in ((0, 2), (1, 3), (2, 3)))
+    recipe = waiting(live(), 1e-12, 8, events=events, statistics=Statistics(source=source))
+    run = lf.remove_norms(live(), recipe, TEXT, progress=False)
+    frozen = {site: sigma for record in run.history for site, sigma in record.frozen.items()}
+    assert len(frozen) == 3
+    assert frozen == {site: lf.get_norm(run.model, site).constant for site in frozen}
+
+
+def test_a_run_of_the_slow_recipe_resumes_bit_for_bit(tmp_path):
+    """With all that it has: terms, a cap, waiting, stretches, an unembedding of its own."""
+    _, recipe = slowly(steps=40, batch=4, guard=lf.Guard(above_best=99.0, in_a_row=3, spike=5.0))
+    assert recipe.equal_embeddings
+    assert recipe.wait is not None
+    whole = lf.remove_norms(live(), recipe, TEXT, out=tmp_path / "whole", progress=False)
+    call = {"out": tmp_path / "parts", "checkpoint_every": 7, "progress": False, "minutes": 0.0}
+    for n in range(recipe.steps - 1):
+        with pytest.raises(lf.errors.PausedError):
+            lf.remove_norms(live(), recipe, TEXT, **call, resume=n > 0)
+    parts = lf.remove_norms(live(), recipe, TEXT, **call, resume=True)
+    assert [r.losses for r in parts.history] == [r.losses for r in whole.history]
+    assert fingerprint(parts.model) == fingerprint(whole.model)
 
 
 def test_a_run_that_waited_resumes_bit_for_bit(tmp_path):

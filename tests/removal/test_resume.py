@@ -41,8 +41,9 @@ def a_recipe(**changes):
         "events": published_order(sequential_sites(2), start=2, ln2_gap=1, qk_gap=2, v_gap=2),
         "steps": STEPS, "batch": 4, "micro_batch": 2, "lr": 1e-3, "warmup": 2, "final_lr": 0.1,
         "distillation": 0.5,
-        # Everything that has a state: moving sigmas, shared ones, special tokens, averages.
-        "weight_average": 0.8,
+        # Everything that has a state: moving sigmas, shared ones, special tokens, averages, and an
+        # unembedding of its own.
+        "weight_average": 0.8, "equal_embeddings": True, "repeats": 0.2, "random_tokens": 0.3,
         "statistics": Statistics(source="ema", sequences=4, share_ln1=True, tokens="ordinary"),
         "special": Special(first_until=15),
         "evaluate_every": 4,

@@ -145,15 +145,31 @@ def test_weights_that_are_broken_are_no_runaway():
     assert constants == [lf.get_norm(model, site).constant for site in lf.list_norm_sites(model)]
 
 
+def test_texts_of_other_lengths_are_held_together(monkeypatch):
+    """What holds one text lets the other run away: with both given, none does."""
+    model = frozen_gpt2()
+    short, long = TEXT[:2, :5].clone(), TEXT[2:4].clone()
+
+    def pretend(model, tokens):
+        live = {site.layer for site in lf.live_sites(model) if site.kind == "ln2"}
+        good = live == {0} if tokens.shape[1] == 5 else 1 in live
+        good = good or live >= {0, 1}
+        return torch.full((len(tokens),), 10 if good else 8)
+
+    monkeypatch.setattr(runaways, "runs_away_at", pretend)
+    held = lf.thaw_runaways(model, short, long, short[:0], progress=False)
+    assert sorted(map(str, held)) == ["blocks.0.ln2", "blocks.1.ln2"]
+    assert all(pretend(model, text).min() == 10 for text in (short, long))
+
+
 def test_a_removal_says_which_norms_are_live_again(gpt2_folder, tmp_path, monkeypatch):
     """And its model is written with them."""
     looked_at = []
 
-    def hold(model, tokens, **more):
-        looked_at.append(tokens)
-        site = lf.NormSite("ln2", len(looked_at) - 1)
-        lf.get_norm(model, site).thaw()
-        return (site,)
+    def hold(model, *texts, **more):
+        looked_at.extend(texts)
+        lf.get_norm(model, "blocks.1.ln2").thaw()
+        return (lf.NormSite("ln2", 1),)
 
     monkeypatch.setattr(run_job_module, "thaw_runaways", hold)
     text, said = tmp_path / "text.txt", []
@@ -165,9 +181,8 @@ def test_a_removal_says_which_norms_are_live_again(gpt2_folder, tmp_path, monkey
     run = run_job(job, tmp_path / "run", progress=False, say=said.append)
     assert torch.equal(looked_at[0], random_tokens(run.model))
     assert looked_at[1].shape == (4, 16)
-    lines = [line for line in said if "live again" in line]
-    assert ["blocks.0.ln2" in lines[0], "random" in lines[0]] == [True, True]
-    assert ["blocks.1.ln2" in lines[1], "held-out" in lines[1]] == [True, True]
+    [line] = [line for line in said if "live again" in line]
+    assert "blocks.1.ln2, since held-out text or random tokens run away" in line
     again = lf.load(tmp_path / "run" / "model")
-    assert list(map(str, lf.live_sites(again))) == ["blocks.0.ln2", "blocks.1.ln2"]
+    assert list(map(str, lf.live_sites(again))) == ["blocks.1.ln2"]
     lf.compare_logits(again, run.model).require("written", 1e-5)

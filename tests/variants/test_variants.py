@@ -252,6 +252,17 @@ def test_a_frozen_curve_divides_by_what_the_curve_divides_by_on_average(stock):
     torch.testing.assert_close(half, 0.5 * live + 0.5 * norm(x), rtol=1e-10, atol=1e-12)
 
 
+def test_a_frozen_curve_has_the_slope_of_the_curve_not_its_height():
+    """At a shift of 1 erf is 0.84 where x is 0, and nearly flat."""
+    curve = MAPS["Derf"](0.0).double()
+    curve.alpha.data.fill_(0.01)
+    curve.shift.data.fill_(1.0)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    slope = 0.01 * 2 / math.sqrt(math.pi) * math.exp(-1)
+    torch.testing.assert_close(curve.scale(x), torch.full((3, 1), 1 / slope).double(),
+                               rtol=0.05, atol=0)  # fmt: skip
+
+
 def test_alpha_from_text_comes_nearer_to_the_model(stock):
     text = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(2))
     plain, measured = lf.to_dyt(stock), lf.to_dyt(stock, tokens=text)
@@ -267,6 +278,20 @@ def test_alpha_from_text_comes_nearer_to_the_model(stock):
 def test_a_live_curve_is_refused_by_name(stock):
     with pytest.raises(UnsupportedModelError, match="ln_final bends each entry by a curve"):
         lf.attribute_logits(lf.to_dyt(stock).model, PROMPT, 5)
+
+
+@pytest.mark.parametrize("make", [lf.to_dyt, lf.to_derf])
+def test_curves_are_frozen_for_a_question(stock, make):
+    """Those that it reads through; the others stay live, and a trace of everything stands."""
+    model, text = make(stock).model, torch.randint(300, (8, 12))
+    asked = lf.norms_read(model, PROMPT, lf.Neuron(1, 3))
+    assert list(map(str, asked)) == ["blocks.1.ln2"]
+    frozen = lf.freeze_for(model, lf.Logit(5), text, progress=False).model
+    assert len(lf.live_sites(frozen)) == len(lf.list_norm_sites(frozen)) - 1
+    for trace in (lf.trace(frozen, PROMPT), lf.trace(frozen, PROMPT, keep="asked")):
+        lf.attribute(trace, lf.Logit(5), by="neuron").verify(1e-10)
+        with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.ln2 bends each entry"):
+            lf.attribute(trace, lf.Neuron(1, 3))
 
 
 # Every map at every site
