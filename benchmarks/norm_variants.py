@@ -5,10 +5,13 @@ of all their norms costs.
     python benchmarks/norm_variants.py rows.jsonl --print
 
 Models of width 64 are trained from scratch on the standard library's source, with equal tokens and
-a d_mlp that makes their numbers of parameters equal within 0.5 %. Then every norm of each is
-removed (`distilled`), and its control has the same steps, text and rates. Each finished row is a
-line of `rows.jsonl`; rows that are there are not run again, so that the benchmark can be stopped
-and continued. `--print` makes the tables of what there is. How fast they are: `norm_speed.py`.
+a d_mlp that makes their numbers of parameters equal within 0.5 %. Sub-LN with Magneto's
+initialisation and LayerNorm Scaling start from weights that do not shrink with depth, as in their
+papers. Without norms the rate is a quarter of the others': at theirs the run diverges. Then every
+norm of each is removed (`taper`: all sites at once and as slowly, however many there are), and its
+control has the same steps, text, loss and rates. Each finished row is a line of `rows.jsonl`; rows
+that are there are not run again, so that the benchmark can be stopped and continued.
+`--print` makes the tables of what there is. How fast they are: `norm_speed.py`.
 """
 
 import json
@@ -17,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,8 +56,13 @@ ARCHITECTURES: dict[str, Make] = {
     "Sub-LN, Magneto's initialisation": lambda model, _: lf.to_sub_ln(model, initialise=True).model,
     "LayerNorm Scaling": lambda model, _: lf.to_layernorm_scaling(model, keep_function=False).model,
     "DyT": lambda model, _: lf.to_dyt(model).model,
+    "DyT, alpha from the text": lambda model, tokens: lf.to_dyt(model, tokens=tokens).model,
     "LN-free from the start": ln_free,
 }
+UNSCALED = ("Sub-LN, Magneto's initialisation", "LayerNorm Scaling")
+"""Those whose W_O and W_out start as large as other weights."""
+RATES = {"LN-free from the start": 5e-4}
+"""Peak learning rates other than those of `recipes.from_scratch`."""
 
 
 def count(model: HookedTransformer) -> int:
@@ -67,8 +76,9 @@ def matched(name: str, like: HookedTransformer, tokens: Tensor, depth: int, seed
 
     def new(d_mlp: int) -> HookedTransformer:
         small = lf.untrained(
-            like, n_layers=depth, d_model=WIDTH, n_heads=HEADS, d_mlp=d_mlp, n_ctx=LENGTH, seed=seed
-        )
+            like, n_layers=depth, d_model=WIDTH, n_heads=HEADS, d_mlp=d_mlp, n_ctx=LENGTH,
+            seed=seed, scaled=name not in UNSCALED,
+        )  # fmt: skip
         return make(small, tokens)
 
     model = new(4 * WIDTH)
@@ -89,6 +99,7 @@ def measured(
     """A row: an architecture at a depth, with a seed."""
     model = matched(name, like, train[:16], depth, seed)
     recipe = lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed)
+    recipe = replace(recipe, lr=RATES.get(name, recipe.lr))
     began = time.perf_counter()
     row: dict[str, Any] = {
         "name": name, "depth": depth, "seed": seed, "parameters": count(model),
@@ -110,8 +121,8 @@ def measured(
         "gradients": {kind: sizes.tolist() for kind, sizes in balance.by_kind.items()},
     }  # fmt: skip
     if lf.live_sites(run.model):
-        distilled = lf.recipes.distilled(run.model, steps=removal, seed=seed)
-        for what, this in (("free", distilled), ("control", distilled.vanilla())):
+        taper = lf.recipes.tapered(run.model, steps=removal, seed=seed)
+        for what, this in (("free", taper), ("control", taper.vanilla())):
             try:
                 after = lf.remove_norms(run.model, this, train, progress=False, log_every=0)
                 row[what] = lf.evaluate_loss(after.model, heldout).mean
@@ -182,7 +193,7 @@ def main(
         seeds: Seeds of weights and of the order of the text.
         steps: Steps of training.
         removal: Steps of the removal and of its control.
-        batch: Sequences of 128 tokens in a step of training; the removal has 8.
+        batch: Sequences of 128 tokens in a step of training; the removal has 16.
         only: Architectures, by name. Default: all.
         print_only: Run nothing: print the tables of the rows that there are.
     """
@@ -211,10 +222,10 @@ def main(
                     print(f"{name}, {depth} layers, seed {seed}: loss {row['loss']:.3f}, "
                           f"{row['minutes']:.1f} minutes", flush=True)  # fmt: skip
         cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-        print(f"\n{steps * batch * LENGTH:,} tokens of training, {removal * 8 * LENGTH:,} of "
+        print(f"\n{steps * batch * LENGTH:,} tokens of training, {removal * 16 * LENGTH:,} of "
               f"removal; {heldout.numel():,} held-out tokens; torch {torch.__version__}, "
               f"{torch.get_num_threads()} threads of {cpu}")  # fmt: skip
-    show(done)
+    show([row for row in done if row["steps"] == [steps, removal, batch]])
 
 
 if __name__ == "__main__":

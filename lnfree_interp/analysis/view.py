@@ -215,7 +215,7 @@ class View(ABC):
         """
 
     def bends(self, site: str) -> bool:
-        """Whether the norm at a site is a live curve of each entry, so that no token has a scale."""
+        """Whether the norm at a site is a live curve of each entry: no token has a scale there."""
         return False
 
     @abstractmethod

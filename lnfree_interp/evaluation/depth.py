@@ -1,7 +1,9 @@
 """What depth does in a model: how the stream grows, and how far each block is from doing nothing.
 
 A block adds what it writes to the stream: with J the Jacobian of the stream behind a block by the
-stream before it, J - I is the Jacobian of what the block writes (`jacobians`).
+stream before it, J - I is the Jacobian of what the block writes (`jacobians`). Where the stream is
+multiplied by factors as it goes past a block (NormFormer's `resid_scale`), they are a change of its
+units, and doing nothing is to multiply by them.
 """
 
 from collections.abc import Iterator
@@ -18,12 +20,23 @@ from lnfree_interp.analysis.prompts import batches, read_sequences
 from lnfree_interp.analysis.stream import Place
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
-from lnfree_interp.evaluation.jacobians import Written, distance_from_identity, largest_eigenvalues
+from lnfree_interp.evaluation.jacobians import (
+    CENTRED,
+    COMPLETED,
+    WHOLE,
+    Seen,
+    Written,
+    distance_from_identity,
+    largest_eigenvalues,
+)
 from lnfree_interp.evaluation.text_pass import fitting_batch
+from lnfree_interp.models.crms import is_crms
 from lnfree_interp.models.folding import reads_stream
 from lnfree_interp.models.loss import next_token_loss
+from lnfree_interp.models.maps import CRMSNormMap
 from lnfree_interp.models.running import run, run_and_keep
-from lnfree_interp.models.sites import live_sites, norm_at
+from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.models.sites import live_sites, norm_at, norm_path
 
 IN_A_BASIS = ("variance", "variance_first", "angles", "jacobian_distance")
 """The measures that a change of basis of the stream changes. Live norms forbid all changes but
@@ -37,7 +50,8 @@ class DepthReport:
     variance: Float[Tensor, " place"]
     """The variance of the stream over channels before each block and after the last, averaged over
     all tokens but the first of each sequence; its mean square in a model whose norms do not
-    subtract the mean. One factor for all places says nothing: norms do not see it."""
+    subtract the mean, with the channel that a CRMSNorm completes it by. One factor for all places
+    says nothing: norms do not see it."""
     variance_first: Float[Tensor, " place"]
     """The same of the first tokens, which in many models have massive activations."""
     angles: Float[Tensor, "place place"]
@@ -169,8 +183,8 @@ def depth_report(
     with tqdm(total=total, desc="depth", unit="sequence or block", disable=not progress) as bar:
         if batch is None:
             batch = fitting_batch(model, tokens.shape[1])
-        centred = _norms_centre(model)
-        sums = _StreamSums(n_layers, centred)
+        seen = _seen_by_norms(model)
+        sums = _StreamSums(n_layers, seen)
         losses = []
         for chunk in batches(tokens, batch):
             loss, streams = _left_out(model, chunk)
@@ -179,9 +193,10 @@ def depth_report(
             bar.update(len(chunk))
         distances, found = [], []
         for block, resid in _blocks(model, sample):
-            written = Written(block, resid)
-            distances.append(distance_from_identity(written, vectors, seed, centred))
-            found.append(largest_eigenvalues(block, resid, eigenvalues, seed))
+            past = _past(block)
+            written = Written(block, resid, past)
+            distances.append(distance_from_identity(written, vectors, seed, seen))
+            found.append(largest_eigenvalues(block, resid, eigenvalues, seed, past))
             bar.update()
     mean = torch.cat(losses, 1).mean(1)
     return DepthReport(
@@ -191,14 +206,32 @@ def depth_report(
         eigenvalues=torch.stack(found),
         loss=mean[0].item(),
         loss_without=mean[1:] - mean[0],
-        basis_fixed=any(reads_stream(str(site)) for site in live_sites(model)),
+        basis_fixed=any(map(_fixes_basis, live_sites(model))),
         n_tokens=tokens[:, 1:].numel(),
     )
 
 
-def _norms_centre(model: HookedTransformer) -> bool:
-    """Whether the model's norms subtract the mean of the stream, which nothing reads then."""
-    return model.cfg.normalization_type is not None and norm_at(model, "ln_final").centred
+def _fixes_basis(live: NormSite) -> bool:
+    """Whether a live norm divides by a length of the stream, or of what is written to it. What
+    stands before W_O or W_out is in channels of its own."""
+    return reads_stream(str(live)) or live.kind in ("ln1_post", "ln2_post")
+
+
+def _seen_by_norms(model: HookedTransformer) -> Seen:
+    """What the model's norms see of the stream: nothing reads a mean that they subtract, and a
+    CRMSNorm stands for a stream with one channel more."""
+    if model.cfg.normalization_type is None:
+        return WHOLE
+    norm = model.get_submodule(norm_path(model, "ln_final"))
+    if is_crms(model) or isinstance(getattr(norm, "map", None), CRMSNormMap):
+        return COMPLETED
+    return CENTRED if norm_at(model, "ln_final").centred else WHOLE
+
+
+def _past(block: nn.Module) -> Float[Tensor, " d_model"] | None:
+    """The factors of the stream that goes past a block; None for none."""
+    scaler = getattr(block, "resid_scale", None)
+    return None if scaler is None else scaler.gain.detach()
 
 
 @torch.no_grad()
@@ -231,7 +264,9 @@ def _left_out(
         return next_token_loss(logits, tokens.to(logits.device), "none").double().cpu()
 
     rows = [losses(last, n_layers)]
-    rows += [losses(streams[layer], layer + 1) for layer in range(n_layers)]
+    for layer, (stream, block) in enumerate(zip(streams, model.blocks, strict=True)):
+        past = _past(block)
+        rows.append(losses(stream if past is None else stream * past, layer + 1))
     return torch.stack(rows), [*streams, last]
 
 
@@ -248,16 +283,14 @@ def _streams(
 class _StreamSums:
     """Sums of what is measured of the stream, over batches."""
 
-    def __init__(self, n_layers: int, centred: bool):
-        self.centred = centred
+    def __init__(self, n_layers: int, seen: Seen):
+        self.seen = seen
         self.variances = torch.zeros(2, n_layers + 1, dtype=torch.float64)  # first tokens, others
         self.counts = torch.zeros(2, dtype=torch.float64)
         self.angles = torch.zeros(n_layers + 1, n_layers + 1, dtype=torch.float64)
 
     def add(self, streams: list[Float[Tensor, "batch pos d_model"]]) -> None:
-        streams = [x.double().cpu() for x in streams]
-        if self.centred:
-            streams = [x - x.mean(-1, keepdim=True) for x in streams]
+        streams = [self.seen.of(x.double().cpu()) for x in streams]
         variance = torch.stack([x.square().mean(-1) for x in streams])
         first, others = variance[..., 0], variance[..., 1:]
         self.variances += torch.stack([first.sum(1), others.sum((1, 2))])

@@ -1,5 +1,7 @@
 """The Jacobian of what a block writes, by vector-Jacobian products; no such matrix is formed."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,19 +14,61 @@ _TOLERANCE: Any = 1e-4
 """Of an eigenvalue, relative to the largest."""
 
 
+Vectors = Float[Tensor, "*batch d"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What norms see of a stream: a linear map S of it, with what a distance of Jacobians needs."""
+
+    of: Callable[[Vectors], Vectors]
+    """S."""
+    back: Callable[[Vectors], Vectors]
+    """The transpose of S."""
+    behind: Callable[[Vectors], Vectors]
+    """The transpose of the inverse of S on what it gives."""
+    more: int = 0
+    """How many channels S adds."""
+
+
+def _centred(x: Vectors) -> Vectors:
+    return x - x.mean(-1, keepdim=True)
+
+
+WHOLE = Seen(lambda x: x, lambda x: x, lambda x: x)
+"""The stream as it is."""
+CENTRED = Seen(_centred, _centred, lambda x: x)
+"""The stream without its mean. A block does not read the mean, so that nothing is to be done on the
+way in."""
+COMPLETED = Seen(
+    lambda x: torch.cat([x, -x.sum(-1, keepdim=True)], -1),
+    lambda y: y[..., :-1] - y[..., -1:],
+    lambda x: _centred(torch.cat([x, torch.zeros_like(x[..., :1])], -1)),
+    more=1,
+)
+"""The stream with the channel that makes its mean zero. (2305.14858)"""
+
+
 class Written:
     """What a block writes at the last position, with its derivative by the stream there.
 
     With J the Jacobian of the stream behind the block by the one before it, both at the last
     position of a prompt, calling it multiplies with the transpose of J - I. That has the
-    eigenvalues and the Frobenius norm of J - I.
+    eigenvalues and the Frobenius norm of J - I. Where the stream is multiplied by factors as it
+    goes past, J is that of the stream behind divided by them.
     """
 
-    def __init__(self, block: nn.Module, resid: Float[Tensor, "prompt pos d_model"]):
+    def __init__(
+        self,
+        block: nn.Module,
+        resid: Float[Tensor, "prompt pos d_model"],
+        past: Float[Tensor, " d_model"] | None = None,
+    ):
         with torch.enable_grad():
             self.last = resid[:, -1].detach().requires_grad_()
             whole = torch.cat([resid[:, :-1].detach(), self.last[:, None]], 1)
-            self.written = block(whole)[:, -1] - self.last
+            behind = block(whole)[:, -1]
+            self.written = (behind if past is None else behind / past) - self.last
 
     def __call__(self, vectors: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "prompt d_model"]:
         """The transpose of J - I times a vector for each prompt."""
@@ -33,9 +77,10 @@ class Written:
 
 
 def distance_from_identity(
-    written: Written, vectors: int, seed: int, centred: bool = False
+    written: Written, vectors: int, seed: int, seen: Seen = WHOLE
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The root of the mean over prompts of ||J - I||_F^2 / d_model, and its standard error.
+    """The root of the mean over prompts of ||J - I||_F^2 over the number of channels, and its
+    standard error, of what norms see.
 
     The mean square of a product with a vector of random signs is the squared Frobenius norm.
 
@@ -43,15 +88,15 @@ def distance_from_identity(
         written: What a block writes.
         vectors: The number of random vectors for each prompt.
         seed: Their seed.
-        centred: Whether the mean over channels of what the block writes does not count.
+        seen: What norms see of the stream.
     """
     generator, like = torch.Generator().manual_seed(seed), written.last
+    prompts, channels = like.shape[0], like.shape[1] + seen.more
     squares = []
     for _ in range(vectors):
-        signs = torch.randint(2, like.shape, generator=generator).to(like) * 2 - 1
-        if centred:
-            signs = signs - signs.mean(-1, keepdim=True)
-        squares.append(written(signs).double().square().sum(-1).cpu() / like.shape[-1])
+        signs = torch.randint(2, (prompts, channels), generator=generator).to(like) * 2 - 1
+        product = seen.behind(written(seen.back(signs)))
+        squares.append(product.double().square().sum(-1).cpu() / channels)
     each = torch.stack(squares)  # [vector, prompt]
     # Means of prompts spread with the vectors within them too; one prompt has its vectors alone.
     means = each.mean(0) if each.shape[1] > 1 else each[:, 0]
@@ -73,7 +118,11 @@ class _OfOnePrompt(LinearOperator):
 
 
 def largest_eigenvalues(
-    block: nn.Module, resid: Float[Tensor, "prompt pos d_model"], k: int, seed: int
+    block: nn.Module,
+    resid: Float[Tensor, "prompt pos d_model"],
+    k: int,
+    seed: int,
+    past: Float[Tensor, " d_model"] | None = None,
 ) -> Complex[Tensor, "prompt eigenvalue"]:
     """The k eigenvalues of J - I with the largest absolute values, for each prompt.
 
@@ -82,12 +131,13 @@ def largest_eigenvalues(
         resid: The stream before it.
         k: How many; nan takes the place of those that the iteration did not find.
         seed: The seed of the vector that it starts from.
+        past: The factors of the stream that goes past the block.
     """
     prompts, _, d_model = resid.shape
     start = np.random.default_rng(seed).standard_normal(d_model)
     found = torch.full((prompts, k), torch.nan, dtype=torch.complex128)
     for prompt in range(prompts if k else 0):
-        operator = _OfOnePrompt(Written(block, resid[prompt : prompt + 1]))
+        operator = _OfOnePrompt(Written(block, resid[prompt : prompt + 1], past))
         product = operator.matvec(start)
         if not np.isfinite(product).all():
             continue

@@ -26,6 +26,7 @@ def untrained(
     n_heads: int | None = None,
     d_mlp: int | None = None,
     n_ctx: int | None = None,
+    scaled: bool = True,
 ) -> HookedTransformer:
     """A stock model with random weights, of the architecture and with the tokenizer of another one.
 
@@ -40,6 +41,8 @@ def untrained(
         n_heads: The number of attention heads, which share the width among them as before.
         d_mlp: The width of the MLPs. Default: as many times d_model as in `like`.
         n_ctx: The longest sequence.
+        scaled: Whether W_O and W_out are smaller the more layers there are, as above. False: 0.02
+            like all others, as Magneto and LayerNorm Scaling start.
 
     Returns:
         The model, on the same device and in float32.
@@ -71,7 +74,7 @@ def untrained(
             leaf = name.rpartition(".")[2].lstrip("_")
             if leaf.startswith("W_"):
                 std = _STD
-                if leaf in ("W_O", "W_out"):
+                if scaled and leaf in ("W_O", "W_out"):
                     std /= (2 * cfg.n_layers) ** 0.5
                 W.copy_(torch.randn(W.shape, generator=generator) * std)
             else:

@@ -118,24 +118,28 @@ def to_sub_ln(model: HookedTransformer, *, initialise: bool = False) -> Variant:
             steps.append(_norms(sited, ["mlp.inner"], "between activation function and W_out"))
         if initialise:
             gain = magneto_init(sited)
+            first = "W_gate" if sited.cfg.gated_mlp else "W_in"
             steps.append(
-                f"W_V, W_O, W_in and W_out times {gain:.4g}, queries and keys as they were"
+                f"W_V, W_O, {first} and W_out times {gain:.4g}, queries and keys as they were"
             )
         return tuple(steps)
 
     return made("Sub-LN", model, change, same_function=False)
 
 
-MAGNETO = ("attn.W_V", "attn._W_V", "attn.W_O", "mlp.W_in", "mlp.W_out")
-"""What Magneto's initialisation enlarges, by the ends of names: `v_proj`, `out_proj`, `fc1` and
-`fc2` of torchscale, weights alone, since biases start at zero."""
+MAGNETO = ("attn.W_V", "attn._W_V", "attn.W_O", "mlp.W_out")
+"""What Magneto's initialisation enlarges, by the ends of names: `v_proj`, `out_proj` and `fc2` of
+torchscale, weights alone, since biases start at zero. And `fc1`: W_in, in gated MLPs W_gate, which
+the activation function reads."""
 
 
 def magneto_init(model: HookedTransformer) -> float:
-    """Multiply W_V, W_O, W_in and W_out by sqrt(log(2 n_layers)), in place.
+    """Multiply W_V, W_O, W_in and W_out by sqrt(log(2 n_layers)), in place; in gated MLPs W_gate
+    and not W_in.
 
     Args:
-        model: Freshly initialised, a decoder.
+        model: Freshly initialised, a decoder. The paper's initial weights do not become smaller
+            with depth: `lf.untrained(..., scaled=False)`.
 
     Returns:
         The factor.
@@ -148,9 +152,10 @@ def magneto_init(model: HookedTransformer) -> float:
         1.442
     """
     gain = math.sqrt(math.log(2 * model.cfg.n_layers))
+    first = "mlp.W_gate" if model.cfg.gated_mlp else "mlp.W_in"
     with torch.no_grad():
         for name, W in model.named_parameters():
-            if name.endswith(MAGNETO):
+            if name.endswith((*MAGNETO, first)):
                 W.mul_(gain)
     return gain
 

@@ -34,7 +34,8 @@ def to_layernorm_scaling(model: HookedTransformer, *, keep_function: bool = True
         A `Variant`, the same function if asked.
 
     Raises:
-        UnsupportedModelError: for a model that can have no norm sites.
+        UnsupportedModelError: for a model that can have no norm sites, or whose norms are
+            multiplied by such factors already.
 
     Source:
         arXiv 2502.05795
@@ -51,7 +52,12 @@ def to_layernorm_scaling(model: HookedTransformer, *, keep_function: bool = True
                 continue  # ln1.v shares all with ln1.qk
             root = math.sqrt(site.layer + 1)
             norm = get_norm(sited, site)
-            norm = set_map(sited, site, map_name(norm.map), factor=norm.factor / root)
+            if norm.factor != 1:
+                raise UnsupportedModelError(
+                    f"{site} is multiplied by {norm.factor:.4g} already: a second factor would not "
+                    "be 1 / sqrt(layer)"
+                )
+            norm = set_map(sited, site, map_name(norm.map), factor=1 / root)
             for parameter in (norm.w, norm.b) if keep_function else ():
                 if parameter is not None:
                     parameter.mul_(root)

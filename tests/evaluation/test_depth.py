@@ -9,6 +9,7 @@ import torch
 from support.architectures import make_model
 
 import lnfree_interp as lf
+from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.folding import is_reader, writes_to_stream
 
@@ -245,6 +246,50 @@ def test_a_norm_inside_a_sublayer_does_not_fix_the_basis(frozen, tokens):
     inside = lf.to_sub_ln(frozen).model
     assert lf.live_sites(inside)
     assert not report_of(inside, tokens, prompts=1, eigenvalues=0).basis_fixed
+
+
+def test_a_norm_of_what_is_written_fixes_the_basis(frozen, tokens):
+    """It divides by a length in the stream's own channels."""
+    behind = lf.to_peri_ln(frozen).model
+    assert {site.kind for site in lf.live_sites(behind)} == {"ln1_post", "ln2_post"}
+    assert report_of(behind, tokens, prompts=1, eigenvalues=0).basis_fixed
+
+
+def test_factors_of_the_stream_are_a_change_of_its_units():
+    """NormFormer without live norms, and the fold of it: one function, one loss without a block,
+    one spectrum."""
+    stock = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    model = lf.to_normformer(stock).model
+    for layer, name in enumerate(name for name in lf.list_scalers(model) if "resid" in name):
+        model.get_submodule(name).w.data *= 2 + layer
+    for site in lf.list_norm_sites(model):
+        lf.freeze_site(model, site, 0.5)
+    tokens = random_tokens(model)
+    before, after = (report_of(one, tokens, prompts=2) for one in (model, lf.fold(model)))
+    torch.testing.assert_close(after.loss_without, before.loss_without)
+    torch.testing.assert_close(after.spectral_radius, before.spectral_radius, rtol=1e-4, atol=0)
+    assert before.loss_without.abs().min() > 1e-4
+
+
+def test_a_crmsnorm_sees_the_stream_that_it_stands_for():
+    """Variances and angles are those of the RMSNorm model that it was made of."""
+    stock = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    tokens = random_tokens(stock)
+    rms, crms = (one.model for one in (lf.to_rms(stock), lf.to_crms(stock, "drop")))
+    whole, less = (report_of(one, tokens, prompts=2, vectors=400, eigenvalues=0)
+                   for one in (rms, crms))  # fmt: skip
+    assert rms.cfg.d_model == crms.cfg.d_model + 1
+    torch.testing.assert_close(less.variance, whole.variance)
+    torch.testing.assert_close(less.variance_first, whole.variance_first)
+    torch.testing.assert_close(less.angles, whole.angles)
+    d = crms.cfg.d_model
+    S = torch.cat([torch.eye(d), -torch.ones(1, d)]).double()
+    sampled = spread(tokens, 2)
+    for layer in range(3):
+        squares = [(S @ one @ torch.linalg.pinv(S)).square().sum()
+                   for one in differences(crms, layer, sampled)]  # fmt: skip
+        exact = (torch.stack(squares).mean() / (d + 1)).sqrt().item()
+        assert less.jacobian_distance[layer].item() == pytest.approx(exact, rel=0.05)
 
 
 def test_frame_repr_and_figures_have_a_row_for_each_block(live, tokens):

@@ -213,7 +213,28 @@ def test_magneto_enlarges_exactly_its_tensors(stock):
         torch.testing.assert_close(W, gain * plain[name])
         enlarged.add(name.split(".", 2)[2])
     value = "attn._W_V" if grouped else "attn.W_V"
-    assert enlarged == {value, "attn.W_O", "mlp.W_in", "mlp.W_out"}
+    first = "mlp.W_gate" if stock.cfg.gated_mlp else "mlp.W_in"  # fc1: what the function reads
+    assert enlarged == {value, "attn.W_O", first, "mlp.W_out"}
+
+
+def test_magneto_starts_as_large_in_deep_models(stock):
+    """Without the shrinking of GPT-2: W_O and W_out as large as W_V, both times the gain."""
+    like = lf.load(make_model("gpt2"), check=False)
+    for n_layers in (2, 8):
+        new = lf.untrained(like, n_layers=n_layers, scaled=False)
+        lf.magneto_init(new)
+        gain = math.sqrt(math.log(2 * n_layers))
+        for W in (new.W_O, new.W_out, new.W_V, new.W_in):
+            assert W.std().item() == pytest.approx(0.02 * gain, rel=0.05)
+        assert new.W_Q.std().item() == pytest.approx(0.02, rel=0.05)
+        shrunk = lf.untrained(like, n_layers=n_layers)
+        assert shrunk.W_O.std().item() == pytest.approx(0.02 / math.sqrt(2 * n_layers), rel=0.05)
+
+
+def test_norms_are_scaled_by_depth_once(stock):
+    once = lf.to_layernorm_scaling(stock, keep_function=False).model
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.ln1\.qk is multiplied by 0.7071"):
+        lf.to_layernorm_scaling(once, keep_function=False)
 
 
 # Curves
