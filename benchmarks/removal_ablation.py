@@ -7,11 +7,12 @@
 The first is about the bundled model and Python source, the second about SmolLM2-135M and English,
 in sequences of 256 tokens (SmolLM2: behind a beginning-of-text token, and one sequence a step).
 Loss and KL divergence from the original are in nats per token on held-out text; p99.9 is a quantile
-of the tokens' losses. A sequence on which a token overflows is left out of all but the count. Of
-random tokens that repeat, the share of 100 prompts whose likeliest next token is right. A run that
-diverged has the step at which it did. All rows see as many tokens. Each finished run is a line
-of `rows.jsonl`, and runs that are there are not run again, so that the benchmark can be stopped and
-continued.
+of the tokens' losses. A sequence on which a token overflows is left out of all but the count. The
+KL divergence of training sequences is the median of the last tenth of the steps, under the cap if
+there is one: it tells runs apart in which tokens overflow. Of random tokens that repeat, the share
+of 100 prompts whose likeliest next token is right. A run that diverged has the step at which it
+did. All rows see as many tokens. Each finished run is a line of `rows.jsonl`, and runs that are
+there are not run again, so that the benchmark can be stopped and continued.
 """
 
 import json
@@ -114,6 +115,14 @@ SLOW: dict[str, Change] = {
 """Changes of the recipe for massive activations."""
 
 
+COLUMNS = (
+    "recipe", "seeds", "loss", "KL from the original", "median of sequences",
+    "of training sequences at the end", "p99.9", "sequences without overflow",
+    "random tokens that repeat, of the text / of the vocabulary", "gradients thrown away",
+    "diverged",
+)  # fmt: skip
+
+
 def material(smollm2: Path | None) -> tuple[HookedTransformer, Tensor, Tensor]:
     """The model, its training text and held-out text."""
     logging.disable_progress_bar()
@@ -144,6 +153,8 @@ def outcome(
         return {"diverged": str(error)}
     after = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
     assert after.kl is not None
+    records = run.history[-max(1, len(run.history) // 10) :]
+    last = [r.losses["distillation"] for r in records if "distillation" in r.losses]
     finite = after.kl.isfinite().all(dim=1)
     loss, kl = after.loss[finite].double(), after.kl[finite].double()
     seen, every_token = heldout[:, 1:].flatten(), torch.arange(1000, model.cfg.d_vocab)
@@ -151,6 +162,7 @@ def outcome(
     return {
         "loss": loss.mean().item(), "kl": kl.mean().item(),
         "kl_median": by_sequence.median().item(),  # one that overflows counts as the worst
+        "kl_training": statistics.median(last) if last else float("nan"),
         "tail": loss.flatten().quantile(0.999).item() if len(loss) else float("nan"),
         "finite": int(finite.sum()), "sequences": len(finite),
         "skipped": sum(record.skipped for record in run.history),
@@ -228,10 +240,7 @@ def main(
             with rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
-    print("\n| recipe | seeds | loss | KL from the original | median of sequences | p99.9 | "
-          "sequences without overflow | random tokens that repeat, of the text / of the "
-          "vocabulary | gradients thrown away | diverged |")  # fmt: skip
-    print("|" + "---|" * 10)
+    print(f"\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name in recipes:
         if of := [row for row in done if (row["name"], row["tokens"]) == (name, tokens)]:
             print(_row(name, of))
@@ -260,7 +269,8 @@ def _row(name: str, runs: Sequence[dict[str, Any]]) -> str:
                                                                 strict=True)]  # fmt: skip
     skipped = ", ".join(str(run["skipped"]) for run in ended)
     cells = [
-        name, str(len(runs)), cell("loss"), cell("kl"), cell("kl_median"), cell("tail", 2), finite,
+        name, str(len(runs)), cell("loss"), cell("kl"), cell("kl_median"),
+        cell("kl_training"), cell("tail", 2), finite,
         " / ".join(f"{share:.2f}" for share in repeated), skipped,
         ", ".join(f"at step {step}" for step in lost),
     ]  # fmt: skip
