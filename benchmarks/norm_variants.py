@@ -9,9 +9,10 @@ a d_mlp that makes their numbers of parameters equal within 0.5 %. Sub-LN with M
 initialisation and LayerNorm Scaling start from weights that do not shrink with depth, as in their
 papers. Without norms the rate is a quarter of the others': at theirs the run diverges. Then every
 norm of each is removed (`taper`: all sites at once and as slowly, however many there are), and its
-control has the same steps, text, loss and rates. Each finished row is a line of `rows.jsonl`; rows
-that are there are not run again, so that the benchmark can be stopped and continued.
-`--print` makes the tables of what there is. How fast they are: `norm_speed.py`.
+control has the same steps, text and rates, and cross-entropy as its loss too. Each finished row is
+a line of `rows.jsonl`; rows that are there are not run again, so that the benchmark can be stopped
+and continued. `--print`, with the same sizes, makes the tables of what there is. How fast they are:
+`norm_speed.py`.
 """
 
 import json

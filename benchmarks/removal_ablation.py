@@ -7,15 +7,17 @@
 The first is about the bundled model and Python source, the second about SmolLM2-135M and English,
 in sequences of 256 tokens (SmolLM2: behind a beginning-of-text token, and one sequence a step).
 Loss and KL divergence from the original are in nats per token on held-out text; p99.9 is a quantile
-of the tokens' losses. A sequence on which a token overflows is left out of all but the count. The
-KL divergence of training sequences is the median of the last tenth of the steps, under the cap if
-there is one: it tells runs apart in which tokens overflow. Of random tokens that repeat, the share
-of 100 prompts whose likeliest next token is right. A run that diverged has the step at which it
-did. All rows see as many tokens. Each finished run is a line of `rows.jsonl`, and runs that are
-there are not run again, so that the benchmark can be stopped and continued.
+of the tokens' losses. A sequence on which a token overflows is left out of all but the count, and
+of the median of sequences, where it is the worst. The KL divergence of training sequences is the
+median of the last tenth of the steps, under the cap if there is one: it tells runs apart in which
+tokens overflow. Of random tokens that repeat, the share of 100 prompts whose likeliest next token
+is right. A run that diverged has the step at which it did. All rows see as many tokens. Each
+finished run is a line of `rows.jsonl`, and runs that are there are not run again, so that the
+benchmark can be stopped and continued.
 """
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -154,11 +156,11 @@ def outcome(
     after = measure_text({"original": model, "run": run.model}, heldout, "original")["run"]
     assert after.kl is not None
     records = run.history[-max(1, len(run.history) // 10) :]
-    last = [r.losses["distillation"] for r in records if "distillation" in r.losses]
+    last = [record.losses["distillation"] for record in records if recipe.always_distils]
     finite = after.kl.isfinite().all(dim=1)
     loss, kl = after.loss[finite].double(), after.kl[finite].double()
     seen, every_token = heldout[:, 1:].flatten(), torch.arange(1000, model.cfg.d_vocab)
-    by_sequence = after.kl.double().mean(dim=1).nan_to_num(nan=float("inf"))
+    by_sequence = after.kl.double().mean(dim=1).nan_to_num(float("inf"), float("inf"))
     return {
         "loss": loss.mean().item(), "kl": kl.mean().item(),
         "kl_median": by_sequence.median().item(),  # one that overflows counts as the worst
@@ -258,11 +260,12 @@ def _row(name: str, runs: Sequence[dict[str, Any]]) -> str:
             if "diverged" in run]  # fmt: skip
 
     def cell(key: str, digits: int = 4) -> str:
-        values = [run[key] for run in ended]
+        values = [run[key] for run in ended if math.isfinite(run[key])]
         if not values:
-            return ""
+            return "not finite" if ended else ""
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
+        lost = f" ({len(ended) - len(values)} not finite)" if len(values) < len(ended) else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}{lost}"
 
     finite = ", ".join(f"{run['finite']} of {run['sequences']}" for run in ended)
     repeated = [statistics.mean(shares) for shares in zip(*(run["repeated"] for run in ended),

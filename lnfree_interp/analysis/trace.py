@@ -208,7 +208,7 @@ class Trace:
 
         Raises:
             UnsupportedModelError: if one of them is a live curve, which cannot be held either.
-            InexactError: always else.
+            InexactError: otherwise.
         """
         with noting_reads() as noted:
             ask()
@@ -216,7 +216,7 @@ class Trace:
         found = [name for name in noted if name in caps or not self.view.is_affine(name)]
         for site in found:
             if site not in caps and self.view.bends(site):
-                self.view.scale_hook(site)
+                self.view.scale_hook(site)  # which raises, and says what can be done
         raise InexactError(self._refusal(found)) from None
 
     def require_text(self) -> "Trace":
@@ -285,8 +285,9 @@ class Trace:
         )  # fmt: skip
 
     def _given_mlp(self, layer: int) -> GivenMLP:
-        weights = self.view.mlp(layer)
-        before = self.read(f"blocks.{layer}.ln2")
+        weights, site = self.view.mlp(layer), f"blocks.{layer}.ln2"
+        # Where a question reads through a live curve, it has been refused before this.
+        before = Read() if self.view.bends(site) else self.read(site)
         pre, post = self.act("pre", layer), self.act("post", layer)
         shift = 0 if before.bias is None else before.bias @ weights.W_in
         b_post = weights.b_in if self.view.gated else torch.zeros_like(weights.b_in)

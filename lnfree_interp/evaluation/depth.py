@@ -3,11 +3,12 @@
 A block adds what it writes to the stream: with J the Jacobian of the stream behind a block by the
 stream before it, J - I is the Jacobian of what the block writes (`jacobians`). Where the stream is
 multiplied by factors as it goes past a block (NormFormer's `resid_scale`), they are a change of its
-units, and doing nothing is to multiply by them.
+units, in which all is measured: doing nothing is to multiply by them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pandas as pd
 import torch
@@ -25,6 +26,7 @@ from lnfree_interp.evaluation.jacobians import (
     COMPLETED,
     WHOLE,
     Seen,
+    Units,
     Written,
     distance_from_identity,
     largest_eigenvalues,
@@ -60,8 +62,8 @@ class DepthReport:
     mean over channels where norms subtract it, as in `jacobian_distance`."""
     jacobian_distance: Float[Tensor, " layer"]
     """How far each block is from doing nothing: the Frobenius norm of J - I over sqrt(d_model),
-    where J is the Jacobian of a token's stream behind the block by its own before it. The root of
-    the mean square over prompts, at their last tokens."""
+    where J is the Jacobian of a token's stream behind the block by its own before it, with one
+    channel more for a CRMSNorm. The root of the mean square over prompts, at their last tokens."""
     jacobian_distance_error: Float[Tensor, " layer"]
     """The standard error of it, from the random vectors and the prompts."""
     eigenvalues: Complex[Tensor, "layer prompt eigenvalue"]
@@ -72,14 +74,14 @@ class DepthReport:
     loss_without: Float[Tensor, " layer"]
     """What cross-entropy gains when a block is left out, in nats per token."""
     basis_fixed: bool
-    """Whether live norms read the stream. Without them it can be written in any basis: then
-    `basis_free` says which measures are about the function."""
+    """Whether live norms read the stream, or what sublayers write to it. Without them it can be
+    written in any basis: then `basis_free` says which measures are about the function."""
     n_tokens: int
     """How many predictions the losses are means of."""
 
     @property
     def basis_free(self) -> tuple[str, ...]:
-        """The measures that mean something: all while live norms read the stream, else those that
+        """The measures that mean something: all while live norms fix the basis, else those that
         are the same in every basis: losses and eigenvalues."""
         always = ("eigenvalues", "loss_without")
         return (*IN_A_BASIS, *always) if self.basis_fixed else always
@@ -189,14 +191,14 @@ def depth_report(
         for chunk in batches(tokens, batch):
             loss, streams = _left_out(model, chunk)
             losses.append(loss)
-            sums.add(streams)
+            units = _units(model)
+            sums.add([x / unit for x, unit in zip(streams, units, strict=True)])
             bar.update(len(chunk))
         distances, found = [], []
-        for block, resid in _blocks(model, sample):
-            past = _past(block)
-            written = Written(block, resid, past)
+        for block, resid, units in _blocks(model, sample):
+            written = Written(block, resid, units)
             distances.append(distance_from_identity(written, vectors, seed, seen))
-            found.append(largest_eigenvalues(block, resid, eigenvalues, seed, past))
+            found.append(largest_eigenvalues(block, resid, eigenvalues, seed, units))
             bar.update()
     mean = torch.cat(losses, 1).mean(1)
     return DepthReport(
@@ -222,6 +224,8 @@ def _seen_by_norms(model: HookedTransformer) -> Seen:
     CRMSNorm stands for a stream with one channel more."""
     if model.cfg.normalization_type is None:
         return WHOLE
+    if any(_past(block) is not None for block in model.blocks):
+        return WHOLE  # factors that differ by channel let a mean be read behind them
     norm = model.get_submodule(norm_path(model, "ln_final"))
     if is_crms(model) or isinstance(getattr(norm, "map", None), CRMSNormMap):
         return COMPLETED
@@ -232,6 +236,16 @@ def _past(block: nn.Module) -> Float[Tensor, " d_model"] | None:
     """The factors of the stream that goes past a block; None for none."""
     scaler = getattr(block, "resid_scale", None)
     return None if scaler is None else scaler.gain.detach()
+
+
+def _units(model: HookedTransformer) -> list[Float[Tensor, " d_model"] | int]:
+    """The units of the stream before each block and after the last: what the factors of the blocks
+    before multiply it by. A channel that ends keeps its unit."""
+    units: list[Tensor | int] = [1]
+    for block in model.blocks:
+        past = _past(block)
+        units.append(units[-1] if past is None else units[-1] * past.where(past != 0, 1.0))
+    return units
 
 
 @torch.no_grad()
@@ -312,7 +326,8 @@ class _StreamSums:
 @torch.no_grad()
 def _blocks(
     model: HookedTransformer, tokens: Int[Tensor, "prompt pos"]
-) -> Iterator[tuple[nn.Module, Float[Tensor, "prompt pos d_model"]]]:
-    """Each block, and the stream before it."""
-    for block, resid in zip(model.blocks, _streams(model, tokens)[1], strict=True):
-        yield block, resid.to(next(block.parameters()).device)
+) -> Iterator[tuple[nn.Module, Float[Tensor, "prompt pos d_model"], Units]]:
+    """Each block, the stream before it, and the stream's units before it and behind."""
+    units = pairwise(_units(model))
+    for block, resid, around in zip(model.blocks, _streams(model, tokens)[1], units, strict=True):
+        yield block, resid.to(next(block.parameters()).device), around

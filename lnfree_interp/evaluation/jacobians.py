@@ -15,6 +15,7 @@ _TOLERANCE: Any = 1e-4
 
 
 Vectors = Float[Tensor, "*batch d"]
+Units = tuple[Float[Tensor, " d"] | int, Float[Tensor, " d"] | int]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Seen:
     back: Callable[[Vectors], Vectors]
     """The transpose of S."""
     behind: Callable[[Vectors], Vectors]
-    """The transpose of the inverse of S on what it gives."""
+    """The transpose of S's pseudo-inverse."""
     more: int = 0
     """How many channels S adds."""
 
@@ -54,21 +55,23 @@ class Written:
 
     With J the Jacobian of the stream behind the block by the one before it, both at the last
     position of a prompt, calling it multiplies with the transpose of J - I. That has the
-    eigenvalues and the Frobenius norm of J - I. Where the stream is multiplied by factors as it
-    goes past, J is that of the stream behind divided by them.
+    eigenvalues and the Frobenius norm of J - I.
+
+    Args:
+        block: The block.
+        resid: The stream before it.
+        units: The units of the stream before the block and behind it, in which it is measured.
     """
 
     def __init__(
-        self,
-        block: nn.Module,
-        resid: Float[Tensor, "prompt pos d_model"],
-        past: Float[Tensor, " d_model"] | None = None,
+        self, block: nn.Module, resid: Float[Tensor, "prompt pos d_model"], units: Units = (1, 1)
     ):
+        before, behind = units
         with torch.enable_grad():
-            self.last = resid[:, -1].detach().requires_grad_()
-            whole = torch.cat([resid[:, :-1].detach(), self.last[:, None]], 1)
-            behind = block(whole)[:, -1]
-            self.written = (behind if past is None else behind / past) - self.last
+            self.last = (resid[:, -1] / before).detach().requires_grad_()
+            last = self.last * before
+            whole = torch.cat([resid[:, :-1].detach(), last[:, None]], 1)
+            self.written = block(whole)[:, -1] / behind - self.last
 
     def __call__(self, vectors: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "prompt d_model"]:
         """The transpose of J - I times a vector for each prompt."""
@@ -101,7 +104,7 @@ def distance_from_identity(
     # Means of prompts spread with the vectors within them too; one prompt has its vectors alone.
     means = each.mean(0) if each.shape[1] > 1 else each[:, 0]
     error, root = means.std() / len(means) ** 0.5, each.mean().sqrt()
-    return root, torch.where(root > 0, error / (2 * root), 0.0)
+    return root, torch.where(root == 0, 0.0, error / (2 * root))
 
 
 class _OfOnePrompt(LinearOperator):
@@ -122,7 +125,7 @@ def largest_eigenvalues(
     resid: Float[Tensor, "prompt pos d_model"],
     k: int,
     seed: int,
-    past: Float[Tensor, " d_model"] | None = None,
+    units: Units = (1, 1),
 ) -> Complex[Tensor, "prompt eigenvalue"]:
     """The k eigenvalues of J - I with the largest absolute values, for each prompt.
 
@@ -131,13 +134,13 @@ def largest_eigenvalues(
         resid: The stream before it.
         k: How many; nan takes the place of those that the iteration did not find.
         seed: The seed of the vector that it starts from.
-        past: The factors of the stream that goes past the block.
+        units: As for `Written`.
     """
     prompts, _, d_model = resid.shape
     start = np.random.default_rng(seed).standard_normal(d_model)
     found = torch.full((prompts, k), torch.nan, dtype=torch.complex128)
     for prompt in range(prompts if k else 0):
-        operator = _OfOnePrompt(Written(block, resid[prompt : prompt + 1], past))
+        operator = _OfOnePrompt(Written(block, resid[prompt : prompt + 1], units))
         product = operator.matvec(start)
         if not np.isfinite(product).all():
             continue

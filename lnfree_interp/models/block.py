@@ -1,9 +1,9 @@
 """The transformer block while norms are being removed, and with norms in other places.
 
 TransformerLens' own block, with these differences: `ln1` is two sites (`SplitNorm`), attention is
-that of `models.attention`, and norms may stand behind the sublayers and inside the MLP, and a
-factor for each channel on the residual branch around the MLP, whether the config has them or not
-(`models.inserting`).
+that of `models.attention`, gated MLPs make no copies of their weights, and norms may stand behind
+the sublayers and inside the MLP, and a factor for each channel on the residual branch around the
+MLP, whether the config has them or not (`models.inserting`).
 """
 
 from functools import partial

@@ -2,8 +2,8 @@
 
 A map takes a token's vector x to a normalised one of the same width. Most divide by one number that
 they compute from the token, its scale; pointwise ones bend each entry by a curve, and have as scale
-the ratio of root mean squares before and behind the curve, which is the constant that a frozen norm
-in their place starts from.
+the ratio of root mean squares of x and of what the curve adds to its value at zero, which is the
+constant that a frozen norm in their place starts from.
 
 A new map is one class here and one line in `MAPS`.
 """

@@ -254,9 +254,7 @@ def untie(model: HookedTransformer) -> None:
     """Give a model with norm sites an unembedding of its own, if it is tied to the embedding."""
     if isinstance(model.unembed, TiedUnembed):
         own = Unembed(model.cfg).to(model.W_E.device)
-        # Fused AdamW copies a gradient that is not contiguous.
-        W_U = model.W_E.detach().T.clone(memory_format=torch.contiguous_format)
-        own.W_U = nn.Parameter(W_U)
+        own.W_U = nn.Parameter(model.W_E.detach().T.clone())
         model.unembed = own
         model.setup()
 

@@ -42,7 +42,7 @@ def untrained(
         d_mlp: The width of the MLPs. Default: as many times d_model as in `like`.
         n_ctx: The longest sequence.
         scaled: Whether W_O and W_out are smaller the more layers there are, as above. False: 0.02
-            like all others, as Magneto and LayerNorm Scaling start.
+            like all others, however many layers there are.
 
     Returns:
         The model, on the same device and in float32.

@@ -23,7 +23,9 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if name in foreign:
             parameter.requires_grad_(False)
-        if not parameter.is_contiguous():  # fused AdamW goes through memory in order
+        # Fused AdamW goes through weights and moments side by side in memory, and moments that come
+        # from a checkpoint are contiguous.
+        if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
         if parameter.requires_grad:
             leaf = name.rpartition(".")[2].lstrip("_")

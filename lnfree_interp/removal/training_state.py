@@ -73,7 +73,6 @@ def optimizer_tensors(
     }
 
 
-@torch.no_grad()
 def load_optimizer_tensors(
     model: HookedTransformer, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
 ) -> None:
@@ -92,12 +91,8 @@ def load_optimizer_tensors(
     for key, x in saved.items():
         name, _, kind = key.partition("|")
         parameter = parameters[name]
-        if kind == "step":
-            optimizer.state[parameter][kind] = x.to(parameter.device)
-            continue
-        # In the parameter's own order in memory: fused AdamW goes through both side by side.
-        moment = torch.empty_like(parameter, requires_grad=False)
-        optimizer.state[parameter][kind] = moment.copy_(spread_like(x, parameter))
+        x = x if kind == "step" else spread_like(x, parameter)
+        optimizer.state[parameter][kind] = x.to(parameter.device)
 
 
 def _require_same(found: set[str], expected: set[str]) -> None:

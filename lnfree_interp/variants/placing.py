@@ -129,8 +129,8 @@ def to_sub_ln(model: HookedTransformer, *, initialise: bool = False) -> Variant:
 
 MAGNETO = ("attn.W_V", "attn._W_V", "attn.W_O", "mlp.W_out")
 """What Magneto's initialisation enlarges, by the ends of names: `v_proj`, `out_proj` and `fc2` of
-torchscale, weights alone, since biases start at zero. And `fc1`: W_in, in gated MLPs W_gate, which
-the activation function reads."""
+torchscale, weights alone, since biases start at zero. `magneto_init` adds `fc1`: W_in, in gated
+MLPs W_gate, which the activation function reads."""
 
 
 def magneto_init(model: HookedTransformer) -> float:

@@ -256,19 +256,21 @@ def test_a_norm_of_what_is_written_fixes_the_basis(frozen, tokens):
 
 
 def test_factors_of_the_stream_are_a_change_of_its_units():
-    """NormFormer without live norms, and the fold of it: one function, one loss without a block,
-    one spectrum."""
+    """NormFormer without live norms, and the fold of it, in whose weights they are: one report."""
     stock = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
     model = lf.to_normformer(stock).model
     for layer, name in enumerate(name for name in lf.list_scalers(model) if "resid" in name):
-        model.get_submodule(name).w.data *= 2 + layer
+        model.get_submodule(name).w.data *= torch.linspace(0.5, 2 + layer, 32).double()
     for site in lf.list_norm_sites(model):
         lf.freeze_site(model, site, 0.5)
     tokens = random_tokens(model)
     before, after = (report_of(one, tokens, prompts=2) for one in (model, lf.fold(model)))
-    torch.testing.assert_close(after.loss_without, before.loss_without)
+    for name in ("loss_without", "variance", "angles", "jacobian_distance"):
+        torch.testing.assert_close(getattr(after, name), getattr(before, name), msg=name)
     torch.testing.assert_close(after.spectral_radius, before.spectral_radius, rtol=1e-4, atol=0)
     assert before.loss_without.abs().min() > 1e-4
+    model.blocks[1].resid_scale.w.data[3] = 0
+    assert report_of(model, tokens, prompts=1).jacobian_distance.isfinite().all()
 
 
 def test_a_crmsnorm_sees_the_stream_that_it_stands_for():

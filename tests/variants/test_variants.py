@@ -304,7 +304,8 @@ def test_a_live_curve_is_refused_by_name(stock):
 @pytest.mark.parametrize("make", [lf.to_dyt, lf.to_derf])
 def test_curves_are_frozen_for_a_question(stock, make):
     """Those that it reads through; the others stay live, and a trace of everything stands."""
-    model, text = make(stock).model, torch.randint(300, (8, 12))
+    model = make(stock).model
+    text = torch.randint(300, (8, 12), generator=torch.Generator().manual_seed(2))
     asked = lf.norms_read(model, PROMPT, lf.Neuron(1, 3))
     assert list(map(str, asked)) == ["blocks.1.ln2"]
     frozen = lf.freeze_for(model, lf.Logit(5), text, progress=False).model
@@ -313,6 +314,10 @@ def test_curves_are_frozen_for_a_question(stock, make):
         lf.attribute(trace, lf.Logit(5), by="neuron").verify(1e-10)
         with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.ln2 bends each entry"):
             lf.attribute(trace, lf.Neuron(1, 3))
+    for ask, still in ((lf.expand_paths, {"ln1.qk", "ln2"}), (lf.flow_graph, {"ln1.qk"})):
+        exact = lf.freeze_for(model, lambda trace, ask=ask: ask(trace, 5), text, progress=False)
+        assert {site.kind for site in lf.live_sites(exact.model)} == still
+        ask(exact.model, PROMPT, 5).verify(1e-10)
 
 
 # Every map at every site
