@@ -7,11 +7,12 @@ of all their norms costs.
 Models of width 64 are trained from scratch on the standard library's source, with equal tokens and
 a d_mlp that makes their numbers of parameters equal within 0.5 %. Sub-LN with Magneto's
 initialisation and LayerNorm Scaling start from weights that do not shrink with depth, as in their
-papers. Without norms the rate is a quarter of the others': at theirs the run diverges. Then every
-norm of each is removed (`taper`: all sites at once and as slowly, however many there are), and its
-control has the same steps, text and rates, and cross-entropy as its loss too. Each finished row is
-a line of `rows.jsonl`; rows that are there are not run again, so that the benchmark can be stopped
-and continued. `--print`, with the same sizes, makes the tables of what there is. How fast they are:
+papers. The rate is one at which all of them train: at four times of it, models without norms
+diverge and DyT's curves saturate until no gradient arrives. Then every norm of each is removed
+(`taper`: all sites at once and as slowly, however many there are), and its control has the same
+steps, text and rates, and cross-entropy as its loss too. Each finished row is a line of
+`rows.jsonl`; rows that are there are not run again, so that the benchmark can be stopped and
+continued. `--print`, with the same sizes, makes the tables of what there is. How fast they are:
 `norm_speed.py`.
 """
 
@@ -62,8 +63,6 @@ ARCHITECTURES: dict[str, Make] = {
 }
 UNSCALED = ("Sub-LN, Magneto's initialisation", "LayerNorm Scaling")
 """Those whose W_O and W_out start as large as other weights."""
-RATES = {"LN-free from the start": 5e-4}
-"""Peak learning rates other than those of `recipes.from_scratch`."""
 
 
 def count(model: HookedTransformer) -> int:
@@ -95,16 +94,16 @@ def matched(name: str, like: HookedTransformer, tokens: Tensor, depth: int, seed
 
 def measured(
     name: str, depth: int, seed: int, like: HookedTransformer, train: Tensor, heldout: Tensor,
-    steps: int, removal: int, batch: int,
+    steps: int, removal: int, batch: int, lr: float,
 ) -> dict[str, Any]:  # fmt: skip
     """A row: an architecture at a depth, with a seed."""
     model = matched(name, like, train[:16], depth, seed)
     recipe = lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed)
-    recipe = replace(recipe, lr=RATES.get(name, recipe.lr))
+    recipe = replace(recipe, lr=lr)
     began = time.perf_counter()
     row: dict[str, Any] = {
         "name": name, "depth": depth, "seed": seed, "parameters": count(model),
-        "steps": [steps, removal, batch], "diverged": [],
+        "sizes": [steps, removal, batch, lr], "diverged": [],
     }  # fmt: skip
     try:
         run = lf.train(model, recipe, train, progress=False)
@@ -160,10 +159,15 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 spread([statistics.median(row["angle"]) for row in of], ".3f", False),
                 spread([statistics.median(row["jacobian_distance"]) for row in of], ".3f", False),
                 spread([min(row["loss_without"]) for row in of], "+.3f", False),
-                spread([row["gradients"]["mlp.W_out"][0] / row["gradients"]["mlp.W_out"][-1]
-                        for row in of], ".2f", False),
+                spread([first_over_last(row["gradients"]["mlp.W_out"]) for row in of],
+                       ".2f", False),
             ]  # fmt: skip
             print(f"| {name} | {' | '.join(cells)} |")
+
+
+def first_over_last(sizes: Sequence[float]) -> float:
+    """Of layers; not a number if no gradient arrives."""
+    return sizes[0] / sizes[-1] if sizes[-1] else math.nan
 
 
 def spread(values: Sequence[float], form: str, deviation: bool = True) -> str:
@@ -183,6 +187,7 @@ def main(
     steps: int = 200,
     removal: int = 120,
     batch: int = 16,
+    lr: float = 5e-4,
     only: tuple[str, ...] = (),
     print_only: Annotated[bool, tyro.conf.arg(name="print")] = False,
 ) -> None:
@@ -195,9 +200,11 @@ def main(
         steps: Steps of training.
         removal: Steps of the removal and of its control.
         batch: Sequences of 128 tokens in a step of training; the removal has 16.
+        lr: The peak learning rate of training, for all architectures.
         only: Architectures, by name. Default: all.
         print_only: Run nothing: print the tables of the rows that there are.
     """
+    sizes = [steps, removal, batch, lr]
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     if not print_only:
         logging.disable_progress_bar()
@@ -211,12 +218,12 @@ def main(
             for depth in depths:
                 for name in only or ARCHITECTURES:
                     if any(
-                        (row["name"], row["depth"], row["seed"], row["steps"])
-                        == (name, depth, seed, [steps, removal, batch])
+                        (row["name"], row["depth"], row["seed"], row["sizes"])
+                        == (name, depth, seed, sizes)
                         for row in done
                     ):
                         continue
-                    row = measured(name, depth, seed, like, train, heldout, steps, removal, batch)
+                    row = measured(name, depth, seed, like, train, heldout, *sizes)
                     done.append(row)
                     with rows.open("a") as file:
                         file.write(json.dumps(row) + "\n")
@@ -226,7 +233,7 @@ def main(
         print(f"\n{steps * batch * LENGTH:,} tokens of training, {removal * 16 * LENGTH:,} of "
               f"removal; {heldout.numel():,} held-out tokens; torch {torch.__version__}, "
               f"{torch.get_num_threads()} threads of {cpu}")  # fmt: skip
-    show([row for row in done if row["steps"] == [steps, removal, batch]])
+    show([row for row in done if row["sizes"] == sizes])
 
 
 if __name__ == "__main__":
