@@ -95,7 +95,7 @@ def thaw_runaways(
     sites = list_norm_sites(model)
     frozen = [site for site in sites if get_norm(model, site).frozen]
 
-    def at(some: Iterable[Tensor], live: Iterable[NormSite]) -> list[Int[Tensor, " sequence"]]:
+    def at(some: Iterable[Tensor], live: Iterable[NormSite]) -> list[Int[Tensor, " _sequence"]]:
         norms = [get_norm(model, site) for site in live]
         with restored(norms):
             for norm in norms:
@@ -132,6 +132,6 @@ def thaw_runaways(
     return tuple(chosen)
 
 
-def _count(found: Iterable[Int[Tensor, " sequence"]], below: int) -> int:
+def _count(found: Iterable[Int[Tensor, " _sequence"]], below: int) -> int:
     """How many sequences have a token that runs away."""
     return sum(int((where < below).sum()) for where in found)
