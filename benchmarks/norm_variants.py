@@ -8,12 +8,12 @@ Models of width 64 are trained from scratch on the standard library's source, wi
 a d_mlp that makes their numbers of parameters equal within 0.5 %. Sub-LN with Magneto's
 initialisation and LayerNorm Scaling start from weights that do not shrink with depth, as in their
 papers. The rate is one at which all of them train: at four times of it, models without norms
-diverge and DyT's curves saturate until no gradient arrives. Then every norm of each is removed
-(`taper`: all sites at once and as slowly, however many there are), and its control has the same
-steps, text and rates, and cross-entropy as its loss too. Each finished row is a line of
-`rows.jsonl`; rows that are there are not run again, so that the benchmark can be stopped and
-continued. `--print`, with the same sizes, makes the tables of what there is. How fast they are:
-`norm_speed.py`.
+diverge, and after a few steps no gradient comes through DyT's curves. Then every norm of each is
+removed (`taper`: all sites at once and as slowly, however many there are), and its control has the
+same steps, text and rates, and the same loss but for the taper's term on the scale of the stream.
+Each finished row is a line of `rows.jsonl`; rows that are there are not run again, so that the
+benchmark can be stopped and continued. `--print`, with the same sizes, makes the tables of what
+there is. How fast they are: `norm_speed.py`.
 """
 
 import json
@@ -98,8 +98,7 @@ def measured(
 ) -> dict[str, Any]:  # fmt: skip
     """A row: an architecture at a depth, with a seed."""
     model = matched(name, like, train[:16], depth, seed)
-    recipe = lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed)
-    recipe = replace(recipe, lr=lr)
+    recipe = replace(lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed), lr=lr)
     began = time.perf_counter()
     row: dict[str, Any] = {
         "name": name, "depth": depth, "seed": seed, "parameters": count(model),

@@ -2,7 +2,7 @@
 
     python benchmarks/removal_ablation.py rows.jsonl [--seeds 0 1 2] [--only measured distilled]
     make smollm2 && python benchmarks/english_text.py text.jsonl
-    python benchmarks/removal_ablation.py slow.jsonl --smollm2 text.jsonl --tokens 61440 --seeds 0
+    python benchmarks/removal_ablation.py slow.jsonl --smollm2 text.jsonl --tokens 122880 --seeds 0
 
 The first is about the bundled model and Python source, the second about SmolLM2-135M and English,
 in sequences of 256 tokens (SmolLM2: behind a beginning-of-text token, and one sequence a step).
@@ -198,12 +198,13 @@ def main(
         costs = lf.site_sensitivity(model, train[:8], progress=False)
         write_costs(str(kept), model, costs)
     print(costs)
-    slow = lf.recipes.measured(costs).wait is not None
+    made = lf.recipes.measured(costs)
+    slow = made.wait is not None
 
     def steps(batch: int) -> int:
         return tokens // (batch * LENGTH)
 
-    def measured(seed: int, batch: int = 1 if slow else 2) -> Recipe:
+    def measured(seed: int, batch: int = 1 if slow else made.batch) -> Recipe:
         recipe = lf.recipes.measured(costs, steps=steps(batch), seed=seed)
         return replace(recipe, batch=batch, micro_batch=min(batch, 4))
 

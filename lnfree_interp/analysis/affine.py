@@ -103,9 +103,7 @@ def as_target(answer: Answers | Target, foil: Answers | None) -> Target:
 def needed(trace: Trace, target: Target, by: Level) -> Place:
     """Where a target reads; what it and a level need on the way back is kept in one run."""
     place, names = target.needs(trace)
-    # A live curve has no scale; a question that reads through one is refused by carry_back.
-    sites = [site for site in trace.sites_back(place) if not trace.view.bends(site)]
-    scales = trace.scale_names(sites)
+    scales = trace.scale_names(trace.sites_back(place))
     trace.need(*names, *trace.block_names(place), *scales, *by.needs(trace.view, place))
     return place
 

@@ -138,9 +138,9 @@ class HookedView(View):
         norm = self._map(site)
         if norm is None or (norm.affine and norm.first is None):
             return None
-        if norm.pointwise and noting():
-            return None
         if norm.pointwise:
+            if noting():
+                return None
             raise UnsupportedModelError(
                 f"{site} bends each entry by a curve, so that no scale of a token says what it "
                 "does, and nothing can be held: freeze it, lf.freeze_for(model, [site], text), or "

@@ -151,11 +151,12 @@ class Trace:
         return [*names, place.hook]
 
     def scale_names(self, sites: list[str] | None = None) -> list[str]:
-        """Hook names of the scales of live norms; by default of all norms but the final one."""
+        """Hook names of the scales of live norms; by default of all norms but the final one. Live
+        curves have none."""
         if sites is None:
             kinds = ("ln1.qk", "ln1.v", *(("ln2",) if self.view.has_mlps else ()))
             sites = [f"blocks.{i}.{kind}" for i in range(self.view.n_layers) for kind in kinds]
-            sites = [site for site in sites if not self.view.bends(site)]
+        sites = [site for site in sites if not self.view.bends(site)]
         return [hook for site in sites if (hook := self.view.scale_hook(site)) is not None]
 
     def stream(self, place: Place) -> Stream:
@@ -187,11 +188,19 @@ class Trace:
 
         Raises:
             InexactError: if something has to be held and this trace does not hold it.
+            UnsupportedModelError: if it is a live curve, which cannot be held.
         """
         found = self.view.not_affine(sites, logits, scores)
         if found and not self.hold:
             raise NotAffineError(self._refusal(found))
+        self._require_scales(found)
         return tuple(found)
+
+    def _require_scales(self, names: list[str]) -> None:
+        """Refuse live curves, which have no scale that could be held."""
+        for name in names:
+            if name not in (LOGIT_CAP, SCORE_CAP):
+                self.view.scale_hook(name)
 
     def _refusal(self, found: list[str]) -> str:
         how = self.view.how_to_freeze(found)
@@ -214,9 +223,7 @@ class Trace:
             ask()
         caps = (LOGIT_CAP, SCORE_CAP)
         found = [name for name in noted if name in caps or not self.view.is_affine(name)]
-        for site in found:
-            if site not in caps and self.view.bends(site):
-                self.view.scale_hook(site)  # which raises, and says what can be done
+        self._require_scales(found)
         raise InexactError(self._refusal(found)) from None
 
     def require_text(self) -> "Trace":
@@ -286,7 +293,7 @@ class Trace:
 
     def _given_mlp(self, layer: int) -> GivenMLP:
         weights, site = self.view.mlp(layer), f"blocks.{layer}.ln2"
-        # Where a question reads through a live curve, it has been refused before this.
+        # A question that reads through a live curve was refused by require_affine.
         before = Read() if self.view.bends(site) else self.read(site)
         pre, post = self.act("pre", layer), self.act("post", layer)
         shift = 0 if before.bias is None else before.bias @ weights.W_in

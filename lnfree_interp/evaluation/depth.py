@@ -186,19 +186,18 @@ def depth_report(
         if batch is None:
             batch = fitting_batch(model, tokens.shape[1])
         seen = _seen_by_norms(model)
-        sums = _StreamSums(n_layers, seen)
+        sums, units = _StreamSums(n_layers, seen), _units(model)
         losses = []
         for chunk in batches(tokens, batch):
             loss, streams = _left_out(model, chunk)
             losses.append(loss)
-            units = _units(model)
             sums.add([x / unit for x, unit in zip(streams, units, strict=True)])
             bar.update(len(chunk))
         distances, found = [], []
-        for block, resid, units in _blocks(model, sample):
-            written = Written(block, resid, units)
+        for block, resid, around in _blocks(model, sample, units):
+            written = Written(block, resid, around)
             distances.append(distance_from_identity(written, vectors, seed, seen))
-            found.append(largest_eigenvalues(block, resid, eigenvalues, seed, units))
+            found.append(largest_eigenvalues(block, resid, eigenvalues, seed, around))
             bar.update()
     mean = torch.cat(losses, 1).mean(1)
     return DepthReport(
@@ -325,9 +324,11 @@ class _StreamSums:
 
 @torch.no_grad()
 def _blocks(
-    model: HookedTransformer, tokens: Int[Tensor, "prompt pos"]
+    model: HookedTransformer,
+    tokens: Int[Tensor, "prompt pos"],
+    units: list[Float[Tensor, " d_model"] | int],
 ) -> Iterator[tuple[nn.Module, Float[Tensor, "prompt pos d_model"], Units]]:
     """Each block, the stream before it, and the stream's units before it and behind."""
-    units = pairwise(_units(model))
-    for block, resid, around in zip(model.blocks, _streams(model, tokens)[1], units, strict=True):
+    streams = _streams(model, tokens)[1]
+    for block, resid, around in zip(model.blocks, streams, pairwise(units), strict=True):
         yield block, resid.to(next(block.parameters()).device), around

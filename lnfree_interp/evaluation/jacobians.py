@@ -10,11 +10,11 @@ from jaxtyping import Complex, Float
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor, nn
 
+from lnfree_interp.models.maps import Vectors, centre
+
 _TOLERANCE: Any = 1e-4
 """Of an eigenvalue, relative to the largest."""
 
-
-Vectors = Float[Tensor, "*batch d"]
 Units = tuple[Float[Tensor, " d"] | int, Float[Tensor, " d"] | int]
 
 
@@ -32,19 +32,15 @@ class Seen:
     """How many channels S adds."""
 
 
-def _centred(x: Vectors) -> Vectors:
-    return x - x.mean(-1, keepdim=True)
-
-
 WHOLE = Seen(lambda x: x, lambda x: x, lambda x: x)
 """The stream as it is."""
-CENTRED = Seen(_centred, _centred, lambda x: x)
+CENTRED = Seen(centre, centre, lambda x: x)
 """The stream without its mean. A block does not read the mean, so that nothing is to be done on the
 way in."""
 COMPLETED = Seen(
     lambda x: torch.cat([x, -x.sum(-1, keepdim=True)], -1),
     lambda y: y[..., :-1] - y[..., -1:],
-    lambda x: _centred(torch.cat([x, torch.zeros_like(x[..., :1])], -1)),
+    lambda x: centre(torch.cat([x, torch.zeros_like(x[..., :1])], -1)),
     more=1,
 )
 """The stream with the channel that makes its mean zero. (2305.14858)"""

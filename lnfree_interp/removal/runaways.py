@@ -102,19 +102,24 @@ def thaw_runaways(
                 norm.thaw()
             return [runs_away_at(model, tokens) for tokens in some if len(tokens)]
 
+    def bad(found: list[Int[Tensor, " _sequence"]]) -> Bool[Tensor, " all"]:
+        return torch.cat(found) < len(sites)
+
     texts = tuple(tokens for tokens in texts if len(tokens))
-    found = at(texts, ())
-    if _count(found, below=len(sites)) and (broken := _count(at(texts, frozen), below=len(sites))):
+    if not texts or not bad(found := at(texts, ())).any():
+        return ()
+    if broken := int(bad(at(texts, frozen)).sum()):
         raise TrainingError(
             f"{broken} of {sum(map(len, texts))} sequences are not finite, with all norms live "
             "too: the model is broken, and no norm holds it. Go on from an earlier checkpoint"
         )
     chosen: list[NormSite] = []
-    while n := _count(found, below=len(sites)):
-        bad = [where < len(sites) for where in found]
-        worst = [tokens[those][:_LOOKED_AT] for tokens, those in zip(texts, bad, strict=True)]
-        latest = max(int(where[those].max()) for where, those in zip(found, bad, strict=True)
-                     if those.any())  # fmt: skip
+    while n := int(bad(found).sum()):
+        worst = [
+            tokens[where < len(sites)][:_LOOKED_AT]
+            for tokens, where in zip(texts, found, strict=True)
+        ]
+        latest = int(torch.cat(found)[bad(found)].max())
         left = [site for site in sites[: latest + 1] if site in frozen and site not in chosen]
         left = [site for site in left if site.kind == "ln2"] or left
         what, helps = f"norms to keep: {len(chosen)}, {n} runaways", {}
@@ -125,13 +130,8 @@ def thaw_runaways(
         found = at(texts, chosen)
     for site in tuple(chosen[:-1]):
         fewer = [other for other in chosen if other != site]
-        if not _count(at(texts, fewer), below=len(sites)):
+        if not bad(at(texts, fewer)).any():
             chosen = fewer
     for site in chosen:
         get_norm(model, site).thaw()
     return tuple(chosen)
-
-
-def _count(found: Iterable[Int[Tensor, " _sequence"]], below: int) -> int:
-    """How many sequences have a token that runs away."""
-    return sum(int((where < below).sum()) for where in found)

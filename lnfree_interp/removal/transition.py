@@ -192,9 +192,8 @@ class Transition:
             return False
         if self.statistics.follow_frozen:
             return True
-        names = {str(event.site)}
-        if self.statistics.share_ln1:
-            names.add(_partner(str(event.site)) or "")
+        name = str(event.site)
+        names = {name, _partner(name) if self.statistics.share_ln1 else None}
         # A step of the schedule at which it waits comes more than once.
         moving = (e for e in self.events if str(e.site) in names - self._settled)
         return any(self.step <= e.end for e in moving)

@@ -118,9 +118,9 @@ def to_sub_ln(model: HookedTransformer, *, initialise: bool = False) -> Variant:
             steps.append(_norms(sited, ["mlp.inner"], "between activation function and W_out"))
         if initialise:
             gain = magneto_init(sited)
-            first = "W_gate" if sited.cfg.gated_mlp else "W_in"
             steps.append(
-                f"W_V, W_O, {first} and W_out times {gain:.4g}, queries and keys as they were"
+                f"W_V, W_O, {_first_weight(sited)} and W_out times {gain:.4g}, queries and keys as "
+                "they were"
             )
         return tuple(steps)
 
@@ -129,8 +129,8 @@ def to_sub_ln(model: HookedTransformer, *, initialise: bool = False) -> Variant:
 
 MAGNETO = ("attn.W_V", "attn._W_V", "attn.W_O", "mlp.W_out")
 """What Magneto's initialisation enlarges, by the ends of names: `v_proj`, `out_proj` and `fc2` of
-torchscale, weights alone, since biases start at zero. `magneto_init` adds `fc1`: W_in, in gated
-MLPs W_gate, which the activation function reads."""
+torchscale, weights alone, since biases start at zero. `fc1` is another weight in gated MLPs:
+`_first_weight`."""
 
 
 def magneto_init(model: HookedTransformer) -> float:
@@ -152,12 +152,17 @@ def magneto_init(model: HookedTransformer) -> float:
         1.442
     """
     gain = math.sqrt(math.log(2 * model.cfg.n_layers))
-    first = "mlp.W_gate" if model.cfg.gated_mlp else "mlp.W_in"
+    enlarged = (*MAGNETO, f"mlp.{_first_weight(model)}")
     with torch.no_grad():
         for name, W in model.named_parameters():
-            if name.endswith((*MAGNETO, first)):
+            if name.endswith(enlarged):
                 W.mul_(gain)
     return gain
+
+
+def _first_weight(model: HookedTransformer) -> str:
+    """The weight of an MLP that the activation function reads, `fc1`."""
+    return "W_gate" if model.cfg.gated_mlp else "W_in"
 
 
 def to_peri_ln(model: HookedTransformer) -> Variant:

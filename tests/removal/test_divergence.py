@@ -107,6 +107,13 @@ def test_where_it_began_is_looked_for_in_micro_batches(model, data):
     assert find_runaway(sites, norms, data[:7], [], 10.0, out_of_memory, 2) is None
 
 
+def test_a_run_that_has_had_no_step_since_it_was_resumed_has_no_token_to_name(model, data):
+    sites = lf.with_norm_sites(model)
+    lf.freeze_site(sites, "ln_final", 1e-6)
+    norms = {"ln_final": lf.get_norm(sites, "ln_final")}
+    assert find_runaway(sites, norms, data[:0], [], 10.0, sites, 2) is None
+
+
 def test_a_run_that_diverges_again_and_again_stops(model, data, tmp_path):
     recipe = a_recipe(guard=Guard(action="rollback", rollbacks=2))
     with pytest.raises(TrainingError, match=r"diverged at step 8: .*2 rollbacks did not help"):

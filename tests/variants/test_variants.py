@@ -217,7 +217,7 @@ def test_magneto_enlarges_exactly_its_tensors(stock):
     assert enlarged == {value, "attn.W_O", first, "mlp.W_out"}
 
 
-def test_magneto_starts_as_large_in_deep_models(stock):
+def test_magneto_starts_as_large_in_deep_models():
     """Without the shrinking of GPT-2: W_O and W_out as large as W_V, both times the gain."""
     like = lf.load(make_model("gpt2"), check=False)
     for n_layers in (2, 8):
@@ -314,6 +314,11 @@ def test_curves_are_frozen_for_a_question(stock, make):
         lf.attribute(trace, lf.Logit(5), by="neuron").verify(1e-10)
         with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.ln2 bends each entry"):
             lf.attribute(trace, lf.Neuron(1, 3))
+    held = lf.trace(frozen, PROMPT, hold=True)  # and so is what cannot be held
+    for ask in (lambda: lf.attribute(held, lf.Neuron(1, 3)), lambda: lf.expand_paths(held, 5),
+                lambda: lf.affine_map(held, lf.Logit(5))):  # fmt: skip
+        with pytest.raises(UnsupportedModelError, match="bends each entry"):
+            ask()
     for ask, still in ((lf.expand_paths, {"ln1.qk", "ln2"}), (lf.flow_graph, {"ln1.qk"})):
         exact = lf.freeze_for(model, lambda trace, ask=ask: ask(trace, 5), text, progress=False)
         assert {site.kind for site in lf.live_sites(exact.model)} == still
