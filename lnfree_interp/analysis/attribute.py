@@ -45,7 +45,8 @@ def attribute(
         InexactError: if a norm that the target reads through is live, or a soft cap lies behind
             it, and the trace does not hold.
         DataError: for a target, level or position that does not exist.
-        UnsupportedModelError: if queries and keys pass norms of their own, for scores.
+        UnsupportedModelError: if queries and keys of a `TransformerBridge` pass norms of their own,
+            for scores.
 
     Source:
         Elhage et al. 2021, https://transformer-circuits.pub/2021/framework; exact on LN-free

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lnfree_interp.analysis.stream import First, Read, Stream
 from lnfree_interp.analysis.sublayers import MLP, Attention
-from lnfree_interp.analysis.view import View
+from lnfree_interp.analysis.view import Side, View
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.running import Edit, Hook, listening
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, measure_error, soft_cap
@@ -112,6 +112,21 @@ class BridgeView(View):
         if found:
             raise UnsupportedModelError(f"cannot take apart a model with {', '.join(found)}")
 
+    @property
+    def explains_scores(self) -> bool:
+        """As `View.explains_scores`: norms on queries and keys are not known here."""
+        return not getattr(self.cfg, "use_qk_norm", False)
+
+    def qk_norm(self, layer: int, side: Side) -> str | None:
+        """As `View.qk_norm`."""
+        if self.explains_scores:
+            return None
+        raise UnsupportedModelError(
+            "queries and keys pass norms of their own, which this question cannot read through on "
+            "a TransformerBridge: take the HookedTransformer that lf.load gives, or freeze them "
+            "there, merge them with fold(model), and export that"
+        )
+
     @torch.no_grad()
     def _unexplained(self) -> list[str]:
         """What a run over two tokens shows that weights and config do not explain."""
@@ -153,7 +168,7 @@ class BridgeView(View):
             out = attention.write(z, list(range(z.shape[2]))).sum(2) + attention.b_O
             check("attention that writes more than its heads", out, wrote)
             scores = self._scores(layer, *(act[self._meeting(x)] for x in "qk"))
-            if not getattr(self.cfg, "use_qk_norm", False):
+            if self.explains_scores:
                 check("other scores", scores.tril(), act["attn.hook_attn_scores"].tril())
             stream = before + wrote
             if self.has_mlps:

@@ -118,10 +118,10 @@ def counterfactual_pattern(
         DataError: for a component that does not exist at that level before this layer (the message
             names the nearest); for a head, level or side that does not exist, no component, a bias
             that is no part of the stream, or more than one prompt.
-        InexactError: if the norm that queries and keys read through is live and the trace does not
+        InexactError: if a norm that queries and keys read through is live and the trace does not
             hold.
-        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
-            norms on queries and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or a
+            `TransformerBridge` with norms on queries and keys.
 
     Source:
         Ours: components are subtracted in the QK circuit (Elhage et al. 2021,
@@ -152,7 +152,7 @@ def counterfactual_pattern(
         )
     parts, chosen, place = ScoreParts(trace, layer, head), level(by), Place(layer)
     trace.need(*parts.needs(), *chosen.needs(trace.view, place))
-    held = trace.require_affine([parts.site])
+    held = trace.require_affine(parts.sites(*([] if side == "both" else [side])))
     q, k = parts.met("q")[0], parts.met("k")[0]
     gone = expand(chosen.parts(trace, place), wanted)[0]
     if side != "key":

@@ -40,10 +40,10 @@ def norms_read(trace: Trace, of: Question) -> tuple[NormSite, ...]:
     """The norms that a question reads through: those that must be affine for an exact answer.
 
     Direct logit attribution reads through `ln_final` alone, the scores of a head through its own
-    `ln1.qk`, a neuron's input through its `ln2`; paths and flow read through the norms of all
-    sublayers that they pass. Norms inside or behind sublayers (Gemma 2, Sub-LN) are read by every
-    question: what attention and MLPs write is a sum over heads and neurons only once they are
-    affine. `freeze_for` freezes what this lists.
+    `ln1.qk` (and the norms on its queries and keys, in Qwen3), a neuron's input through its `ln2`;
+    paths and flow read through the norms of all sublayers that they pass. Norms inside or behind
+    sublayers (Gemma 2, Sub-LN) are read by every question: what attention and MLPs write is a sum
+    over heads and neurons only once they are affine. `freeze_for` freezes what this lists.
 
     Args:
         trace: A trace; or a model and a prompt, as two arguments. The prompt only has to be long

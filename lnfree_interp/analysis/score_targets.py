@@ -11,21 +11,18 @@ from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.positions import Positions, whole_number
-from lnfree_interp.analysis.stream import Place, Stream
+from lnfree_interp.analysis.stream import Place, Read, Stream
 from lnfree_interp.analysis.targets import Constants, Reading
 from lnfree_interp.analysis.trace import Trace
-from lnfree_interp.analysis.view import View
-from lnfree_interp.errors import DataError, UnsupportedModelError
-
-Side = Literal["query", "key"]
+from lnfree_interp.analysis.view import Side, View
+from lnfree_interp.errors import DataError
 
 
 def require_head(view: View, layer: Any, head: Any) -> tuple[int, int]:
-    """The layer and index of a head, checked: the model has it, and its queries pass no norm.
+    """The layer and index of a head, checked: the model has it.
 
     Raises:
         DataError: if there is no such head.
-        UnsupportedModelError: if queries and keys pass norms of their own.
     """
     layer, head = whole_number(layer, "a layer"), whole_number(head, "a head")
     cfg = view.cfg
@@ -33,11 +30,6 @@ def require_head(view: View, layer: Any, head: Any) -> tuple[int, int]:
         raise DataError(
             f"there is no L{layer}H{head}: the model has layers 0 to {cfg.n_layers - 1} of heads 0 "
             f"to {cfg.n_heads - 1}"
-        )
-    if getattr(cfg, "use_qk_norm", False):
-        raise UnsupportedModelError(
-            "queries and keys pass norms of their own, which this question cannot read through: "
-            "freeze them, then merge them with fold(model)"
         )
     return layer, head
 
@@ -52,8 +44,33 @@ class ScoreParts:
 
     @property
     def site(self) -> str:
-        """The norm that queries and keys read through."""
+        """The norm that queries and keys read the stream through."""
         return f"blocks.{self.layer}.ln1.qk"
+
+    def sites(self, *sides: Side) -> list[str]:
+        """The norms between the stream and the queries, the keys or both: the one that reads the
+        stream, and those on queries and keys themselves, if any."""
+        inner = [self.trace.view.qk_norm(self.layer, side) for side in sides or get_args(Side)]
+        return [self.site, *(site for site in inner if site is not None)]
+
+    def weights(
+        self, side: Side
+    ) -> tuple[Float[Tensor, "d_model d_head"], Float[Tensor, " d_head"]]:
+        """The head's W_Q and b_Q, or W_K and b_K."""
+        attention = self.trace.view.attention(self.layer)
+        W, b = (attention.W_Q, attention.b_Q) if side == "query" else (attention.W_K, attention.b_K)
+        return W[self.head], b[self.head]
+
+    def normed(self, side: Side, at: Positions) -> Read:
+        """What the norm on the head's queries or keys does at some positions; the identity if there
+        is none."""
+        site = self.trace.view.qk_norm(self.layer, side)
+        if site is None:
+            return Read()
+        read = self.trace.read(site)
+        if not isinstance(read.scale, Tensor):
+            return read
+        return replace(read, scale=at.of(self._own(read.scale)))
 
     @property
     def name(self) -> str:
@@ -67,12 +84,15 @@ class ScoreParts:
     def needs(self) -> list[str]:
         """Hook names of the activations that are read here."""
         names = [get_act_name(x, self.layer) for x in ("attn_scores", "pattern")]
-        scales = self.trace.scale_names([self.site])
+        scales = self.trace.scale_names(self.sites())
         return [*names, self.hook("q"), self.hook("k"), Place(self.layer).hook, *scales]
 
     def met(self, which: Literal["q", "k"]) -> Float[Tensor, "batch pos d_head"]:
         """The head's queries or keys, as the model computed them, with rotary positions if any."""
-        x = self.trace[self.hook(which)]
+        return self._own(self.trace[self.hook(which)])
+
+    def _own(self, x: Float[Tensor, "batch pos some d"]) -> Float[Tensor, "batch pos d"]:
+        """The head's share of what each head has, or each group of heads."""
         return x[:, :, self.head * x.shape[2] // self.trace.view.cfg.n_heads]
 
     @property
@@ -107,14 +127,13 @@ class ScoreParts:
         self, side: Side, at: Positions, other: Float[Tensor, "batch kept d_head"]
     ) -> tuple[Float[Tensor, "batch kept d_model"], Constants]:
         """The direction along which one side's stream is read, given the other side's vectors."""
-        view, attention = self.trace.view, self.trace.view.attention(self.layer)
-        W = (attention.W_Q if side == "query" else attention.W_K)[self.head]
-        b = (attention.b_Q if side == "query" else attention.b_K)[self.head]
-        ahead = other / attention.scale
+        view, (W, b) = self.trace.view, self.weights(side)
+        ahead = other / view.attention(self.layer).scale
         if view.rotary:
             turn = view.rotations(self.layer, self.trace.n_pos)
             places = at.numbers(self.trace.n_pos, self.trace.batch).to(turn.device)
             ahead = (turn[places] @ ahead[..., None])[..., 0]
+        ahead = self.normed(side, at).back(ahead)
         read = self.trace.read(self.site, at)
         constants = [(Component("b_Q" if side == "query" else "b_K"), ahead @ b)]
         if read.bias is not None:
@@ -125,9 +144,9 @@ class ScoreParts:
         self, side: Side, parts: Float[Tensor, "component batch pos d_model"]
     ) -> Float[Tensor, "component batch pos d_head"]:
         """What parts of the stream add to the queries or keys, rotated if these are."""
-        attention = self.trace.view.attention(self.layer)
-        W = (attention.W_Q if side == "query" else attention.W_K)[self.head]
-        return self.rotated(self.trace.read(self.site).forward(parts) @ W, Positions(slice(None)))
+        W, everywhere = self.weights(side)[0], Positions(slice(None))
+        read = self.trace.read(self.site).forward(parts) @ W
+        return self.rotated(self.normed(side, everywhere).forward(read), everywhere)
 
     def rotated(
         self, x: Float[Tensor, "component batch kept d_head"], at: Positions
@@ -221,7 +240,7 @@ class Score:
             Place(layer), here, direction, constants, parts.scores[rows, q, k], again,
             (of,) * trace.batch, "score",
             f"parts at the {side} = attention score of {parts.name}",
-            trace.require_affine([parts.site], scores=True),
+            trace.require_affine(parts.sites(side), scores=True),
         )  # fmt: skip
 
 

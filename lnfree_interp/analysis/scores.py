@@ -31,9 +31,10 @@ from lnfree_interp.analysis.positions import (
     read_position,
 )
 from lnfree_interp.analysis.results import Contributions, Result, largest_rows
-from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
+from lnfree_interp.analysis.score_targets import ScoreParts, require_head
 from lnfree_interp.analysis.stream import Place, divided
 from lnfree_interp.analysis.trace import Trace
+from lnfree_interp.analysis.view import Side
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import MeasuredError, measure_error, sum_and_largest
 
@@ -262,8 +263,8 @@ def attribute_scores(
             trace does not hold.
         DataError: for a head, level or position that does not exist, a key that the query does not
             see, or a result of more than 2**28 values.
-        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
-            norms on queries and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or a
+            `TransformerBridge` with norms on queries and keys.
 
     Source:
         The QK circuit, with the stream on both of its sides taken apart: Elhage et al. 2021,
@@ -283,7 +284,7 @@ def attribute_scores(
     parts, chosen, place = ScoreParts(trace, layer, head), level(by), Place(layer)
     trace.need(*parts.needs(), *chosen.needs(trace.view, place))
     at = trace.positions(query)
-    held = trace.require_affine([parts.site], scores=True)
+    held = trace.require_affine(parts.sites(), scores=True)
     queries = at.numbers(trace.n_pos, trace.batch).to(trace.view.device)
     rows = torch.arange(trace.batch, device=queries.device)[:, None]
     sees = parts.sees[rows, queries][:, 0]
@@ -356,10 +357,7 @@ def project_side(
     parts: ScoreParts, by: Level, side: Side, at: Positions
 ) -> tuple[Float[Tensor, "component batch kept d_head"], tuple[Component, ...]]:
     """What each component and each bias adds to a head's queries or keys, rotated if these are."""
-    trace, view = parts.trace, parts.trace.view
-    attention = view.attention(parts.layer)
-    W = (attention.W_Q if side == "query" else attention.W_K)[parts.head]
-    b = (attention.b_Q if side == "query" else attention.b_K)[parts.head]
+    trace, (W, b) = parts.trace, parts.weights(side)
     read = trace.read(parts.site, at)
     values, components = transform(by.parts(trace, Place(parts.layer), at), read.weights_back(W))
     values = divided(values, read.scale)
@@ -368,4 +366,5 @@ def project_side(
         constants.insert(0, (Component("ln1.b", parts.layer), read.bias @ W))
     shape = (1, *values.shape[1:])
     values = torch.cat([values, *(constant.expand(shape) for _, constant in constants)])
-    return parts.rotated(values, at), (*components, *(component for component, _ in constants))
+    values = parts.rotated(parts.normed(side, at).forward(values), at)
+    return values, (*components, *(component for component, _ in constants))

@@ -7,9 +7,10 @@ is linear in the input that its gate multiplies.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NoReturn, SupportsIndex
+from typing import Any, Literal, NoReturn, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +21,15 @@ from lnfree_interp.analysis.positions import Positions, read_number, read_positi
 from lnfree_interp.analysis.prompts import LONG_RUN, Prompt, find_padding, read_prompts
 from lnfree_interp.analysis.stream import Place, Read, Stream
 from lnfree_interp.analysis.sublayers import GivenBlock, GivenMLP
-from lnfree_interp.analysis.view import LOGIT_CAP, SCORE_CAP, Model, View, noting_reads, view_of
+from lnfree_interp.analysis.view import (
+    LOGIT_CAP,
+    SCORE_CAP,
+    Model,
+    Side,
+    View,
+    noting_reads,
+    view_of,
+)
 from lnfree_interp.errors import DataError, InexactError
 from lnfree_interp.models.site_names import name_sites
 from lnfree_interp.numerics import own_precision
@@ -64,7 +73,7 @@ class Trace:
         self.runs = 0
         self.unmasked: tuple[int, ...] = ()
         self.given_logits = given_logits
-        self._kept: dict[str, Tensor] = dict(kept or {})
+        self._kept = {name: self._by_token(name, x) for name, x in (kept or {}).items()}
         self._device: torch.device | str | None = None
         self._blocks: dict[int, GivenBlock] = {}
 
@@ -107,7 +116,7 @@ class Trace:
             missing |= set(self._everything())
         _, found = self.view.run(self.tokens, missing)
         self.runs += 1
-        self._kept |= found
+        self._kept |= {name: self._by_token(name, x) for name, x in found.items()}
         if self._device is not None:
             self.to(self._device)
         if unreached := sorted(missing - found.keys()):
@@ -116,6 +125,12 @@ class Trace:
                 "hook name of an activation that it computes"
             )
         return self
+
+    def _by_token(self, name: str, x: Tensor) -> Tensor:
+        """TransformerLens' norms of queries and keys see batch, position and head as one."""
+        if x.ndim == 2 and name.endswith((".q_norm.hook_scale", ".k_norm.hook_scale")):
+            return x.view(self.batch, self.n_pos, -1, 1)
+        return x
 
     def act(self, name: str, layer: int | None = None) -> Tensor:
         """An activation by TransformerLens' short name: `trace.act("z", 3)`."""
@@ -153,11 +168,15 @@ class Trace:
     def scale_names(self, sites: list[str] | None = None) -> list[str]:
         """Hook names of the scales of live norms; by default of all norms but the final one. Live
         curves have none."""
+        view = self.view
         if sites is None:
-            kinds = ("ln1.qk", "ln1.v", *(("ln2",) if self.view.has_mlps else ()))
-            sites = [f"blocks.{i}.{kind}" for i in range(self.view.n_layers) for kind in kinds]
-        sites = [site for site in sites if not self.view.bends(site)]
-        return [hook for site in sites if (hook := self.view.scale_hook(site)) is not None]
+            kinds = ("ln1.qk", "ln1.v", *(("ln2",) if view.has_mlps else ()))
+            sites = [f"blocks.{i}.{kind}" for i in range(view.n_layers) for kind in kinds]
+            if view.explains_scores:
+                sides = itertools.product(range(view.n_layers), get_args(Side))
+                sites += [site for one in sides if (site := view.qk_norm(*one)) is not None]
+        sites = [site for site in sites if not view.bends(site)]
+        return [hook for site in sites if (hook := view.scale_hook(site)) is not None]
 
     def stream(self, place: Place) -> Stream:
         """The residual stream at a place."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import einsum
@@ -22,6 +22,8 @@ from lnfree_interp.analysis.sublayers import MLP, Attention
 from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
 from lnfree_interp.models.running import Edit
 
+Side = Literal["query", "key"]
+"""Of an attention score."""
 Model = nn.Module
 """A `HookedTransformer`, or a `TransformerBridge` of TransformerLens 4."""
 LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
@@ -145,6 +147,21 @@ class View(ABC):
     def attn_written(self, layer: int) -> Place:
         """The first place where the stream includes what a layer's attention writes."""
         return Place(layer + 1) if self.parallel or not self.has_mlps else Place(layer, mid=True)
+
+    @property
+    def explains_scores(self) -> bool:
+        """Whether it is known how queries and keys come from the stream."""
+        return True
+
+    def qk_norm(self, layer: int, side: Side) -> str | None:
+        """The norm that a layer's queries or keys pass behind their projection, if there is one.
+
+        Raises:
+            UnsupportedModelError: if there is one, and how it reads is not known here.
+        """
+        if not getattr(self.cfg, "use_qk_norm", False):
+            return None
+        return f"blocks.{layer}.attn.{'q' if side == 'query' else 'k'}_norm"
 
     @property
     def inner_sites(self) -> list[str]:

@@ -23,11 +23,12 @@ from lnfree_interp.analysis.prompts import Answer, read_answers
 from lnfree_interp.analysis.results import read_top
 from lnfree_interp.analysis.score_targets import require_head
 from lnfree_interp.analysis.stream import Read
-from lnfree_interp.analysis.view import Model, View, view_of
+from lnfree_interp.analysis.view import Model, Side, View, view_of
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.numerics import own_precision
 
 Input = Literal["Q", "K", "V"]
+_SIDES: dict[Input, Side] = {"Q": "query", "K": "key"}
 
 
 def writer_weights(view: View, component: str | Component) -> Float[Tensor, "width d_model"]:
@@ -73,7 +74,7 @@ def writer_weights(view: View, component: str | Component) -> Float[Tensor, "wid
 
 
 def _through(norm: Read, W: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
-    """A reader's weights with its constant norm merged in."""
+    """A reader's weights with the constant norm before them merged in."""
     return norm.weights_back(W) / norm.scale
 
 
@@ -103,6 +104,8 @@ def reader_weights(
             )
         site = f"blocks.{one.layer}.ln1.{'v' if which == 'V' else 'qk'}"
         W = getattr(view.attention(one.layer), f"W_{which}")[one.index]
+        behind = None if which == "V" else view.qk_norm(one.layer, _SIDES[which])
+        W = W if behind is None else view.constant_read(behind).forward(W)
         return _through(view.constant_read(site), W)
     if one.kind in ("neuron", "mlp_out") and one.layer is not None:
         W, _ = view.mlp(one.layer).before_activation
@@ -143,8 +146,8 @@ def virtual_weights(
         DataError: if the reader does not come after the writer, either does not exist, or a head
             reads without `which`.
         InexactError: if the reader's norm is live, or the logits that it reads are capped.
-        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
-            norms on queries and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or a
+            `TransformerBridge` with norms on queries and keys whose weights would be read.
 
     Source:
         Virtual weights, between heads: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
@@ -354,8 +357,7 @@ def ov_table(model: Model, layer: SupportsIndex, head: SupportsIndex) -> TokenTa
         DataError: if there is no such head.
         InexactError: if the norm before the head or the final norm is live, or the logits are
             capped.
-        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
-            norms on queries and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
         The OV circuit: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
@@ -398,9 +400,10 @@ def qk_table(
 
     Raises:
         DataError: if there is no such head, or an offset is needed.
-        InexactError: if the norm before the head is live.
+        InexactError: if the norm before the head is live, or one on its queries or keys.
         UnsupportedModelError: if scores are capped, so that no table gives them; for a model whose
-            stream is not the plain sum of its parts, or with norms on queries and keys.
+            stream is not the plain sum of its parts, or a `TransformerBridge` with norms on queries
+            and keys.
 
     Source:
         The QK circuit: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.

@@ -21,10 +21,10 @@ from lnfree_interp.analysis.logit_targets import Logit, LogitDifference
 from lnfree_interp.analysis.parts import Part, expand, project
 from lnfree_interp.analysis.positions import Positions, whole_number
 from lnfree_interp.analysis.prompts import Answers, Prompt, read_answers
-from lnfree_interp.analysis.score_targets import ScoreParts, Side, require_head
+from lnfree_interp.analysis.score_targets import ScoreParts, require_head
 from lnfree_interp.analysis.stream import Place
 from lnfree_interp.analysis.trace import Trace, trace
-from lnfree_interp.analysis.view import Model, View
+from lnfree_interp.analysis.view import Model, Side, View
 from lnfree_interp.errors import DataError
 from lnfree_interp.evaluation.deletion_results import Deletion, DeletionCheck
 from lnfree_interp.numerics import own_precision
@@ -79,8 +79,8 @@ def deletion_check(
     Raises:
         DataError: for a head that does not exist, a prompt of fewer than three tokens, several
             answers to one prompt, foils without answers, or numbers that are too small.
-        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or with
-            norms on queries and keys.
+        UnsupportedModelError: for a model whose stream is not the plain sum of its parts, or a
+            `TransformerBridge` with norms on queries and keys.
 
     Source:
         Deletion as a test of attribution: arXiv 1705.07874, arXiv 2307.15771. The comparison over
@@ -123,7 +123,7 @@ def deletion_check(
             one.need(*_needs(one, wanted, chosen))
             for layer, head in wanted:
                 parts = ScoreParts(one, layer, head)
-                held |= dict.fromkeys(one.require_affine([parts.site], scores=True))
+                held |= dict.fromkeys(one.require_affine(parts.sites(), scores=True))
                 for side in ("query", "key"):
                     rows += _of_score(parts, side, chosen, draw)
                     bar.update()

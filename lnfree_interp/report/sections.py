@@ -201,7 +201,7 @@ def explanation(one: Trace, question: Question) -> Section:
         affine_map(*ask), flow_graph(*ask, top_k=30),
     ]  # fmt: skip
     layer, head = _largest_head(by_source)
-    if layer > 0 and not one.view.cfg.use_qk_norm:
+    if layer > 0 and one.view.explains_scores:
         results.append(attribute_scores(one, layer, head))
     results.append(logit_lens(one))
     figures = []

@@ -11,7 +11,7 @@ from support.architectures import make_model
 from support.models import freeze_all, make_gpt2
 
 import lnfree_interp as lf
-from lnfree_interp.errors import DataError, HeldWarning, InexactError, UnsupportedModelError
+from lnfree_interp.errors import DataError, HeldWarning, InexactError
 
 KINDS = ["gpt2", "neox", "llama-grouped", "qwen3", "gemma2-no-caps", "neo", "opt", "mistral"]
 
@@ -348,12 +348,6 @@ def test_paths_by_brute_force(folded):
     whole = lf.expand_paths(folded, tokens[0], 3, top_k=None, expansions=0).verify()
     by_head = lf.attribute_logits(folded, tokens[0], 3)
     torch.testing.assert_close(whole["L1H2"], by_head["L1H2"])
-
-
-def test_norms_on_queries_and_keys_are_refused_until_they_are_folded():
-    sites = freeze_all(lf.load(make_model("qwen3"), dtype=torch.float64, check=False))
-    with pytest.raises(UnsupportedModelError, match="fold"):
-        lf.attribute_scores(sites, torch.arange(5), 0, 0)
 
 
 def test_capped_scores_are_refused_unless_the_slope_is_held():

@@ -9,7 +9,7 @@ from support.architectures import make_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
-from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
+from lnfree_interp.errors import DataError, InexactError
 from lnfree_interp.evaluation import deletion
 from lnfree_interp.evaluation.deletion_results import KINDS, agreement
 from lnfree_interp.numerics import TOLERANCE
@@ -337,9 +337,3 @@ def test_what_cannot_be_checked_is_refused(more, said):
     model = lf.load(make_model("gpt2"), check=False)
     with pytest.raises(DataError, match=said):
         check(model, **more)
-
-
-def test_norms_on_queries_and_keys_are_refused():
-    model = lf.load(make_model("qwen3"), check=False)
-    with pytest.raises(UnsupportedModelError, match="norms of their own"):
-        check(model, heads=None)
