@@ -38,7 +38,7 @@ from lnfree_interp.errors import TrainingError
 from lnfree_interp.evaluation.text_pass import measure_text
 from lnfree_interp.removal.costs_file import read_costs, write_costs
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.schedule import published_order
+from lnfree_interp.removal.schedule import extremes, published_order
 
 LENGTH = 256
 OWN_TEXT = "text that the model wrote"
@@ -102,11 +102,14 @@ SLOW: dict[str, Change] = {
     "sigma of few sequences": lambda recipe: sigma(recipe, momentum=0.9),
     "sigma of all tokens": lambda recipe: sigma(recipe, tokens="all"),
     "no target in the stream": lambda recipe: losses(recipe, stream=0.0),
+    "the term on scales at its full weight from the start": lambda recipe: losses(
+        recipe, scales=extremes(recipe.losses["scales"])[1]
+    ),
     "no term on scales": lambda recipe: losses(recipe, scales=0.0),
     "weights of the last step": lambda recipe: replace(recipe, weight_average=0.0),
     "no repeated tokens": lambda recipe: replace(recipe, repeats=0.0),
     "no random tokens": lambda recipe: replace(recipe, random_tokens=0.0),
-    "embeddings as they are": lambda recipe: replace(recipe, equal_embeddings=False),
+    "embeddings as they are": lambda recipe: replace(recipe, embedding_cap=0.0),
     "first tokens keep a constant": lambda recipe: special(recipe, keep_first=True),
     "no gradient thrown away": lambda recipe: replace(
         recipe, guard=replace(recipe.guard, spike=None)

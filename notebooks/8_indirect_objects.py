@@ -56,10 +56,12 @@ lf.plots.attribution(by_head)
 # constant, and measures what that costs on held-out text. The constant is the mean over a text.
 # Here that is the reference that every Python has built in (`help("for")` shows a page of it), so
 # that nothing is downloaded: English of a technical kind. For prompts of another kind take text
-# like yours; this is little text as well, so read the price as a rough one.
+# like yours; this is little text as well, so read the price as a rough one. Each sequence begins
+# with the beginning-of-text token, as each prompt does, since the first token of this model has a
+# massive activation, and a constant of its own.
 
 # %%
-text = lf.pack(topics.values(), model.tokenizer, sequence_length=128)[::48]
+text = lf.pack(topics.values(), model.tokenizer, sequence_length=128, prepend_bos=True)[::48]
 frozen = lf.freeze_for(model, target, text, progress=False)
 print(frozen)
 trace = lf.trace(frozen.model, prompt)

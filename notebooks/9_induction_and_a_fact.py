@@ -29,22 +29,24 @@ import lnfree_interp as lf
 lf.plots.show_in_notebooks()
 
 model = lf.load(lf.smollm2())
-text = lf.pack(topics.values(), model.tokenizer, sequence_length=128)[::36]
+text = lf.pack(topics.values(), model.tokenizer, sequence_length=128, prepend_bos=True)[::36]
 
 # %% [markdown]
 # ## Induction
 #
-# Tokens drawn from a text at random, twice in a row: only the repetition says what comes next.
-# (The text is the reference that every Python has built in, English without a download.)
+# Tokens drawn from a text at random, twice in a row behind the beginning-of-text token: only the
+# repetition says what comes next. (The text is the reference that every Python has built in,
+# English without a download.)
 
 # %%
 n = 24
-drawn = torch.randint(text.numel(), (6, n), generator=torch.Generator().manual_seed(0))
-once = text.flatten()[drawn]
-tokens = torch.cat([once, once], dim=1)
+pool = text[:, 1:].flatten()
+drawn = torch.randint(len(pool), (6, n), generator=torch.Generator().manual_seed(0))
+bos = torch.full((6, 1), model.tokenizer.bos_token_id)
+tokens = torch.cat([bos, pool[drawn], pool[drawn]], dim=1)
 loss = lf.evaluate_loss(model, tokens).per_token
 print(
-    f"loss in the first half {loss[:, : n - 1].mean():.2f}, in the second {loss[:, n:].mean():.2f}"
+    f"loss in the first half {loss[:, :n].mean():.2f}, in the second {loss[:, n + 1 :].mean():.2f}"
 )
 
 # %% [markdown]
@@ -57,8 +59,8 @@ live = lf.trace(model, tokens, hold=True)
 
 def looks(back):
     """[layer, head], the mean attention to so many tokens back, in the second half."""
-    patterns = [live.act("pattern", layer)[:, :, n:] for layer in range(model.cfg.n_layers)]
-    shares = [p.diagonal(n - back, dim1=2, dim2=3).mean((0, 2)) for p in patterns]
+    patterns = [live.act("pattern", layer)[:, :, n + 1 :] for layer in range(model.cfg.n_layers)]
+    shares = [p.diagonal(n + 1 - back, dim1=2, dim2=3).mean((0, 2)) for p in patterns]
     return torch.stack(shares)
 
 
@@ -89,7 +91,7 @@ figure.update_layout(
 
 # %%
 layer, head = divmod(int(induction.argmax()), model.cfg.n_heads)
-query = n + 12
+query = n + 13
 right = query - n + 1
 odds = lf.LogOdds(layer, head, key=right, other=right - 1, query=query, side="key")
 frozen = lf.freeze_for(model, odds, text, progress=False)

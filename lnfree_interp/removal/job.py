@@ -116,8 +116,9 @@ class TrainingOptions:
     """Share of the sequences that are given a stretch of one token, again and again."""
     random_tokens: float | None = None
     """Share of the sequences that are given a stretch of tokens from the whole vocabulary."""
-    equal_embeddings: bool | None = None
-    """Whether all rows of W_E are brought to one norm before the first step."""
+    embedding_cap: float | None = None
+    """How long a row of W_E may be before the first step, in units of the text's mean. 0: no
+    cap."""
     precision: Literal["auto", "bfloat16", "float32"] | None = None
     """Precision of matrix products. auto: bfloat16 if the hardware has it."""
     patience: int | None = None

@@ -58,8 +58,11 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
             "random tokens",
             f"{recipe.random_tokens:.0%} of the sequences have a stretch of the whole vocabulary's",
         )
-    if recipe.equal_embeddings:
-        yield "embeddings", "all rows are brought to one norm before the first step"
+    if recipe.embedding_cap:
+        yield (
+            "embeddings",
+            f"rows longer than {recipe.embedding_cap:g} times the text's mean are shortened to it",
+        )
     if recipe.weight_average:
         yield (
             "weights",

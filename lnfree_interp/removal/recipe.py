@@ -97,10 +97,11 @@ class Recipe:
     """The share of the training sequences that are given a stretch of tokens from the whole
     vocabulary; in every second one they come again. Most of a vocabulary is rare in text, and a
     rare token may be an outlier that nothing has trained."""
-    equal_embeddings: bool = False
-    """Whether all rows of W_E are brought to one norm before the first step: the mean one of the
-    text. The rows of rare tokens often have other norms, which a norm in block 0 hides. W_U stays
-    as it is, so that the two are no longer tied."""
+    embedding_cap: float = 0.0
+    """How long a row of W_E may be, in units of the mean length of the rows of the text's tokens;
+    longer ones are shortened to that before the first step. 0: no cap. The rows of rare tokens are
+    often longer, which a norm in block 0 hides. With a cap W_U stays as it is, so that the two are
+    no longer tied."""
     special: Special = field(default_factory=Special)
     """Tokens that have a sigma of their own for some steps. Default: none."""
     wait: Wait | None = None
@@ -129,8 +130,9 @@ class Recipe:
                 raise RecipeError(f"{name} must be a whole number, not {value}")
             if not 0 < value < math.inf:
                 raise RecipeError(f"{name} must be positive, not {value}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise RecipeError(f"weight_decay must be 0 or more, not {self.weight_decay}")
+        for name in ("weight_decay", "embedding_cap"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"betas must lie in 0..1 (1 excluded), not {self.betas}")
         if self.warmup < 0:
@@ -236,7 +238,7 @@ class Recipe:
             losses={},
             repeats=0.0,
             random_tokens=0.0,
-            equal_embeddings=False,
+            embedding_cap=0.0,
             special=Special(),
             wait=None,
             patience=None,

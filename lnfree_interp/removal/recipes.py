@@ -16,6 +16,7 @@ from lnfree_interp.removal.published_recipes import (
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import (
     Event,
+    Ramp,
     Sites,
     all_at_once,
     paced,
@@ -162,15 +163,15 @@ def measured(costs: SiteSensitivity | Sites, *, steps: int = 1000, seed: int = 0
     If the measurement finds massive activations, norms go slowly. What ends a removal of such a
     model is a token that a frozen norm makes too large: it grows from layer to layer, because a
     gated MLP answers with the square. So the tokens are first brought to one scale at every site,
-    by a term of the loss, while the norms are still live: then a norm does nothing that a constant
-    does not do. Stretches of repeated tokens, which the model takes for first ones, and of random
-    tokens, which are rare in text, are put into the text for that, and all rows of W_E begin with
-    one norm. After a third of the steps sites begin to fade, the cheapest first, and an
-    expensive one has more time; sigma follows the text until its site is frozen. A cap on how large
-    a token may come out rises once all sites are frozen, and stays; another term holds the
-    residual stream to the original's; the finished model has the average of the last weights; the
-    schedule waits while the model is far from the original; and one sequence that runs away does
-    not end the run, three steps in a row do.
+    by a term of the loss whose weight rises, while the norms are still live: then a norm does
+    nothing that a constant does not do. Stretches of repeated tokens, which the model takes for
+    first ones, and of random tokens, which are rare in text, are put into the text for that, and
+    rows of W_E that are longer than the text's are shortened. After a third of the steps sites
+    begin to fade, the cheapest first, and an expensive one has more time; sigma follows the text
+    until its site is frozen. A cap on how large a token may come out rises once all sites are
+    frozen, and stays; another term holds the residual stream to the original's; the finished model
+    has the average of the last weights; the schedule waits while the model is far from the
+    original; and one sequence that runs away does not end the run, three steps in a row do.
 
     Where the MLPs that make massive activations keep their norms (every `ln2` that is to go costs
     at most `COSTLY` alone), these do no harm: sites fade from the start, and first tokens keep a
@@ -234,6 +235,7 @@ def _slowly(
     shares = (0.33, 0.18, 0.62, 1.0) if everywhere else (1 / 30, 0.25, 0.4, 0.85)
     start, fade, frozen, until = (int(share * (steps - wait) + 0.5) for share in shares)
     until = min(until, steps - wait - 1)
+    scales = Ramp(1.0, 30.0, from_step=0, to_step=max(1, start // 2))
     return Recipe(
         name="measured",
         events=paced(costs, start=start, over=frozen - fade - start, fade=fade),
@@ -244,11 +246,11 @@ def _slowly(
         final_lr=0.1,
         distillation=1.0,
         scale_anchor=0.0,
-        losses={"stream": 1.0} | ({"scales": 30.0} if everywhere else {}),
+        losses={"stream": 1.0} | ({"scales": scales} if everywhere else {}),
         weight_average=0.99,
         repeats=0.15 if everywhere else 0.0,
         random_tokens=0.3 if everywhere else 0.0,
-        equal_embeddings=everywhere and hidden,
+        embedding_cap=1.3 if everywhere and hidden else 0.0,
         statistics=Statistics(source="ema", momentum=0.98, tokens="ordinary", sequences=8),
         special=Special(
             keep_first=first_matters and not everywhere,

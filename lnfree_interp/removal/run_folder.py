@@ -24,7 +24,7 @@ from lnfree_interp.errors import CheckpointError, OutputError, RecipeError
 from lnfree_interp.files import new_folder, require_writable
 from lnfree_interp.removal.run import StepRecord
 
-VERSION = 3
+VERSION = 4
 """The version of `run.json`."""
 _NAME = re.compile(r"step-(\d+)")
 

@@ -109,8 +109,8 @@ class Trainer:
             self.fingerprints["teacher"] = training_state.fingerprint(own)
         self.text = self._shared(processes.on_main(self._first_sequences), "sequences for sigma")
         self.heldout = None if heldout is None else self._shared(heldout, "held-out sequences")
-        if recipe.equal_embeddings:
-            self._equalise_embeddings()
+        if recipe.embedding_cap:
+            self._shorten_embeddings(recipe.embedding_cap)
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
@@ -242,20 +242,20 @@ class Trainer:
             return self.model.eval()
         # FSDP has spread this model over the processes: put the weights into a whole one.
         finished = split_norms(self.original).to(self.processes.device, print_details=False)
-        if self.recipe.equal_embeddings:
+        if self.recipe.embedding_cap:
             untie(finished)
         training_state.load_tensors(finished, training_state.tensors(self.model))
         return finished.eval()
 
     @torch.no_grad()
-    def _equalise_embeddings(self) -> None:
-        """Bring all rows of W_E to the norm that the text's tokens have on average."""
+    def _shorten_embeddings(self, cap: float) -> None:
+        """Bring each row of W_E that is longer than `cap` times the text's mean down to that."""
         untie(self.model)
         W_E = self.model.W_E
         norms = W_E.norm(dim=-1, keepdim=True).double()
         seen = norms[self.text.to(W_E.device)]
         total, count = self.processes.sum(torch.stack([seen.sum(), seen.new_tensor(seen.numel())]))
-        W_E.mul_(total / count / norms.clamp(min=1e-12))
+        W_E.mul_((cap * total / count / norms.clamp(min=1e-12)).clamp(max=1))
 
     def _fix_anchor(self) -> None:
         """Measure the anchor's fixed target before the first step, if the recipe has one."""

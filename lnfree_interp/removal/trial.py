@@ -153,7 +153,7 @@ class _Bench:
     ):  # fmt: skip
         self.recipe, self.length, self.clock = recipe, length, clock
         self.model = with_norm_sites(model, copy_weights=False)
-        if recipe.equal_embeddings:
+        if recipe.embedding_cap:
             untie(self.model)
         self.device = model.W_E.device
         distils = extremes(recipe.distillation)[1] > 0

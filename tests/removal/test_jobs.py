@@ -205,17 +205,17 @@ def test_a_trial_runs_the_recipes_own_steps(distillation):
     assert trial.activations > 2 * 4 * (4 * 24 * model.cfg.d_model)
 
 
-def test_a_trial_has_the_unembedding_that_a_run_of_equal_embeddings_unties():
+def test_a_trial_has_the_unembedding_that_a_run_with_an_embedding_cap_unties():
     recipe = replace(BY_NAME["distilled"](SITES, steps=20), precision="float32")
     sizes = {
-        equal: try_steps(
+        cap: try_steps(
             lf.load(make_gpt2(n_layer=2), device="cpu"),
-            replace(recipe, equal_embeddings=equal), 24, clock=ticks(0.01),
+            replace(recipe, embedding_cap=cap), 24, clock=ticks(0.01),
         ).gradients
-        for equal in (False, True)
+        for cap in (0.0, 1.3)
     }  # fmt: skip
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
-    assert sizes[True] - sizes[False] == model.W_U.nbytes
+    assert sizes[1.3] - sizes[0.0] == model.W_U.nbytes
 
 
 def test_a_trial_runs_the_teacher_of_the_run():

@@ -94,7 +94,7 @@ def test_where_mlps_keep_their_norms_first_tokens_may_stay_massive():
     assert recipe.special.keep_first
     assert recipe.special.outlier_caps == (1.25, 10.0)
     assert (recipe.losses, recipe.repeats) == ({"stream": 1.0}, 0)
-    assert (recipe.random_tokens, recipe.equal_embeddings) == (0, False)
+    assert (recipe.random_tokens, recipe.embedding_cap) == (0, 0)
     assert (recipe.events[0].step, recipe.removed_at, recipe.removed_by) == (3, 68, 88)
     for maker in (0.0, 0.3):
         assert slowly(steps=100, maker=maker)[1].special.keep_first
@@ -104,9 +104,9 @@ def test_where_mlps_keep_their_norms_first_tokens_may_stay_massive():
     assert everywhere.special.outlier_caps == (1.25, 1.6)
     assert [everywhere.special.cap(step) for step in (99, 1000)] == pytest.approx([1.6, 1.6])
     assert recipe.special.cap(68) == math.inf
-    assert everywhere.losses == {"stream": 1.0, "scales": 30.0}
+    assert everywhere.losses == {"stream": 1.0, "scales": lf.Ramp(1.0, 30.0, 0, 15)}
     assert (everywhere.repeats, everywhere.random_tokens) == (0.15, 0.3)
-    assert everywhere.equal_embeddings
+    assert everywhere.embedding_cap == 1.3
     assert recipe.weight_average == everywhere.weight_average == 0.99
 
 
@@ -270,7 +270,7 @@ def test_a_constant_stays_while_the_schedule_waits(source):
 def test_a_run_of_the_slow_recipe_resumes_bit_for_bit(tmp_path):
     """With all that it has: terms, a cap, waiting, stretches, an unembedding of its own."""
     _, recipe = slowly(steps=40, batch=4, guard=lf.Guard(above_best=99.0, in_a_row=3, spike=5.0))
-    assert recipe.equal_embeddings
+    assert recipe.embedding_cap
     assert recipe.wait is not None
     whole = lf.remove_norms(live(), recipe, TEXT, out=tmp_path / "whole", progress=False)
     call = {"out": tmp_path / "parts", "checkpoint_every": 7, "progress": False, "minutes": 0.0}
@@ -312,7 +312,7 @@ def test_sigma_stays_when_frozen_or_follows_until_no_token_is_special(follow):
     """A constant, and that of first tokens; on request they move until the last cap is gone."""
     _, recipe = slowly(
         batch=4, wait=None, guard=lf.Guard(above_best=99.0), random_tokens=0.0,
-        equal_embeddings=False,
+        embedding_cap=0.0,
     )  # fmt: skip
     recipe = replace(
         recipe,

@@ -365,20 +365,23 @@ def test_a_run_that_blows_up_says_so(model, data):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_equal_embeddings_have_the_norm_of_the_text(kind, tmp_path):
+def test_embeddings_that_are_longer_than_the_text_s_are_shortened(kind, tmp_path):
     """The unembedding stays as it is, and so does the model that was given."""
     given = lf.load(make_model(kind), check=False)
     text = torch.randint(40, (12, 16), generator=torch.Generator().manual_seed(3))
     recipe = replace(
-        lf.recipes.at_once(given, steps=4), batch=4, lr=1e-12, equal_embeddings=True,
+        lf.recipes.at_once(given, steps=4), batch=4, lr=1e-12, embedding_cap=1.1,
         precision="float32", weight_decay=0.0, guard=Guard(above_best=1e3, sigma_factor=1e6),
         statistics=Statistics(sequences=12),
     )  # fmt: skip
     W_E, W_U = given.W_E.detach().clone(), given.W_U.detach().clone()
     run = lf.remove_norms(given, recipe, text, out=tmp_path / "run", progress=False)
-    expected = W_E.norm(dim=-1)[text].mean()
+    norms = W_E.norm(dim=-1)
+    longest = 1.1 * norms[text].mean()
+    assert 0 < (norms > longest).sum() < len(norms) / 2
     found = run.model.W_E
-    torch.testing.assert_close(found.norm(dim=-1), expected.expand(len(found)))
+    torch.testing.assert_close(found.norm(dim=-1), norms.clamp(max=longest))
+    assert torch.equal(found[norms < 0.99 * longest], W_E[norms < 0.99 * longest])
     torch.testing.assert_close(torch.cosine_similarity(found, W_E), torch.ones(len(found)))
     torch.testing.assert_close(run.model.W_U, W_U)
     assert torch.equal(given.W_E, W_E)
@@ -386,5 +389,5 @@ def test_equal_embeddings_have_the_norm_of_the_text(kind, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
     again = lf.remove_norms(given, recipe, text, out=tmp_path / "run", resume=True, progress=False)
     assert torch.equal(again.model.W_E, found)
-    assert not recipe.vanilla().equal_embeddings
-    assert "all rows are brought to one norm" in plan(recipe)
+    assert recipe.vanilla().embedding_cap == 0
+    assert "rows longer than 1.1 times the text's mean are shortened" in plan(recipe)

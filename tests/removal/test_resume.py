@@ -43,7 +43,7 @@ def a_recipe(**changes):
         "distillation": 0.5,
         # Everything that has a state: moving sigmas, shared ones, special tokens, averages, and an
         # unembedding of its own.
-        "weight_average": 0.8, "equal_embeddings": True, "repeats": 0.2, "random_tokens": 0.3,
+        "weight_average": 0.8, "embedding_cap": 0.9, "repeats": 0.2, "random_tokens": 0.3,
         "statistics": Statistics(source="ema", sequences=4, share_ln1=True, tokens="ordinary"),
         "special": Special(first_until=15),
         "evaluate_every": 4,
