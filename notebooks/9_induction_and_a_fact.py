@@ -107,7 +107,7 @@ pd.DataFrame(means, parts.labels).loc[parts.mean().top(8).component].round(2)
 # One part makes it: `L16H0`, at the key. It is the head that looks to the token before, most of
 # all heads; so the key says "behind me stood this token", and the induction head finds it. That
 # is the textbook's induction circuit, here with the share of every part. Without that part,
-# predicted and measured; *total* with all that follows from it, which makes up for about half.
+# predicted and measured; *total* with all that follows from it, which adds little.
 
 # %%
 part = parts.mean().top(1).component[0]
