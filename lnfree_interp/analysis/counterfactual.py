@@ -25,6 +25,7 @@ from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.score_targets import ScoreParts, require_head
 from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.trace import Trace
+from lnfree_interp.analysis.view import Side
 from lnfree_interp.errors import DataError
 from lnfree_interp.numerics import measure_error, soft_cap
 
@@ -152,12 +153,13 @@ def counterfactual_pattern(
         )
     parts, chosen, place = ScoreParts(trace, layer, head), level(by), Place(layer)
     trace.need(*parts.needs(), *chosen.needs(trace.view, place))
-    held = trace.require_affine(parts.sites(*([] if side == "both" else [side])))
+    sides: tuple[Side, ...] = get_args(Side) if side == "both" else (side,)
+    held = trace.require_affine(parts.sites(*sides))
     q, k = parts.met("q")[0], parts.met("k")[0]
     gone = expand(chosen.parts(trace, place), wanted)[0]
-    if side != "key":
+    if "query" in sides:
         q = q - parts.projected("query", gone).sum(0)[0]
-    if side != "query":
+    if "key" in sides:
         k = k - parts.projected("key", gone).sum(0)[0]
     scores = _scores(parts, q, k)
     pattern = scores.softmax(-1)
