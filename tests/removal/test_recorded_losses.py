@@ -1,7 +1,8 @@
 """A seed's losses stay what they were, whatever becomes of the code that computes them.
 
-The weights are float64, so that the numbers hold on every machine. GPT-2's loss is computed in
-chunks. Gemma 2's is computed from all logits at once, because they are capped, and in float32.
+The weights are float64, so that the numbers hold on every machine, to 2e-7 on an Intel CPU where
+an AMD one recorded them. GPT-2's loss is computed in chunks. Gemma 2's is computed from all logits
+at once, because they are capped, and in float32.
 """
 
 import json
@@ -33,7 +34,7 @@ def train(architecture):
     return lf.remove_norms(model, recipe, data, heldout=data[:5], progress=False)
 
 
-@pytest.mark.parametrize(("architecture", "tolerance"), [("gpt2", 1e-9), ("gemma2", 1e-3)])
+@pytest.mark.parametrize(("architecture", "tolerance"), [("gpt2", 1e-6), ("gemma2", 1e-3)])
 def test_the_losses_are_those_that_were_recorded(architecture, tolerance):
     run = train(architecture)
     found = {
