@@ -42,6 +42,12 @@ _PARTS = 2048
 """How many parts are summed at once."""
 
 
+def wide(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """In float32 at least, as in TransformerLens' norms: squares of half-precision values
+    overflow."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @dataclass(frozen=True)
 class MeasuredError:
     """How far `found` is from `expected`."""

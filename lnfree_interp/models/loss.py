@@ -5,19 +5,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lnfree_interp.numerics import wide
+
 
 def next_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
     reduction: str = "mean",
 ) -> Float[Tensor, "*targets"]:
-    """Cross-entropy of the next token, in nats, in float32 whatever the logits' dtype.
+    """Cross-entropy of the next token, in nats, in float32 at least.
 
     End-of-text targets count like any other. With `reduction="none"`: one value per target,
     [batch * (pos - 1)].
     """
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction
+        wide(logits[:, :-1].flatten(0, 1)), tokens[:, 1:].flatten(), reduction=reduction
     )
 
 

@@ -32,6 +32,7 @@ from lnfree_interp.models.first_token import first_tokens
 from lnfree_interp.models.maps import LiveMap, centre, make_map
 from lnfree_interp.models.norm_map import NormMap, require_positive
 from lnfree_interp.models.running import is_watched
+from lnfree_interp.numerics import wide
 
 
 def describe(norm: nn.Module) -> NormMap:
@@ -224,7 +225,7 @@ class Norm(_Constants):
     def token_sigma(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
         """Each token's own scale: what a live norm divides by, on average over entries where it
         bends them by a curve."""
-        return self.map.token_scale(_wide(x))
+        return self.map.token_scale(wide(x))
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Normalise over the last dimension."""
@@ -243,7 +244,7 @@ class Norm(_Constants):
                 x = centre(x) if self.centred else x
                 return x * gain if bias is None else torch.addcmul(bias, x, gain)
         sigma = None if self.live else self._sigma(x)
-        dtype, x = x.dtype, _wide(x)
+        dtype, x = x.dtype, wide(x)
         y = self._normalised(centre(x) if self.centred else x, sigma)
         y = self.hook_normalized(y).to(dtype) * gain
         return y if bias is None else y + bias
@@ -272,11 +273,6 @@ class Norm(_Constants):
             return f"live{times}"
         constant = f"{self._shown()}{times}"
         return constant if self.frozen else f"{constant}, gate={self._gate:.3g}"
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least, as TransformerLens does: squares of half-precision values overflow."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class _CentredAffine(torch.autograd.Function):
@@ -395,7 +391,7 @@ class FrozenNorm(_Constants):
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """As `LayerNormPre.forward`, with `hook_scale` [batch, pos, 1] constant."""
         sigma = self._sigma(x)
-        dtype, x = x.dtype, _wide(x)
+        dtype, x = x.dtype, wide(x)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         scale = self.hook_scale(sigma)
@@ -421,7 +417,7 @@ class CRMSNormPre(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
         """As `RMSNormPre.forward`, over the vector that x stands for."""
-        dtype, x = x.dtype, _wide(x)
+        dtype, x = x.dtype, wide(x)
         square = x.pow(2).sum(-1, keepdim=True) + x.sum(-1, keepdim=True).pow(2)
         scale = self.hook_scale((square / self.d + self.eps).sqrt())
         return self.hook_normalized(x / scale).to(dtype)

@@ -19,7 +19,7 @@ from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import watched
 from lnfree_interp.models.sites import get_norm, list_norm_sites, norm_at
-from lnfree_interp.numerics import soft_cap
+from lnfree_interp.numerics import soft_cap, wide
 from lnfree_interp.removal.chunked_loss import LazyLogits, logits_loss
 from lnfree_interp.removal.statistics import TokenGroups, find_outliers
 
@@ -69,7 +69,7 @@ def distillation_loss(
     The mean over the positions that have a next token. (Hinton et al., 1503.02531, at
     temperature 1.)
     """
-    ours, theirs = (x[:, :-1].flatten(0, 1).float().log_softmax(-1) for x in (logits, original))
+    ours, theirs = (wide(x[:, :-1].flatten(0, 1)).log_softmax(-1) for x in (logits, original))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
@@ -92,7 +92,7 @@ def scale_anchor_loss(
         target: The target. Default: the mean of the batch (2507.02559); 2602.10408 fixes it.
         centred: Standard deviation; False: root mean square, for a model with RMSNorms.
     """
-    resid = resid.float()
+    resid = wide(resid)
     squares = resid.var(-1, correction=0) if centred else resid.pow(2).mean(-1)
     sigma = (squares + 1e-5).sqrt()
     if target is None:
@@ -123,10 +123,10 @@ def stream_distance(seen: ForwardPass) -> Float[Tensor, ""]:
     assert seen.original_streams is not None  # a recipe with this term always distils
     found = []
     for ours, theirs in zip(seen.streams, seen.original_streams, strict=True):
-        square = theirs.float().pow(2).sum(-1)
+        square = wide(theirs).pow(2).sum(-1)
         far = find_outliers(square.sqrt(), seen.ordinary)
-        apart = (ours.float() - theirs).pow(2).sum(-1) / square.clamp(min=1e-12)
-        cosine = torch.cosine_similarity(ours[:, 0].float(), theirs[:, 0].float(), -1)
+        apart = (wide(ours) - theirs).pow(2).sum(-1) / square.clamp(min=1e-12)
+        cosine = torch.cosine_similarity(wide(ours[:, 0]), wide(theirs[:, 0]), -1)
         found.append(apart[:, 1:][~far[:, 1:]].mean() + (2 - 2 * cosine).mean())
     return torch.stack(found).mean()
 

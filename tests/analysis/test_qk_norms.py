@@ -1,12 +1,15 @@
 """Questions about scores where queries and keys pass norms of their own (Qwen3): by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.architectures import make_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
-from lnfree_interp.errors import HeldWarning, InexactError
+from lnfree_interp.analysis.bridge import BridgeView
+from lnfree_interp.errors import HeldWarning, InexactError, UnsupportedModelError
 
 LAYER, HEAD = 1, 3
 TOKENS = torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(5))
@@ -140,3 +143,15 @@ def test_deletions_are_predicted_once_they_are_frozen(frozen):
     held = lf.deletion_check(live(), TOKENS, **call)
     assert set(READS) < set(held.held)
     assert held.certificate.error.relative > 0.01
+
+
+def test_a_bridge_refuses_them_by_name():
+    """A view alone: a bridge needs another TransformerLens."""
+    view = object.__new__(BridgeView)
+    view.cfg = SimpleNamespace(use_qk_norm=True)
+    assert not view.explains_scores
+    with pytest.raises(UnsupportedModelError, match="norms of their own"):
+        view.qk_norm(0, "query")
+    view.cfg = SimpleNamespace()
+    assert view.explains_scores
+    assert view.qk_norm(0, "query") is None
