@@ -3,12 +3,12 @@
 import dataclasses
 import math
 
-import jaxtyping
 import pytest
 import torch
 from support.architectures import make_model
 from support.models import freeze_all
 from support.questions import QUESTIONS
+from support.typechecking import TypeCheckError
 
 import lnfree_interp as lf
 from lnfree_interp.errors import (
@@ -141,7 +141,7 @@ def without_inner(model, inner):
 
 @pytest.mark.parametrize("of", [3, "ln_final", None])
 def test_what_is_no_question_is_refused(model, of):
-    with pytest.raises((DataError, jaxtyping.TypeCheckError), match=r"is no question|parameter"):
+    with pytest.raises((DataError, TypeCheckError), match=r"is no question|parameter"):
         lf.norms_read(model, PROMPT, of)
 
 

@@ -4,11 +4,11 @@ import itertools
 import json
 import math
 
-import jaxtyping
 import pytest
 import torch
 from support.architectures import make_model
 from support.models import freeze_all
+from support.typechecking import TypeCheckError
 
 import lnfree_interp as lf
 from lnfree_interp.checkpoints.exporting import best_target
@@ -375,7 +375,7 @@ def test_places_and_maps_that_do_not_exist_are_refused(stock):
             set_scaler(sited, name)
     with pytest.raises(NormSiteError, match="with_norm_sites"):
         set_map(stock, "ln_final", "RMSNorm")
-    with pytest.raises((UnsupportedModelError, jaxtyping.TypeCheckError), match="head_scale"):
+    with pytest.raises((UnsupportedModelError, TypeCheckError), match="head_scale"):
         lf.to_normformer(stock, head_scale="nowhere")
     with pytest.raises(UnsupportedModelError, match="'BatchNorm'"):
         lf.to_map(stock, "BatchNorm")
