@@ -13,6 +13,7 @@ import pytest
 from support.models import freeze_all
 
 import lnfree_interp as lf
+from lnfree_interp import cli
 from lnfree_interp.errors import CheckpointError, DataError, OutputError
 from lnfree_interp.removal.named_models import find_model, load_named
 from lnfree_interp.removal.run import StepRecord
@@ -66,33 +67,41 @@ def test_every_figure_is_drawn_and_nothing_fails(gpt2_folder, free_folder, tmp_p
     assert dom.count("<td>NO</td>") == 0
 
 
-def test_a_run_says_how_it_went(gpt2_folder, tmp_path):
-    run = tmp_path / "run"
-    name = os.path.relpath(gpt2_folder, tmp_path)
-    command = [sys.executable, "-m", "lnfree_interp", "remove", name, "--steps", "14"]
-    command += ["--data", "stdlib"]
-    command += ["--sequence-length", "16", "--batch", "2", "--heldout", "2", "--out", str(run)]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    page = tmp_path / "report.html"
-    command = [sys.executable, "-m", "lnfree_interp", "report", str(run), "--out", str(page)]
-    command += ["--sequences", "4", "--prompt", "for i in", "--answer", "i", "--data", "stdlib"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert f"wrote {page}" in done.stdout
-    text = page.read_text(encoding="utf-8")
-    assert "14 steps, in which 10 norm sites were frozen" in text
-    assert "Removing the norms" in text
-    assert str(gpt2_folder) in done.stdout  # what the run started from
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "already exists" in again.stderr
-    command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(run), "--sequences", "2"]
-    command += ["--no-effects", "--neurons", "0", "--pairs", "0", "--data", "stdlib"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert re.search(rf"tokens +{gpt2_folder.name} +run\n", done.stdout)
-    assert "minus original" in done.stdout
-    command = [*command[:4], str(gpt2_folder), "--original", str(run), *command[5:]]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert re.search(rf"tokens +run +{gpt2_folder.name}\n", done.stdout)
+def lnfree(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lnfree", *map(str, arguments)])
+    cli.main()
+
+
+def test_a_run_says_how_it_went(gpt2_folder, tmp_path, monkeypatch, capsys):
+    run, page, text = tmp_path / "run", tmp_path / "report.html", tmp_path / "code.txt"
+    text.write_text("".join(f"for i in range({n}):\n    print(i)\n\n" for n in range(600)))
+    monkeypatch.chdir(tmp_path)
+    small = ("--sequence-length", 16, "--batch", 2, "--heldout", 2, "--steps", 14)
+    lnfree(
+        monkeypatch, "remove", os.path.relpath(gpt2_folder), "--data", text, "--out", run, *small
+    )
+    monkeypatch.chdir("/")  # the run knows where it came from
+    prompt = ("--prompt", "for i in", "--answer", "i")
+    command = ("report", run, "--out", page, "--sequences", 4, "--data", text, *prompt)
+    capsys.readouterr()
+    lnfree(monkeypatch, *command)
+    said = capsys.readouterr().out
+    assert f"wrote {page}" in said
+    assert str(gpt2_folder) in said  # what the run started from
+    written = page.read_text(encoding="utf-8")
+    assert "14 steps, in which 10 norm sites were frozen" in written
+    assert "Removing the norms" in written
+    with pytest.raises(SystemExit) as stopped:
+        lnfree(monkeypatch, *command)
+    assert stopped.value.code == 2
+    assert "already exists" in capsys.readouterr().err
+    few = ("--sequences", 2, "--no-effects", "--neurons", 0, "--pairs", 0, "--data", text)
+    lnfree(monkeypatch, "evaluate", run, *few)
+    said = capsys.readouterr().out
+    assert re.search(rf"tokens +{gpt2_folder.name} +run\n", said)
+    assert "minus original" in said
+    lnfree(monkeypatch, "evaluate", gpt2_folder, "--original", run, *few)
+    assert re.search(rf"tokens +run +{gpt2_folder.name}\n", capsys.readouterr().out)
 
 
 def test_the_original_is_what_the_folder_says(tmp_path):
@@ -157,7 +166,7 @@ def test_a_live_model_alone(gpt2_folder, tmp_path):
     assert "How exact is all this" not in text
 
 
-def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
+def test_wrong_reports_are_refused(gpt2_folder, tmp_path, monkeypatch, capsys):
     asked = [Question("for i in", "zzz qqq")]
     with pytest.raises(DataError, match="is one token"):
         write_report(
@@ -173,10 +182,11 @@ def test_wrong_reports_are_refused(gpt2_folder, tmp_path):
     (unfinished / "run.json").write_text(json.dumps({"version": VERSION}))
     with pytest.raises(CheckpointError, match="is a run without a model"):
         write_report(ReportJob(source=str(unfinished)), tmp_path / "report.html")
-    command = [sys.executable, "-m", "lnfree_interp", "report", str(gpt2_folder), "--prompt", "a"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 2
-    assert "belong together" in run.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        lnfree(monkeypatch, "report", gpt2_folder, "--prompt", "a")
+    assert stopped.value.code == 2
+    assert "belong together" in capsys.readouterr().err
 
 
 def test_a_question_runs_the_model_once(folded):

@@ -87,6 +87,7 @@ def _heldout(model, text):
     return open_sequences(text, model.tokenizer, 32).take(4)
 
 
+@pytest.mark.parametrize("folder", ["llama-grouped"], indirect=True)
 def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     lnfree(monkeypatch, "remove", folder, "--out", whole, "--data", text, *QUICK)
@@ -112,6 +113,7 @@ def test_a_command_that_was_cut_off_goes_on(monkeypatch, tmp_path, folder, text,
     assert "this run is finished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("folder", ["neox"], indirect=True)
 def test_a_command_that_pauses_says_so_and_goes_on(monkeypatch, tmp_path, folder, text, capsys):
     whole, short = tmp_path / "whole", tmp_path / "short"
     lnfree(monkeypatch, "remove", folder, "--out", whole, "--data", text, *QUICK)

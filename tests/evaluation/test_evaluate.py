@@ -16,6 +16,7 @@ from transformer_lens import HookedTransformer, patching
 from transformer_lens.utilities import get_act_name
 
 import lnfree_interp as lf
+from lnfree_interp import cli
 from lnfree_interp.data import named
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
@@ -429,34 +430,42 @@ def test_the_filter():
         lf.tokens_seen([pile], 7)
 
 
-def test_the_command(gpt2_folder, tmp_path):
+def test_the_command(gpt2_folder, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "free"
     lf.export(freeze_all(lf.load(gpt2_folder)), folder)
-    command = [sys.executable, "-m", "lnfree_interp", "evaluate", str(folder)]
-    command += ["--original", str(gpt2_folder), "--sequences", "6", "--pairs", "2"]
-    command += ["--data", "stdlib"]
+    arguments = ["evaluate", str(folder), "--original", str(gpt2_folder), "--data", "stdlib"]
+    arguments += ["--sequences", "6", "--pairs", "2"]
+
+    def run(*more):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lnfree", *arguments, *map(str, more)])
+        cli.main()
+        return capsys.readouterr()
+
     out = tmp_path / "evaluation.json"
-    run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True)
+    assert "cross-entropy, mean" in run("--out", out).out
     plain = json.loads(out.read_text())
     assert list(plain["models"]) == [gpt2_folder.name, "free"]
     assert plain["tokens"] == 6 * 47
-    assert "cross-entropy, mean" in run.stdout
     (folder / "tokenizer.json").unlink()
-    command += ["--no-effects", "--neurons", "0"]
-    broken = subprocess.run(command, capture_output=True, text=True)
-    assert broken.returncode == 2
-    assert "no tokenizer" in broken.stderr
-    subprocess.run([*command, "--tokenizer", str(gpt2_folder)], capture_output=True, check=True)
+    arguments += ["--no-effects", "--neurons", "0"]
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 2
+    assert "no tokenizer" in capsys.readouterr().err
+    arguments += ["--tokenizer", str(gpt2_folder)]
+    run()
+    with pytest.raises(SystemExit) as stopped:
+        run("--out", out)
+    assert stopped.value.code == 2
+    assert "already exists" in capsys.readouterr().err
     pipe = subprocess.Popen(
-        [*command, "--tokenizer", str(gpt2_folder)],
+        [sys.executable, "-m", "lnfree_interp", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     pipe.stdout.close()  # as `| head` does
     assert "Traceback" not in pipe.communicate()[1]
     assert pipe.returncode == 141
-    again = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "already exists" in again.stderr
 
 
 def test_only_the_bundled_model_has_a_text_by_default(gpt2_folder):

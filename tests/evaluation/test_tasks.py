@@ -133,6 +133,7 @@ def test_a_tokenizer_that_adds_bos_adds_it_here_too(task_folder, tokenizer, tmp_
     assert found.bos_policy.startswith("model: a beginning-of-sequence token before every request")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32])
 @pytest.mark.filterwarnings("ignore")
 def test_tasks_that_cannot_be_run_are_refused_first(task_folder, live, tmp_path):
     yaml = (task_folder / "local.yaml").read_text()

@@ -11,6 +11,12 @@ from lnfree_interp.errors import DataError, OutputError
 from lnfree_interp.removal.schedule import sequential_sites
 
 
+@pytest.fixture
+def dtype():
+    """In which numbers are drawn makes no difference."""
+    return torch.float64
+
+
 def attributions(folded, level):
     return lf.attribute_logits(folded, ["return", "for i in"], ["r", "i"], ["e", "n"], by=level)
 
