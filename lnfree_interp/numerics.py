@@ -95,10 +95,10 @@ def sum_and_largest(
     Chunks are summed in the values' own dtype, float32 at least, and added up in float64.
     """
     total = values.new_zeros(values.shape[1:], dtype=torch.float64)
-    wide = torch.promote_types(values.dtype, torch.float32)
+    dtype = torch.promote_types(values.dtype, torch.float32)
     largest = 0.0
     for chunk in values.split(_PARTS):
-        total += chunk.sum(0, dtype=wide)
+        total += chunk.sum(0, dtype=dtype)
         # If the order differs from that in memory, finding the extremes takes ten times as long.
         last = chunk.stride(0) < chunk.stride(-1)
         low, high = torch.aminmax(chunk.movedim(0, -1) if last else chunk)

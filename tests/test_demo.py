@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from support.commands import lnfree
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import lnfree_interp as lf
-from lnfree_interp import cli, demo
+from lnfree_interp import demo
 from lnfree_interp.errors import OutputError
 from lnfree_interp.files import new_folder
 from lnfree_interp.plots.page import Section, page
@@ -18,11 +19,6 @@ from lnfree_interp.report.sections import PROMPTS
 from lnfree_interp.tables import Table
 
 SIZE_LIMIT = 8_000_000
-
-
-def run_cli(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lnfree", *map(str, arguments)])
-    cli.main()
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def linked_from(report):
 
 def test_demo_end_to_end(monkeypatch, tmp_path, capsys, little_text):
     out = tmp_path / "run"
-    run_cli(monkeypatch, "demo", "--out", out, "--steps", "16", "--seed", "3")
+    lnfree(monkeypatch, "demo", "--out", out, "--steps", "16", "--seed", "3")
     printed = capsys.readouterr().out
     assert "largest logit difference from transformers" in printed
     assert "LN-free minus vanilla" in printed
@@ -118,12 +114,12 @@ def test_demo_end_to_end(monkeypatch, tmp_path, capsys, little_text):
     report = (out / "report.html").read_text()
     assert linked_from(report) == []
     assert report.count("plotly-graph-div") == 5 + 3 * len(PROMPTS)
-    run_cli_fails(monkeypatch, capsys, 2, "already exists", "demo", "--out", out)
+    lnfree_fails(monkeypatch, capsys, 2, "already exists", "demo", "--out", out)
 
 
-def run_cli_fails(monkeypatch, capsys, status, message, *arguments):
+def lnfree_fails(monkeypatch, capsys, status, message, *arguments):
     with pytest.raises(SystemExit) as exit_info:
-        run_cli(monkeypatch, *arguments)
+        lnfree(monkeypatch, *arguments)
     assert exit_info.value.code == status
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
@@ -139,7 +135,7 @@ def test_bad_checkpoints_are_one_line_and_write_nothing(monkeypatch, tmp_path, c
         ("openai-community/gpt2-nonexistent", "cannot be reached"),
     ):
         out = tmp_path / "out"
-        run_cli_fails(monkeypatch, capsys, 2, message, "demo", checkpoint, "--out", out)
+        lnfree_fails(monkeypatch, capsys, 2, message, "demo", checkpoint, "--out", out)
         assert not out.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["empty"]
 
@@ -150,7 +146,7 @@ def test_ctrl_c_leaves_nothing(monkeypatch, tmp_path, capsys, little_text, gpt2_
 
     monkeypatch.setattr(demo, "report", interrupt)  # the very last step, files half-written
     with pytest.raises(SystemExit) as exit_info:
-        run_cli(monkeypatch, "demo", gpt2_folder, "--out", tmp_path / "run", "--steps", "14")
+        lnfree(monkeypatch, "demo", gpt2_folder, "--out", tmp_path / "run", "--steps", "14")
     assert exit_info.value.code == 130
     assert "nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -163,7 +159,7 @@ def test_output_folders_that_cannot_be_are_refused_before_the_work(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    run_cli_fails(monkeypatch, capsys, 2, "", "demo", "--out", out)
+    lnfree_fails(monkeypatch, capsys, 2, "", "demo", "--out", out)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link"]
 
 
@@ -188,7 +184,7 @@ def test_new_folder_takes_its_parents_away_again(tmp_path):
 
 def test_steps_that_cannot_be_are_refused(monkeypatch, capsys, tmp_path, little_text):
     for steps, message in (("0", "steps must be positive"), ("5", "too few for 13 norm sites")):
-        run_cli_fails(
+        lnfree_fails(
             monkeypatch, capsys, 2, message, "demo", "--out", tmp_path / "x", f"--steps={steps}"
         )
 

@@ -5,15 +5,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support.commands import lnfree
 from support.models import freeze_all
 
 import lnfree_interp as lf
-from lnfree_interp import cli
 from lnfree_interp.errors import CheckpointError, DataError, OutputError
 from lnfree_interp.removal.named_models import find_model, load_named
 from lnfree_interp.removal.run import StepRecord
@@ -65,11 +64,6 @@ def test_every_figure_is_drawn_and_nothing_fails(gpt2_folder, free_folder, tmp_p
     assert "Error" not in console, console
     assert "pattern x OV table" in dom
     assert dom.count("<td>NO</td>") == 0
-
-
-def lnfree(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lnfree", *map(str, arguments)])
-    cli.main()
 
 
 def test_a_run_says_how_it_went(gpt2_folder, tmp_path, monkeypatch, capsys):

@@ -269,7 +269,7 @@ class Contributions(Result):
         sizes = [x.abs().max().item() for x in (self.values, self.total) if x.numel()]
         return max([self.scale, *sizes])
 
-    def __sub__(self, other: "Contributions") -> "Contributions":
+    def __sub__(self, other: object) -> "Contributions":
         """The difference of two results with the same labels, dimensions and unit, part by part.
 
         Raises:

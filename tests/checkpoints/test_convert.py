@@ -3,16 +3,15 @@
 import json
 import os
 import stat
-import sys
 
 import pytest
 import torch
 from support.architectures import lnfree_model, make_model
+from support.commands import lnfree
 from support.published_formats import fake_layer_norm_state, finished, write_bin, write_nanogpt
 from transformers import GPT2LMHeadModel
 
 import lnfree_interp as lf
-from lnfree_interp import cli
 from lnfree_interp.errors import CheckpointError, NormSiteError, OutputError, UnsupportedModelError
 
 
@@ -26,8 +25,7 @@ def fake(tmp_path, tokenizer):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lnfree", "convert", *map(str, arguments)])
-    cli.main()
+    lnfree(monkeypatch, "convert", *arguments)
 
 
 @pytest.mark.parametrize("form", ["folded", "frozen"])

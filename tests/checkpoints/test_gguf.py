@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 
 import gguf
 import numpy as np
@@ -11,12 +10,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as TensorType
 from support.architectures import lnfree_model, make_model
+from support.commands import lnfree
 from support.gguf_files import LLAMA3, write_gguf
 from support.models import TEXT, freeze_all, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lnfree_interp as lf
-from lnfree_interp import cli
 from lnfree_interp.checkpoints.gguf_header import read_header
 from lnfree_interp.checkpoints.loading import load_checkpoint
 from lnfree_interp.checkpoints.source import has_tokenizer, read_tokenizer
@@ -163,9 +162,7 @@ def test_the_model_of_transformers_can_be_saved(write, tmp_path):
 
 
 def test_convert_names_the_quantisation(write, tmp_path, monkeypatch, capsys):
-    arguments = [write(kind=TensorType.Q4_1), tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["lnfree", "convert", *map(str, arguments), "--dry-run"])
-    cli.main()
+    lnfree(monkeypatch, "convert", write(kind=TensorType.Q4_1), tmp_path / "out", "--dry-run")
     assert "quantised Q4_1, dequantised to float32" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 

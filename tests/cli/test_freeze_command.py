@@ -1,12 +1,10 @@
 """`lnfree freeze`, as a user runs it."""
 
-import sys
-
 import pytest
 import torch
+from support.commands import lnfree
 
 import lnfree_interp as lf
-from lnfree_interp import cli
 from lnfree_interp.errors import DataError, OutputError
 from lnfree_interp.models.site_names import NormSite
 from lnfree_interp.removal import freeze_job
@@ -14,8 +12,7 @@ from lnfree_interp.removal.freeze_job import read_question
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lnfree", "freeze", *map(str, arguments)])
-    cli.main()
+    lnfree(monkeypatch, "freeze", *arguments)
 
 
 def test_it_writes_a_model_on_which_the_questions_are_exact(monkeypatch, tmp_path, capsys):

@@ -3,16 +3,15 @@
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
 from support.architectures import make_model
+from support.commands import lnfree
 from support.models import make_gpt2
 from transformers import AutoModelForCausalLM
 
 import lnfree_interp as lf
-from lnfree_interp import cli
 from lnfree_interp.data.sources import open_sequences
 from lnfree_interp.errors import DataError, RecipeError
 from lnfree_interp.removal import run_job
@@ -22,11 +21,6 @@ from lnfree_interp.removal.run_folder import RunFolder
 from lnfree_interp.removal.run_job import make_recipe
 from lnfree_interp.removal.sensitivity import SiteSensitivity
 from lnfree_interp.removal.settings import Special, Statistics
-
-
-def lnfree(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lnfree", *map(str, arguments)])
-    cli.main()
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Text that a model writes itself."""
 
 import json
-import sys
 
 import pytest
 import torch
+from support.commands import lnfree
 
 import lnfree_interp as lf
-from lnfree_interp import cli
 from lnfree_interp.data import sampled
 from lnfree_interp.data.sampled import write_samples
 from lnfree_interp.data.sources import open_sequences
@@ -109,8 +108,7 @@ def test_the_command_says_how_to_train_on_it(monkeypatch, tmp_path, capsys):
         ["remove", "--data", file, "--out", tmp_path / "run", "--sequence-length", 32, "--steps",
          16, "--batch", 2, "--heldout", 2, "--prepend-bos", "--recipe", "distilled"],
     ):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["lnfree", *map(str, arguments)])
-        cli.main()
+        lnfree(monkeypatch, *arguments)
     shown = capsys.readouterr().out
     assert f"lnfree remove --data {file} --sequence-length 32 --prepend-bos" in shown
     assert (tmp_path / "run" / "model").exists()
@@ -121,8 +119,7 @@ def test_an_interrupted_command_says_that_it_can_go_on(monkeypatch, tmp_path, ca
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sampled, "_draw", interrupted)
-    monkeypatch.setattr(sys, "argv", ["lnfree", "sample", "--out", str(tmp_path / "own.jsonl")])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        lnfree(monkeypatch, "sample", "--out", tmp_path / "own.jsonl")
     assert stopped.value.code == 130
     assert "the same command continues it" in capsys.readouterr().err

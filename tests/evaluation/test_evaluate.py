@@ -11,12 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from support.architectures import make_model
+from support.commands import lnfree
 from support.models import freeze_all, make_gpt2, make_tokenizer
 from transformer_lens import HookedTransformer, patching
 from transformer_lens.utilities import get_act_name
 
 import lnfree_interp as lf
-from lnfree_interp import cli
 from lnfree_interp.data import named
 from lnfree_interp.data.named import spread
 from lnfree_interp.errors import DataError
@@ -438,8 +438,7 @@ def test_the_command(gpt2_folder, tmp_path, monkeypatch, capsys):
 
     def run(*more):
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lnfree", *arguments, *map(str, more)])
-        cli.main()
+        lnfree(monkeypatch, *arguments, *more)
         return capsys.readouterr()
 
     out = tmp_path / "evaluation.json"
