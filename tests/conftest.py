@@ -1,5 +1,7 @@
 """Fixtures: small random models in which every term counts."""
 
+import copy
+import functools
 import os
 from importlib.util import find_spec
 
@@ -44,20 +46,33 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def forms(gpt2_folder):
+    """The model with its norms, with frozen ones and without, by dtype; made when it is needed."""
+
+    @functools.cache
+    def made(dtype):
+        live = lf.load(gpt2_folder, dtype=dtype)
+        frozen = freeze_all(live)
+        return {"live": live, "frozen": frozen, "folded": lf.fold(frozen)}
+
+    return made
+
+
 @pytest.fixture
-def live(gpt2_folder, dtype):
+def live(forms, dtype):
     """A stock LayerNorm model."""
-    return lf.load(gpt2_folder, dtype=dtype)
+    return copy.deepcopy(forms(dtype)["live"])
 
 
 @pytest.fixture
-def frozen(live):
-    return freeze_all(live)
+def frozen(forms, dtype):
+    return copy.deepcopy(forms(dtype)["frozen"])
 
 
 @pytest.fixture
-def folded(frozen):
-    return lf.fold(frozen)
+def folded(forms, dtype):
+    return copy.deepcopy(forms(dtype)["folded"])
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from support import mutations
-from support.architectures import make_model
+from support.loaded import frozen_model, live_model
 from support.models import freeze_all, make_gpt2
 
 import lnfree_interp as lf
@@ -17,7 +17,7 @@ KINDS = ["gpt2", "neox", "llama-grouped", "qwen3", "gemma2-no-caps", "neo", "opt
 
 
 def free_model(kind, dtype=torch.float64, form="folded", **settings):
-    live = lf.load(make_model(kind, **settings), dtype=dtype, check=False)
+    live = live_model(kind, dtype, **settings)
     folded = lf.fold(freeze_all(live))
     return folded if form == "folded" else lf.frozen_form(folded)
 
@@ -59,7 +59,7 @@ def test_on_other_shapes(size, activation):
 
 
 def test_with_frozen_norm_sites_that_are_not_folded():
-    sites = freeze_all(lf.load(make_gpt2(), dtype=torch.float64, check=False))
+    sites = frozen_model("gpt2")
     assert all(certificate.holds for certificate in lf.certify(sites))
     assert "ln1.b" in " ".join(lf.attribute_scores(sites, torch.arange(6), 1, 0).by_key().labels)
 
@@ -241,7 +241,7 @@ def _excepted(mutation, name):
 
 
 def test_every_mutation_is_caught_by_every_certificate_that_covers_it():
-    live = lf.load(make_gpt2(), dtype=torch.float64, check=False)
+    live = live_model("gpt2")
     table = mutations.verdicts(freeze_all(live))  # its norms have gains and biases to get wrong
     assert all(table["none"].values())
     assert set(SEES) == set(mutations.MUTATIONS)

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import frozen_model, live_model
 from support.models import freeze_all
 from support.questions import QUESTIONS
 
@@ -21,7 +21,7 @@ ROWS = [[7, 4, 9, 31], [3, 8, 30, 40, 50, 60], [9]]
 
 @cache
 def made(kind, form):
-    model = freeze_all(lf.load(make_model(kind), dtype=torch.float64, check=False))
+    model = frozen_model(kind)
     for i, site in enumerate(lf.list_norm_sites(model)):
         sigma = lf.get_norm(model, site).constant
         ratio = 2.0 + (site.layer or 0) + (0.3 * i if not site.kind.startswith("ln1") else 0)
@@ -124,7 +124,7 @@ def test_tables_say_that_they_are_not_about_the_first_token(model):
 
 
 def made_live():
-    return lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    return live_model("gpt2")
 
 
 def test_a_live_norm_beside_frozen_ones_is_still_refused():

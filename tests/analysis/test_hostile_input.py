@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support import questions
-from support.architectures import make_model
+from support.loaded import folded_model, live_model
 from support.models import freeze_all, make_gpt2, make_tokenizer
 from torch import nn
 from transformer_lens.hook_points import HookPoint
@@ -236,7 +236,7 @@ def test_a_text_without_a_tokenizer_is_refused(folded):
 
 @cache
 def free_in_float32():
-    return lf.fold(freeze_all(lf.load(make_gpt2(), tokenizer=make_tokenizer(), check=False)))
+    return folded_model("gpt2", torch.float32, tokenizer=True)
 
 
 SAME = {
@@ -330,7 +330,7 @@ def test_an_attached_module_is_refused_by_name(folded, at):
 
 
 def test_an_attached_module_is_refused_by_name_in_a_short_call():
-    live = lf.load(make_gpt2(), tokenizer=make_tokenizer(), dtype=torch.float64, check=False)
+    live = live_model("gpt2", tokenizer=True)
     missed = []
     for at in AT:
         model = attached(lf.fold(freeze_all(live)), at)
@@ -345,7 +345,7 @@ def test_an_attached_module_is_refused_by_name_in_a_short_call():
 
 def test_a_model_in_bfloat16_is_judged_by_bfloat16():
     model = free_in_float32()
-    low = lf.fold(freeze_all(lf.load(make_gpt2(), tokenizer=make_tokenizer(), check=False)))
+    low = folded_model("gpt2", torch.float32, tokenizer=True)
     low.to(torch.bfloat16, print_details=False)
     for name, ask in SAME.items():
         found = ask(low, TOKENS)
@@ -391,7 +391,7 @@ def pairs(n, generator):
 @pytest.mark.parametrize("enlarged", [1.0, 30.0, 300.0, 3000.0])
 @pytest.mark.parametrize("kind", ["gpt2", "llama-grouped"])
 def test_log_odds_of_float32_give_no_false_alarm(kind, enlarged):
-    live = lf.load(make_model(kind), check=False)
+    live = live_model(kind, torch.float32)
     model = lf.fold(freeze_all(live))
     with torch.no_grad():
         for block in model.blocks:
@@ -430,7 +430,7 @@ def test_architectures_whose_sums_are_not_plain_are_refused():
         ({"clip_qkv": 8.0}, "clipped queries, keys and values"),
         ({"use_attention_sinks": True}, "attention sinks"),
     ):
-        model = lf.load(make_model("llama"), check=False)
+        model = live_model("llama", torch.float32)
         for name, value in setting.items():
             setattr(model.cfg, name, value)
         with pytest.raises(UnsupportedModelError, match=what):
@@ -438,7 +438,7 @@ def test_architectures_whose_sums_are_not_plain_are_refused():
 
 
 def test_a_negative_key_is_one_position_of_equally_long_prompts():
-    model = lf.fold(freeze_all(lf.load(make_gpt2(), check=False)))
+    model = folded_model("gpt2", torch.float32)
     long, short = TOKENS[:6], TOKENS[:4]
     with pytest.raises(DataError, match="another position in each of these prompts"):
         lf.attribute(lf.trace(model, [long, short]), lf.Score(1, 1, key=-1))

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import live_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
@@ -23,7 +23,7 @@ def close(found, expected):
 
 @cache
 def made(kind, form):
-    live = lf.load(make_model(kind), dtype=torch.float64, check=False)
+    live = live_model(kind)
     if form == "live":
         return live
     sites = freeze_all(live)

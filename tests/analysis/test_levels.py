@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import folded_model, frozen_model, live_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
@@ -62,13 +62,9 @@ def dictionary(layer=1):
     return Dictionary(W / 32**0.5, layer)
 
 
-def folded_model(kind="gpt2"):
-    return lf.fold(freeze_all(lf.load(make_model(kind), dtype=torch.float64, check=False)))
-
-
 @pytest.fixture(scope="module")
 def gpt2():
-    return folded_model()
+    return folded_model("gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +260,7 @@ def test_flow_starts_where_a_level_takes_mlps_apart(kind):
 
 def test_flow_of_a_row_equals_autograd(gpt2, kept):
     """Patterns and gates given, a row's flow is its vector times the gradient there."""
-    by, model = dictionary(), folded_model()
+    by, model = dictionary(), folded_model("gpt2")
     graph = lf.flow_graph(model, TOKENS, 3, by=by, top_k=None)
     stream = kept["resid_pre", 1].clone().requires_grad_(True)
     hooks = [
@@ -286,7 +282,7 @@ def test_flow_of_a_row_equals_autograd(gpt2, kept):
 @pytest.mark.parametrize("form", ["folded", "frozen"])
 def test_a_row_of_the_last_stream_taken_away_moves_the_logit_by_its_share(form):
     """Nothing reads it but the logits: predicted, direct and total effect are one number."""
-    model, by = folded_model(), dictionary(layer=3)
+    model, by = folded_model("gpt2"), dictionary(layer=3)
     model = model if form == "folded" else lf.frozen_form(model)
     trace, target = lf.trace(model, [TOKENS, TOKENS[1:5]]), lf.LogitDifference(3, 5)
     shares = trace.attribute(target, by=by).verify(1e-10)
@@ -302,7 +298,7 @@ def test_a_row_of_the_last_stream_taken_away_moves_the_logit_by_its_share(form):
 
 @pytest.mark.parametrize("form", ["live", "folded"])
 def test_taking_a_row_away_is_a_run_without_it(form):
-    model, by = lf.load(make_model("gpt2"), dtype=torch.float64, check=False), dictionary()
+    model, by = live_model("gpt2"), dictionary()
     model = model if form == "live" else lf.fold(freeze_all(model))
     row = int(by.acts(TOKENS)[-1].argmax())
     change, label = by.acts(TOKENS)[:, row, None] * by.W[row], f"L1.feature{row}"
@@ -359,7 +355,7 @@ def test_a_level_is_found_by_name_or_is_itself(gpt2):
 
 def forms(kind):
     """One model in every form that it can have."""
-    sites = freeze_all(lf.load(make_model(kind), dtype=torch.float64, check=False))
+    sites = frozen_model(kind)
     folded = lf.fold(sites)
     return {"folded": folded, "sites": sites, "frozen": lf.frozen_form(folded)}
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import live_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
@@ -17,7 +17,7 @@ READS = [f"blocks.{LAYER}.ln1.qk", f"blocks.{LAYER}.attn.q_norm", f"blocks.{LAYE
 
 
 def live():
-    return lf.load(make_model("qwen3"), dtype=torch.float64, check=False)
+    return live_model("qwen3")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from support.models import freeze_all, make_gpt2
+from support.loaded import folded_model
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities import get_act_name
 
@@ -162,7 +162,7 @@ def test_the_mean_over_much_text_is_the_mean(folded):
 
 def test_the_spread_of_values_that_are_large_in_half_precision():
     """Their squares are above what the dtype holds."""
-    model = lf.fold(freeze_all(lf.load(make_gpt2(), check=False)))
+    model = folded_model("gpt2", torch.float32)
     with torch.no_grad():
         model.W_U[:] *= 600.0 / model(torch.arange(9)[None]).abs().max()
     tokens = torch.randint(300, (4, 9), generator=torch.Generator().manual_seed(2))

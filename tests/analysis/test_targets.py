@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import folded_model, live_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
@@ -26,7 +26,7 @@ _MODELS = {}
 def model(request):
     kind = request.param
     if kind not in _MODELS:
-        live = lf.load(make_model(kind), dtype=torch.float64, check=False)
+        live = live_model(kind)
         _MODELS[kind] = lf.fold(freeze_all(live))
     return _MODELS[kind]
 
@@ -349,7 +349,7 @@ def test_other_targets_through_paths_flow_and_the_affine_map(model):
 
 @pytest.mark.parametrize("side", ["query", "key"])
 def test_paths_of_log_odds_are_listed_once(side):
-    model = lf.fold(freeze_all(lf.load(make_model("gpt2"), dtype=torch.float64, check=False)))
+    model = folded_model("gpt2")
     trace, target = lf.trace(model, ROWS[0]), lf.LogOdds(LAYER, HEAD, key=2, other=0, side=side)
     paths = lf.expand_paths(trace, target, top_k=None, expansions=0)
     close(paths["L1H2"], trace.attribute(target)["L1H2"])
@@ -358,7 +358,7 @@ def test_paths_of_log_odds_are_listed_once(side):
 
 def test_targets_that_there_are_not_are_refused():
     trace = lf.trace(_MODELS.get("gpt2") or lf.fold(freeze_all(
-        lf.load(make_model("gpt2"), dtype=torch.float64, check=False))), ROWS)  # fmt: skip
+        live_model("gpt2"))), ROWS)  # fmt: skip
     for target, message in (
         (lf.Score(3, 0, side="key"), "no L3H0"),
         (lf.Score(-1, 0, side="key"), "no L-1H0"),

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import folded_model, live_model
 from support.models import freeze_all
 from support.questions import QUESTIONS
 
@@ -194,7 +194,7 @@ def test_on_another_device_it_still_answers(folded):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_those_of_run_with_cache_to_the_bit(kind):
-    live = lf.load(make_model(kind), dtype=torch.float64, check=False)
+    live = live_model(kind)
     tokens = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(3))
     models = [] if kind.startswith(("qwen3", "gemma")) else [live]
     for model in (*models, lf.fold(freeze_all(live))):
@@ -281,7 +281,7 @@ BATCHED = {
 def test_prompts_of_unequal_length_are_what_each_is_alone(kind, name):
     if kind == "llama-grouped" and name == "post":
         pytest.skip("as for gpt2")
-    model = lf.fold(freeze_all(lf.load(make_model(kind), dtype=torch.float64, check=False)))
+    model = folded_model(kind)
     batch = BATCHED[name](lf.trace(model, UNEQUAL)).verify()
     for i, prompt in enumerate(UNEQUAL):
         alone, one = BATCHED[name](lf.trace(model, prompt)), batch.select(prompt=i)
@@ -428,7 +428,7 @@ def test_hooks_of_the_user_stay(folded):
 
 
 def test_a_hook_that_the_model_lacks_or_does_not_reach_is_named():
-    traced = lf.trace(lf.load(make_model("gpt2"), check=False), [5, 6, 7])
+    traced = lf.trace(live_model("gpt2", torch.float32), [5, 6, 7])
     with pytest.raises(UnsupportedModelError, match=r"no hook point blocks\.0\.hook_typo"):
         traced["blocks.0.hook_typo"]
     with pytest.raises(DataError, match=r"does not reach blocks\.1\.attn\.hook_result"):

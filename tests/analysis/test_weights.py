@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.architectures import make_model
-from support.models import freeze_all, make_gpt2
+from support.loaded import folded_model, live_model
+from support.models import freeze_all
 
 import lnfree_interp as lf
 from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
@@ -17,7 +17,7 @@ def close(found, expected, dtype=torch.float64):
 
 
 def free_model(kind, form="folded"):
-    folded = lf.fold(freeze_all(lf.load(make_model(kind), dtype=torch.float64, check=False)))
+    folded = folded_model(kind)
     return folded if form == "folded" else lf.frozen_form(folded)
 
 
@@ -60,7 +60,7 @@ def test_virtual_weights_refuse_what_cannot_be():
         lf.virtual_weights(model, "L0H0", "L2H9", "Q")
     with pytest.raises(DataError, match="no component is called"):
         lf.virtual_weights(model, "head 3", "L2H1", "Q")
-    live = lf.load(make_gpt2(), check=False)
+    live = live_model("gpt2", torch.float32)
     with pytest.raises(InexactError, match="freeze_for"):
         lf.bigram_table(live)
 
@@ -122,7 +122,7 @@ def test_lens_steps_are_attributions(folded, live, tokens, dtype):
 
 
 def test_a_relu_mlp_is_affine_up_to_the_flip_and_not_beyond():
-    live = lf.load(make_gpt2(activation_function="relu"), dtype=torch.float64, check=False)
+    live = live_model("gpt2", activation_function="relu")
     model = lf.fold(freeze_all(live))
     prompt = torch.arange(7)
     direction = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

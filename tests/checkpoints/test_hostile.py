@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.architectures import lnfree_model, make_model
+from support.loaded import live_model
 from support.models import make_gpt2, make_tokenizer
 from support.published_formats import (
     fake_layer_norm_state,
@@ -237,7 +238,7 @@ def test_gemma_stays_tied(lnfree, tmp_path):
 
 def test_bos_is_prepended_by_default_as_in_transformer_lens():
     for kind, prepends in (("gpt2", True), ("llama", True), ("qwen2", False), ("neox", False)):
-        assert lf.load(make_model(kind), check=False).cfg.default_prepend_bos is prepends
+        assert live_model(kind, torch.float32).cfg.default_prepend_bos is prepends
 
 
 def full_disk(*args, **kwargs):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.architectures import make_model
 from support.commands import lnfree
-from support.models import make_gpt2
+from support.loaded import live_model
 from transformers import AutoModelForCausalLM
 
 import lnfree_interp as lf
@@ -325,7 +325,7 @@ def test_resuming_what_is_no_run(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_of_the_library_is_not_resumed_by_the_command(monkeypatch, tmp_path, capsys):
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     data = torch.randint(300, (16, 24))
     recipe = make_recipe(RemovalJob(steps=8, vanilla=True, batch=4), model)
     lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False)
@@ -337,7 +337,7 @@ def test_a_run_of_the_library_is_not_resumed_by_the_command(monkeypatch, tmp_pat
 def test_wandb_itself_takes_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     recipe = make_recipe(RemovalJob(steps=8, batch=4), model)
     data = torch.randint(300, (16, 24))
     lf.remove_norms(model, recipe, data, out=tmp_path / "run", progress=False, trackers=["wandb"])
@@ -364,7 +364,7 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
 
     monkeypatch.setattr("lnfree_interp.removal.tracking.TensorBoardTracker", Tracker)
     monkeypatch.setattr("lnfree_interp.removal.tracking.find_spec", lambda name: object())
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     recipe = make_recipe(RemovalJob(recipe="distilled", steps=12, batch=4), model)
     data = torch.randint(300, (16, 24))
     lf.remove_norms(model, recipe, data, progress=False, trackers=["tensorboard"], log_every=4)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import make_gpt2
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.data.stretches import SHORTEST, with_random_tokens, with_repeats
@@ -67,7 +67,7 @@ def test_random_tokens_come_from_the_whole_vocabulary():
 
 
 def test_a_run_trains_on_random_tokens_and_its_control_does_not():
-    model = lf.load(make_gpt2(), check=False)
+    model = live_model("gpt2", torch.float32)
     text = torch.full((60, 16), 7)
     recipe = replace(lf.recipes.distilled(model, steps=20), batch=2, precision="float32")
     recipe, seen = replace(recipe, random_tokens=1.0), []
@@ -87,7 +87,7 @@ def test_a_run_trains_on_random_tokens_and_its_control_does_not():
 
 
 def test_a_run_trains_on_repeats_and_its_control_does_not():
-    model = lf.load(make_gpt2(), check=False)
+    model = live_model("gpt2", torch.float32)
     text = torch.randint(300, (60, 16), generator=torch.Generator().manual_seed(0))
     recipe = lf.recipes.distilled(model, steps=20)
     recipe = replace(recipe, batch=2, repeats=1.0, precision="float32")

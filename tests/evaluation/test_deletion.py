@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import frozen_model, live_model
 from support.models import freeze_all
 
 import lnfree_interp as lf
@@ -23,7 +23,7 @@ ARCHITECTURES = ["gpt2", "neox", "llama-grouped", "mistral"]
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request):
     """Learned and rotary positions, parallel blocks, RMSNorm, grouped queries, a window."""
-    return lf.load(make_model(request.param), dtype=torch.float64, check=False)
+    return live_model(request.param)
 
 
 def check(model, prompts=PROMPTS, heads=HEADS, **more):
@@ -61,7 +61,7 @@ def test_predictions_are_what_deletions_do_where_the_question_is_exact(model, mo
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_in_float32_rounding_is_all_that_is_missed(kind):
-    model = lf.load(make_model(kind), dtype=torch.float32, check=False)
+    model = live_model(kind, torch.float32)
     found = check(lf.fold(freeze_all(model))).verify()
     assert (found.summary(["kind"])["nmae"] < TOLERANCE[torch.float32]).all()
 
@@ -218,7 +218,7 @@ def _at_random(right):
     ],
 )  # fmt: skip
 def test_every_mutation_is_caught(monkeypatch, name, mutation):
-    model = freeze_all(lf.load(make_model("llama-grouped"), dtype=torch.float64, check=False))
+    model = frozen_model("llama-grouped")
     check(model).verify()
     monkeypatch.setattr(deletion, name, mutation(getattr(deletion, name)))
     with pytest.raises((InexactError, IndexError, RuntimeError)):
@@ -248,7 +248,7 @@ def test_the_sample_is_seeded_and_the_batch_changes_nothing(model):
 
 def test_heads_are_drawn_from_all_layers_but_the_first():
     config = {"num_hidden_layers": 14, "num_attention_heads": 8, "num_key_value_heads": 4}
-    model = lf.load(make_model("llama", **config), check=False)
+    model = live_model("llama", torch.float32, **config)
     drawn = deletion._draw_heads(lf.trace(model, [1, 2]).view, 0)
     assert sorted({layer for layer, _ in drawn}) == list(range(1, 14))
     assert len(set(drawn)) == len(drawn) == 26
@@ -334,6 +334,6 @@ def test_the_figure_shows_the_numbers(model):
     ],
 )
 def test_what_cannot_be_checked_is_refused(more, said):
-    model = lf.load(make_model("gpt2"), check=False)
+    model = live_model("gpt2", torch.float32)
     with pytest.raises(DataError, match=said):
         check(model, **more)

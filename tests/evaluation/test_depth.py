@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import live_model
 from support.typechecking import TypeCheckError
 
 import lnfree_interp as lf
@@ -27,7 +27,7 @@ def random_tokens(model, sequences=4, pos=10, seed=2):
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def stock(request):
-    return lf.load(make_model(request.param), dtype=torch.float64, check=False)
+    return live_model(request.param)
 
 
 def jacobian(model, layer, tokens):
@@ -186,7 +186,7 @@ def rewritten(model, write, read):
 @pytest.mark.parametrize("change", ["mean", "factor", "rotation"])
 def test_what_live_norms_do_not_see_changes_nothing(change):
     kind = "llama-grouped" if change == "rotation" else "gpt2"
-    model = lf.load(make_model(kind), dtype=torch.float64, check=False)
+    model = live_model(kind)
     generator = torch.Generator().manual_seed(0)
     turn, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64))
     if change == "rotation":
@@ -258,7 +258,7 @@ def test_a_norm_of_what_is_written_fixes_the_basis(frozen, tokens):
 
 def test_factors_of_the_stream_are_a_change_of_its_units():
     """NormFormer without live norms, and the fold of it, in whose weights they are: one report."""
-    stock = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    stock = live_model("gpt2")
     model = lf.to_normformer(stock).model
     for layer, name in enumerate(name for name in lf.list_scalers(model) if "resid" in name):
         model.get_submodule(name).w.data *= torch.linspace(0.5, 2 + layer, 32).double()
@@ -276,7 +276,7 @@ def test_factors_of_the_stream_are_a_change_of_its_units():
 
 def test_a_crmsnorm_sees_the_stream_that_it_stands_for():
     """Variances and angles are those of the RMSNorm model that it was made of."""
-    stock = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    stock = live_model("gpt2")
     tokens = random_tokens(stock)
     rms, crms = (one.model for one in (lf.to_rms(stock), lf.to_crms(stock, "drop")))
     whole, less = (report_of(one, tokens, prompts=2, vectors=400, eigenvalues=0)

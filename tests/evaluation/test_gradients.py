@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.errors import DataError
@@ -19,7 +19,7 @@ def small(gpt2_folder):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama-grouped"])
 def test_sizes_are_those_of_backward(kind):
-    model = lf.load(make_model(kind), dtype=torch.float64, check=False)
+    model = live_model(kind)
     tokens = torch.randint(model.cfg.d_vocab, (5, 12), generator=torch.Generator().manual_seed(0))
     model.requires_grad_(False)
     found = lf.gradient_balance(model, tokens, batch=2)

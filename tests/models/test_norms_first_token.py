@@ -10,7 +10,8 @@ import re
 import pytest
 import torch
 from support.architectures import make_model
-from support.models import freeze_all, make_gpt2, make_tokenizer
+from support.loaded import frozen_model
+from support.models import make_gpt2, make_tokenizer
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
@@ -187,7 +188,7 @@ def test_what_cannot_hold_two_constants_refuses_by_name(tmp_path):
 
 
 def test_norms_behind_a_weight_keep_one_constant_in_the_frozen_form():
-    model = freeze_all(lf.load(make_model("qwen3"), dtype=torch.float64, check=False))
+    model = frozen_model("qwen3")
     lf.freeze_site(model, "blocks.1.attn.k_norm", 1.0, first=2.0)
     with pytest.raises(NormSiteError, match=r"blocks\.1\.attn\.k_norm.*stands behind a weight"):
         lf.frozen_form(model)

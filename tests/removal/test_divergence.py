@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.models import make_gpt2
+from support.loaded import live_model
 from test_resume import STEPS, a_recipe, data, model, train
 
 import lnfree_interp as lf
@@ -369,7 +369,7 @@ def test_held_out_loss_is_that_of_the_model_at_that_step(model, data):
 @pytest.mark.parametrize("distillation", [1.0, 0.0])
 def test_a_batch_of_difficult_text_is_no_divergence_for_a_run_that_distils(distillation):
     """The text's own loss differs by more than the guard allows; the distance does not."""
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     with torch.no_grad():
         model.unembed.b_U[7] = 20.0
     data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.loaded import live_model
 from support.models import make_gpt2
 
 import lnfree_interp as lf
@@ -189,7 +190,7 @@ def test_a_trial_counts_micro_batches_optimiser_and_forward_passes():
 
 @pytest.mark.parametrize("distillation", [0.0, 1.0, Ramp(0.0, 1.0, 4, 9)], ids=str)
 def test_a_trial_runs_the_recipes_own_steps(distillation):
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     recipe = replace(
         BY_NAME["distilled"](model, steps=20), distillation=distillation, precision="float32"
     )
@@ -209,20 +210,20 @@ def test_a_trial_has_the_unembedding_that_a_run_with_an_embedding_cap_unties():
     recipe = replace(BY_NAME["distilled"](SITES, steps=20), precision="float32")
     sizes = {
         cap: try_steps(
-            lf.load(make_gpt2(n_layer=2), device="cpu"),
+            live_model("gpt2", torch.float32, n_layer=2),
             replace(recipe, embedding_cap=cap), 24, clock=ticks(0.01),
         ).gradients
         for cap in (0.0, 1.3)
     }  # fmt: skip
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     assert sizes[1.3] - sizes[0.0] == model.W_U.nbytes
 
 
 def test_a_trial_runs_the_teacher_of_the_run():
-    model, teacher = (lf.load(make_gpt2(n_layer=n), device="cpu") for n in (2, 4))
+    model, teacher = (live_model("gpt2", torch.float32, n_layer=n) for n in (2, 4))
     recipe = replace(BY_NAME["distilled"](model, steps=20), precision="float32")
     trial = try_steps(model, recipe, 24, teacher=teacher, clock=ticks(0.01))
-    own = try_steps(lf.load(make_gpt2(n_layer=2)), recipe, 24, clock=ticks(0.01))
+    own = try_steps(live_model("gpt2", torch.float32, n_layer=2), recipe, 24, clock=ticks(0.01))
     assert own.original == own.weights
     assert trial.original > own.original
     assert trial.weights == own.weights
@@ -232,7 +233,7 @@ def test_a_trial_runs_the_teacher_of_the_run():
 
 
 def test_a_slow_machine_is_given_smaller_micro_batches():
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     recipe = replace(BY_NAME["distilled"](model, steps=20), micro_batch=8)
     trial = try_steps(model, recipe, 24, clock=ticks(2.0))
     assert trial.sequences == 2
@@ -241,7 +242,7 @@ def test_a_slow_machine_is_given_smaller_micro_batches():
 
 
 def test_a_trial_that_does_not_fit_says_what_to_do(monkeypatch):
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
 
     def out_of_memory(*_args, **_more):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -383,7 +384,7 @@ def test_costs_are_measured_once(gpt2_folder, tmp_path, monkeypatch):
 
 def test_costs_survive_json():
     costs = lf.site_sensitivity(
-        lf.load(make_gpt2(), check=False), torch.randint(300, (2, 16)), progress=False
+        live_model("gpt2", torch.float32), torch.randint(300, (2, 16)), progress=False
     )
     again = lf.SiteSensitivity.from_json(json.loads(json.dumps(costs.to_json())))
     assert all(getattr(again, name) == value for name, value in vars(costs).items())

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.architectures import make_model
-from support.models import freeze_all, make_gpt2
+from support.loaded import live_model
+from support.models import freeze_all
 
 import lnfree_interp as lf
 from lnfree_interp.data.sequences import ShuffledSequences
@@ -26,12 +26,7 @@ from lnfree_interp.removal.trainer import CROSS_ENTROPY
 @pytest.fixture(params=["gpt2", "neox", "llama", "gemma2"])
 def pair(request):
     """A model with sites, an original to distil from, and tokens; float64."""
-    student, teacher = (
-        lf.with_norm_sites(
-            lf.load(make_model(request.param, seed=seed), dtype=torch.float64, check=False)
-        )
-        for seed in (0, 1)
-    )
+    student, teacher = (lf.with_norm_sites(live_model(request.param, seed=seed)) for seed in (0, 1))
     tokens = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(1))
     return student, teacher, tokens
 
@@ -171,7 +166,7 @@ def test_the_anchor_has_a_fixed_target_or_the_batches_own():
 def test_training_is_training_a_stock_model():
     """The same losses as a plain loop around a stock HookedTransformer, step by step."""
     steps, batch = 8, 4
-    stock = lf.load(make_gpt2(n_layer=2), device="cpu")
+    stock = live_model("gpt2", torch.float32, n_layer=2)
     data = torch.randint(300, (batch * steps, 24), generator=torch.Generator().manual_seed(3))
     recipe = Recipe(
         events=(), steps=steps, batch=batch, micro_batch=batch, lr=1e-3, warmup=0, final_lr=1.0,
@@ -206,7 +201,7 @@ def test_training_is_training_a_stock_model():
 
 def test_only_what_the_architecture_has_is_trained():
     """A bias in a Llama, or an unembedding bias anywhere, would be one that nobody can export."""
-    llama = lf.load(make_model("llama"), check=False)
+    llama = live_model("llama", torch.float32)
     data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))
     recipe = Recipe(
         events=all_at_once(llama, step=0), steps=4, batch=4, lr=1e-4, warmup=0, final_lr=1.0,
@@ -223,7 +218,7 @@ def test_only_what_the_architecture_has_is_trained():
 
 
 def test_distillation_fades_as_its_ramp_says():
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))
     recipe = Recipe(
         events=all_at_once(sequential_sites(2), step=2), steps=8, batch=4, lr=1e-4, warmup=0,
@@ -292,7 +287,7 @@ def test_position_0_and_end_of_text_are_not_ordinary(gpt2_folder):
 
 def test_a_new_term_is_one_function(monkeypatch, tmp_path):
     """It is weighted, logged by its name, and trains the model."""
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     data = torch.randint(300, (8, 16), generator=torch.Generator().manual_seed(3))
     seen = []
 
@@ -325,7 +320,7 @@ def test_a_new_term_is_one_function(monkeypatch, tmp_path):
 
 
 def test_a_term_that_does_not_exist_is_refused(tmp_path):
-    model = lf.load(make_gpt2(n_layer=2), device="cpu")
+    model = live_model("gpt2", torch.float32, n_layer=2)
     recipe = Recipe(
         events=(), steps=2, batch=4, lr=1e-3, warmup=0, final_lr=1.0, losses={"no_such": 1.0}
     )

@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.architectures import make_model
-from support.models import make_tokenizer
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError, TrainingError
@@ -25,7 +24,7 @@ LARGE = 7
 
 @pytest.fixture
 def model():
-    live = lf.load(make_model("llama-grouped"), tokenizer=make_tokenizer(), check=False)
+    live = live_model("llama-grouped", torch.float32, tokenizer=True)
     with torch.no_grad():
         live.embed.W_E[LARGE] *= 200
     return live

@@ -5,7 +5,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from support.architectures import make_model
+import torch
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.errors import NormSiteError, RecipeError
@@ -88,7 +89,7 @@ def test_checkpoints_before_the_end_keep_the_long_decay():
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama-grouped", "qwen3", "gemma2"])
 @pytest.mark.parametrize("name", ["distilled", "published-style", "taper", "at-once"])
 def test_recipes_for_any_model_cover_each_of_its_sites_once(kind, name):
-    model = lf.load(make_model(kind), check=False)
+    model = live_model(kind, torch.float32)
     recipe = BY_NAME[name](model, steps=120)
     sites = [event.site for event in recipe.events]
     assert sorted(map(str, sites)) == sorted(map(str, lf.list_norm_sites(model)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import live_model
 from support.models import make_gpt2
 
 import lnfree_interp as lf
@@ -38,7 +38,7 @@ from lnfree_interp.removal.statistics import measure_sigma
 
 @pytest.fixture(scope="module")
 def model():
-    return lf.load(make_gpt2(n_layer=2), device="cpu")
+    return live_model("gpt2", torch.float32, n_layer=2)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_without_a_copy_the_given_weights_are_trained(model, data):
     """Same run, one model less in memory; a teacher is still a copy."""
     recipe = small_recipe(steps=12, distillation=0.5, precision="float32")
     expected = lf.remove_norms(model, recipe, data, progress=False)
-    spent = lf.load(make_gpt2(n_layer=2), device="cpu")
+    spent = live_model("gpt2", torch.float32, n_layer=2)
     run = lf.remove_norms(spent, recipe, data, progress=False, copy_weights=False)
     assert [r.loss for r in run.history] == [r.loss for r in expected.history]
     assert run.model.W_E is spent.W_E
@@ -312,7 +312,7 @@ def test_refusals(model, data):
     half = lf.load(make_gpt2(n_layer=2), device="cpu", dtype=torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="training needs float32"):
         lf.remove_norms(half, small_recipe(), data, progress=False)
-    frozen = lf.load(make_gpt2(n_layer=2), device="cpu").requires_grad_(False)
+    frozen = live_model("gpt2", torch.float32, n_layer=2).requires_grad_(False)
     with pytest.raises(UnsupportedModelError, match="requires a gradient"):
         lf.remove_norms(frozen, small_recipe(), data, progress=False)
     with pytest.raises(RecipeError, match="no next token"):
@@ -367,7 +367,7 @@ def test_a_run_that_blows_up_says_so(model, data):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_embeddings_that_are_longer_than_the_text_s_are_shortened(kind, tmp_path):
     """The unembedding stays as it is, and so does the model that was given."""
-    given = lf.load(make_model(kind), check=False)
+    given = live_model(kind, torch.float32)
     text = torch.randint(40, (12, 16), generator=torch.Generator().manual_seed(3))
     recipe = replace(
         lf.recipes.at_once(given, steps=4), batch=4, lr=1e-12, embedding_cap=1.1,

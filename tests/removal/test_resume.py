@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from support.models import make_gpt2
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.data.sequences import ShuffledSequences
@@ -28,7 +28,7 @@ STEPS, EVERY = 24, 5
 
 @pytest.fixture(scope="module")
 def model():
-    return lf.load(make_gpt2(n_layer=2), device="cpu")
+    return live_model("gpt2", torch.float32, n_layer=2)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_only_the_same_run_is_resumed(model, data, tmp_path):
         train(model, data, tmp_path / "run", resume=True, recipe=a_recipe(lr=2e-3))
     with pytest.raises(RecipeError, match="another data"):
         train(model, data.flip(0), tmp_path / "run", resume=True)
-    other = lf.load(make_gpt2(seed=1, n_layer=2), device="cpu")
+    other = live_model("gpt2", torch.float32, seed=1, n_layer=2)
     with pytest.raises(RecipeError, match="another model"):
         train(other, data, tmp_path / "run", resume=True)
     with pytest.raises(OutputError, match="already exists"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import make_gpt2
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.errors import TrainingError
@@ -26,7 +26,7 @@ def frozen_gpt2(*wild_layers):
     Args:
         wild_layers: The layers of such MLPs, in order.
     """
-    model = lf.load(make_gpt2(n_layer=3), check=False)
+    model = live_model("gpt2", torch.float32, n_layer=3)
     if wild_layers:
         with torch.no_grad():
             model.W_E[WILD] *= 8

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.data.sequences import ShuffledSequences
@@ -140,7 +140,7 @@ def test_untrained_weights_are_gpt2s(small):
 
 @pytest.mark.parametrize("kind", ["llama-grouped", "neox", "gemma2"])
 def test_other_architectures_can_be_resized(kind):
-    like = lf.load(make_model(kind), check=False)
+    like = live_model(kind, torch.float32)
     deeper = lf.untrained(like, n_layers=like.cfg.n_layers + 1)
     wider = lf.untrained(like, d_model=2 * like.cfg.d_model)
     tokens = torch.arange(12)[None]
@@ -158,10 +158,10 @@ def test_sizes_that_do_not_fit_are_refused(small, frozen, folded):
         lf.untrained(small, n_heads=5)
     with pytest.raises(UnsupportedModelError, match="n_layers=0 was given"):
         lf.untrained(small, n_layers=0)
-    grouped = lf.load(make_model("llama-grouped"), check=False)
+    grouped = live_model("llama-grouped", torch.float32)
     with pytest.raises(UnsupportedModelError, match="share keys and values"):
         lf.untrained(grouped, n_heads=1)
-    rotary = lf.load(make_model("llama"), check=False)
+    rotary = live_model("llama", torch.float32)
     with pytest.raises(UnsupportedModelError, match="5 of a d_head of 5"):
         lf.untrained(rotary, d_model=20)
     for model in (frozen, folded):
@@ -184,7 +184,7 @@ def test_a_variant_may_learn_from_the_model_that_it_was_made_of(small, data):
 
 def test_a_teacher_must_fit_and_stay_the_same(small, data, tmp_path):
     recipe = lf.recipes.finetuning(steps=2, distillation=1.0)
-    other = lf.load(make_model("gpt2", vocab_size=280), check=False)
+    other = live_model("gpt2", torch.float32, vocab_size=280)
     with pytest.raises(RecipeError, match="the teacher has 280 tokens and the model 300"):
         lf.finetune(small, recipe, data, teacher=other, progress=False)
     deeper = lf.untrained(small, n_layers=4)

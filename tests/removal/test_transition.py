@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.architectures import make_model
+from support.loaded import live_model
 from support.models import make_gpt2, make_tokenizer
 
 import lnfree_interp as lf
@@ -67,7 +68,7 @@ def step(transition, tokens, number, metering=False):
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama-grouped", "qwen3", "gemma2"])
 def test_averages_by_brute_force_at_every_site(kind, text):
-    model = lf.with_norm_sites(lf.load(make_model(kind), check=False))
+    model = lf.with_norm_sites(live_model(kind, torch.float32))
     sites = lf.list_norm_sites(model)
     moments = measure(model, sites, text, groups=TokenGroups(EOT))
     ordinary = (text != EOT) & (torch.arange(text.shape[1]) > 0)

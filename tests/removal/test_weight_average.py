@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import make_gpt2
+from support.loaded import live_model
 
 import lnfree_interp as lf
 from lnfree_interp.errors import RecipeError
@@ -16,7 +16,7 @@ TEXT = torch.randint(300, (40, 24), generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture(scope="module")
 def model():
-    return lf.load(make_gpt2(n_layer=2), device="cpu")
+    return live_model("gpt2", torch.float32, n_layer=2)
 
 
 def a_recipe(model, **changes):

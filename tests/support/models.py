@@ -2,10 +2,11 @@
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import lnfree_interp as lf
 from lnfree_interp.removal.statistics import measure_sigma
+from support.architectures import make_model
 
 TEXT = ["def add(self, other):\n    return self + other\n", "for i in range(10):\n    print(i)\n"]
 
@@ -19,26 +20,9 @@ def make_tokenizer(vocabulary=300):
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
 
 
-def make_gpt2(seed=0, **config):
+def make_gpt2(seed=0, **settings):
     """A GPT-2 whose every parameter is random, LayerNorm gains and all biases included."""
-    torch.manual_seed(seed)
-    settings = {
-        "n_layer": 3,
-        "n_embd": 32,
-        "n_head": 4,
-        "n_positions": 48,
-        "vocab_size": 300,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    model = GPT2LMHeadModel(GPT2Config(**(settings | config))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ln_" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.4 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(0.15 * torch.randn_like(parameter))
-    return model
+    return make_model("gpt2", seed, **settings)
 
 
 def freeze_all(model, seed=0):

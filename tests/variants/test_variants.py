@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import live_model
 from support.models import freeze_all
 from support.typechecking import TypeCheckError
 
@@ -51,7 +51,7 @@ EVERY = [
 @pytest.fixture(scope="module", params=KINDS)
 def stock(request):
     """LayerNorm and learned positions; RMSNorm, rotary, grouped queries and gated MLPs."""
-    return lf.load(make_model(request.param), dtype=torch.float64, check=False)
+    return live_model(request.param)
 
 
 def random(model, seed=0):
@@ -219,7 +219,7 @@ def test_magneto_enlarges_exactly_its_tensors(stock):
 
 def test_magneto_starts_as_large_in_deep_models():
     """Without the shrinking of GPT-2: W_O and W_out as large as W_V, both times the gain."""
-    like = lf.load(make_model("gpt2"), check=False)
+    like = live_model("gpt2", torch.float32)
     for n_layers in (2, 8):
         new = lf.untrained(like, n_layers=n_layers, scaled=False)
         lf.magneto_init(new)
@@ -384,7 +384,7 @@ def test_places_and_maps_that_do_not_exist_are_refused(stock):
 
 
 def test_parallel_blocks_have_no_normformer():
-    model = lf.load(make_model("neox"), dtype=torch.float64, check=False)
+    model = live_model("neox")
     with pytest.raises(UnsupportedModelError, match="does not follow the attention"):
         lf.to_normformer(model)
     for make in (lf.to_sub_ln, lf.to_peri_ln, lf.to_dyt):
@@ -451,7 +451,7 @@ def test_norms_of_variants_can_be_removed(variant):
 
 def test_what_could_not_be_folded_is_refused_before_it_is_removed():
     """The gate of a gated MLP has no bias to hold that of the norm before it."""
-    gated = lf.load(make_model("llama-grouped"), check=False)
+    gated = live_model("llama-grouped", torch.float32)
     biased = lf.to_map(gated, "LayerNorm", bias=True).model
     data = torch.randint(2, 300, (16, 16), generator=torch.Generator().manual_seed(5))
     recipe = lf.recipes.at_once(biased, steps=4)
