@@ -20,6 +20,7 @@ from lnfree_interp.analysis.targets import require_mlp
 from lnfree_interp.analysis.view import View, view_of
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
+from lnfree_interp.numerics import wide
 
 _NEURONS = 1024
 """How many neurons have their cosines with the whole vocabulary in memory at once."""
@@ -39,8 +40,8 @@ def confidence_scores(model: HookedTransformer) -> Float[Tensor, " neuron"]:
     """
     view = view_of(model)
     final = view.read("ln_final", torch.ones(1))  # a scale does not change cosines
-    W_U = torch.nn.functional.normalize(final.weights_back(view.W_U).float(), dim=0)
-    W_out = view.mlp(require_mlp(view, view.n_layers - 1)).W_out.float()
+    W_U = torch.nn.functional.normalize(wide(final.weights_back(view.W_U)), dim=0)
+    W_out = wide(view.mlp(require_mlp(view, view.n_layers - 1)).W_out)
     outputs = torch.nn.functional.normalize(W_out, dim=1)
     spread = torch.cat([(some @ W_U).var(dim=1) for some in outputs.split(_NEURONS)])
     return (W_out.norm(dim=1) / spread).nan_to_num(0.0)  # the score of a dead neuron is 0
@@ -181,7 +182,7 @@ def _predict(
     firsts = (position == 0).expand(len(stream), -1).flatten()
     pieces = (x.split(POSITIONS) for x in (kept, wanted, firsts))
     for some, targets, first in zip(*pieces, strict=True):
-        log_p = view.logits(some[None], first=first[None])[0][0].float().log_softmax(-1)
+        log_p = wide(view.logits(some[None], first=first[None])[0][0]).log_softmax(-1)
         losses.append(loss_of(log_p, targets).cpu())
         entropies.append(entropy_of(log_p).cpu())
     shape = (len(stream), -1)

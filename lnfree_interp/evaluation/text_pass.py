@@ -4,6 +4,7 @@ The models run on each batch in turn, so that each can be compared with the orig
 without keeping any logits.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from lnfree_interp.analysis.stream import Place
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import Edit, logits_at, run_and_keep
+from lnfree_interp.numerics import wide
 
 SINK = 0.3
 """Attention to the first token above this value counts as a sink."""
@@ -164,12 +166,12 @@ def _stream(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str,
     found: dict[str, Tensor] = {}
 
     def norm(name: str) -> Edit:
-        return lambda x: found.__setitem__(name, x.float().norm(dim=-1).cpu())
+        return lambda x: found.__setitem__(name, wide(x).norm(dim=-1).cpu())
 
     def sink(name: str) -> Edit:
         def look(x: Tensor) -> None:
-            to_first = x[..., 0].float()
-            both = torch.stack([to_first.mean(-1), (to_first > SINK).float().mean(-1)])
+            to_first = wide(x[..., 0])
+            both = torch.stack([to_first.mean(-1), (to_first > SINK).to(to_first).mean(-1)])
             found[name] = both.cpu()
 
         return look
@@ -202,7 +204,7 @@ def _predictions(
         for name in order:
             model = models[name]
             # This is not in bfloat16, which would round logits of 100 to halves.
-            log_p = logits_at(model, streams[name], at).float().log_softmax(-1)
+            log_p = wide(logits_at(model, streams[name], at)).log_softmax(-1)
             wanted = targets.to(log_p.device)
             best = log_p.max(-1)
             found = {
@@ -232,7 +234,7 @@ def _jensen_shannon(
     log_p: Float[Tensor, "*token d_vocab"], log_q: Float[Tensor, "*token d_vocab"]
 ) -> Float[Tensor, "*token"]:
     """(KL(p || m) + KL(q || m)) / 2 with m halfway between, in nats, at most ln 2."""
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     sums = [F.kl_div(log_m, x, reduction="none", log_target=True).sum(-1) for x in (log_p, log_q)]
     return (sums[0] + sums[1]).clamp(min=0) / 2
 

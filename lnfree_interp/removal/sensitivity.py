@@ -22,7 +22,7 @@ from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import Edit
 from lnfree_interp.models.site_names import NormSite, name_sites
 from lnfree_interp.models.sites import get_norm, live_sites, with_norm_sites
-from lnfree_interp.numerics import soft_cap
+from lnfree_interp.numerics import soft_cap, wide
 from lnfree_interp.removal.freezing import (
     Apart,
     Constants,
@@ -222,7 +222,7 @@ class _Text:
         for some, targets in zip(
             every.split(_POSITIONS), self.targets.split(_POSITIONS), strict=True
         ):
-            yield soft_cap(self.model.unembed(some[None])[0], cap).float(), targets
+            yield wide(soft_cap(self.model.unembed(some[None])[0], cap)), targets
 
     def cost(self, normalised: Tensor) -> Cost:
         """What predictions from another input of the unembedding cost."""

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from support.architectures import make_model
 from support.commands import lnfree
+from support.loaded import live_model
 from support.models import freeze_all, make_gpt2, make_tokenizer
 from transformer_lens import HookedTransformer, patching
 from transformer_lens.utilities import get_act_name
@@ -41,9 +41,9 @@ def dtype():
     return torch.float64
 
 
-def close(found, expected, tolerance=1e-6):
+def close(found, expected, tolerance=1e-12):
     torch.testing.assert_close(
-        torch.as_tensor(found).double(), torch.as_tensor(expected).double(),
+        *(torch.as_tensor(x, dtype=torch.float64) for x in (found, expected)),
         rtol=tolerance, atol=tolerance,
     )  # fmt: skip
 
@@ -61,26 +61,28 @@ def test_every_token_by_brute_force(live, folded, tokens):
         assert torch.equal(measures.correct, p.argmax(-1) == tokens[:, 1:])
         m = (p + p_live) / 2
         jsd = ((p * (p / m).log()).sum(-1) + (p_live * (p_live / m).log()).sum(-1)) / 2
-        close(measures.divergence, jsd, 1e-5)
+        close(measures.divergence, jsd)
         kl = (p_live * (p_live / p).log()).sum(-1)
         about = distribution(measures)
-        assert about.kl == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-6)
-        assert about.kl_median == pytest.approx(np.median(kl.detach().numpy()), rel=1e-4, abs=1e-6)
+        assert about.kl == pytest.approx(kl.mean().item(), rel=1e-10, abs=1e-12)
+        assert about.kl_median == pytest.approx(
+            np.median(kl.detach().numpy()), rel=1e-10, abs=1e-12
+        )
         same = (p.argmax(-1) == p_live.argmax(-1)).double().mean().item()
         assert about.agreement == pytest.approx(same)
 
         streams = [cache[get_act_name("resid_pre", layer)] for layer in range(3)]
         streams.append(cache[get_act_name("resid_post", 2)])
         norms = torch.stack([stream.norm(dim=-1) for stream in streams])
-        close(measures.norms, norms, 1e-5)
+        close(measures.norms, norms)
         summary = residual_norms(measures)
-        close(summary.first_max, norms[:, :, 0].amax(1), 1e-5)
-        close(summary.others_median, norms[:, :, 1:].flatten(1).quantile(0.5, dim=1), 1e-5)
+        close(summary.first_max, norms[:, :, 0].amax(1))
+        close(summary.others_median, norms[:, :, 1:].flatten(1).quantile(0.5, dim=1))
         assert (summary.others_max >= summary.others_median).all()
 
         patterns = torch.stack([cache["pattern", layer][..., 0] for layer in range(3)], 1)
-        close(sinks(measures).query_rate, (patterns > 0.3).double().mean(), 1e-6)
-        close(sinks(measures).head_rate, (patterns.mean(-1) > 0.3).double().mean(), 1e-6)
+        close(sinks(measures).query_rate, (patterns > 0.3).double().mean())
+        close(sinks(measures).head_rate, (patterns.mean(-1) > 0.3).double().mean())
         close(sinks(measures).by_head, patterns.mean((0, -1)))
     assert distribution(found["live"]).divergence == pytest.approx(0, abs=1e-6)
     assert 0 < distribution(found["free"]).divergence < math.log(2)
@@ -344,7 +346,7 @@ def test_what_is_no_number_is_counted_not_hidden(live, folded, tokens):
 
 
 def test_bfloat16_products_leave_logits_alone(folded, tokens):
-    model = lf.load(make_gpt2(), check=False)
+    model = live_model("gpt2", torch.float32)
     with torch.no_grad():
         model.unembed.b_U += 100
     exact = measure_text({"m": model}, tokens)["m"].loss
@@ -364,7 +366,7 @@ def test_what_a_model_has_not_is_left_out(tokens):
     model = HookedTransformer(cfg | {"attn_only": True, "normalization_type": None, "seed": 0})
     frame = lf.evaluate({"a": model, "b": model}, tokens, original="a", pairs=2).to_frame()
     assert not any("neurons" in label for label in frame.index)
-    gemma = lf.load(make_model("gemma2-no-caps"), check=False)
+    gemma = live_model("gemma2-no-caps", torch.float32)
     text = torch.randint(gemma.cfg.d_vocab, (2, 12), generator=torch.Generator().manual_seed(0))
     found = lf.evaluate(gemma, text, pairs=2)
     assert found.models["model"].direct_effects is None

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.loaded import folded_model, live_model
 from support.models import freeze_all
 from support.questions import QUESTIONS
 from support.typechecking import TypeCheckError
@@ -32,7 +32,7 @@ MEASURED, PRICED = TEXT[[0, 4]], TEXT[[1, 2, 3, 5, 6, 7]]
 
 @pytest.fixture(scope="module", params=["gpt2", "neox", "llama-grouped"])
 def model(request):
-    return lf.load(make_model(request.param), dtype=torch.float64, check=False)
+    return live_model(request.param)
 
 
 def names(sites):
@@ -87,13 +87,13 @@ def test_a_refusal_names_all_that_is_live_and_nothing_else(model):
 
 
 def test_soft_caps_are_no_norms():
-    model = lf.load(make_model("gemma2-no-caps"), check=False)
+    model = live_model("gemma2-no-caps", torch.float32)
     free = lf.fold(freeze_all(model))
     assert lf.norms_read(free, PROMPT, lf.Logit(3)) == (lf.NormSite("ln_final"),)
 
 
 def test_a_soft_cap_is_held_and_no_advice_is_given_to_freeze_it():
-    capped = lf.fold(freeze_all(lf.load(make_model("gemma2"), check=False)))
+    capped = folded_model("gemma2", torch.float32)
     assert lf.norms_read(capped, PROMPT, lf.Logit(3)) == (lf.NormSite("ln_final"),)
     with pytest.raises(InexactError, match="the soft cap on the logits is not affine") as error:
         lf.attribute_logits(capped, PROMPT, 3)
@@ -103,15 +103,15 @@ def test_a_soft_cap_is_held_and_no_advice_is_given_to_freeze_it():
 
 
 def sub_ln():
-    return lf.to_sub_ln(lf.load(make_model("gpt2"), dtype=torch.float64, check=False)).model
+    return lf.to_sub_ln(live_model("gpt2")).model
 
 
 def gemma2():
-    return lf.load(make_model("gemma2-no-caps"), dtype=torch.float64, check=False)
+    return live_model("gemma2-no-caps")
 
 
 def normformer():
-    model = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    model = live_model("gpt2")
     return lf.to_normformer(model, resid_scale=False).model
 
 
@@ -186,14 +186,14 @@ def test_costs_are_those_of_sites_frozen_by_hand(model):
     found = lf.site_sensitivity(model, TEXT, progress=False)
     measured, tokens = MEASURED, PRICED
     live = losses(model, tokens)
-    assert found.loss == pytest.approx(live, abs=1e-6)
+    assert found.loss == pytest.approx(live, abs=1e-12)
     assert found.n_tokens == 6 * 23
     kinds = {"none": found.alone, "first": found.first_apart, "outliers": found.outliers_apart}
     assert any(found.outliers.values())
     for site in lf.live_sites(model):
         for apart, costs in kinds.items():
             expected = frozen_by_hand(model, str(site), tokens, measured, apart) - live
-            assert costs[site].loss == pytest.approx(expected, abs=1e-5), (site, apart)
+            assert costs[site].loss == pytest.approx(expected, abs=1e-10), (site, apart)
 
 
 def with_outliers(model):
@@ -212,7 +212,7 @@ def test_together_every_constant_is_measured_behind_the_freezes_before_it(model)
         sited = lf.with_norm_sites(model)
         freeze_in_one_pass(sited, found.order[:n], MEASURED)
         expected = losses(sited, PRICED) - live
-        assert found.together[found.order[n - 1]].loss == pytest.approx(expected, abs=1e-5)
+        assert found.together[found.order[n - 1]].loss == pytest.approx(expected, abs=1e-10)
 
 
 def test_sensitivity_leaves_the_model_as_it_was(model):
@@ -228,7 +228,7 @@ def test_sensitivity_leaves_the_model_as_it_was(model):
 
 
 def test_a_refusal_says_the_price_that_was_measured():
-    model = lf.load(make_model("gpt2"), dtype=torch.float64, check=False)
+    model = live_model("gpt2")
     found = lf.site_sensitivity(model, TEXT, progress=False)
     with pytest.raises(InexactError) as error:
         lf.attribute_logits(model, PROMPT, 3)
@@ -237,7 +237,7 @@ def test_a_refusal_says_the_price_that_was_measured():
 
 
 def test_a_price_is_said_of_the_model_that_it_was_measured_on():
-    model = lf.load(make_model("gpt2"), check=False)
+    model = live_model("gpt2", torch.float32)
     lf.site_sensitivity(model, TEXT, progress=False)
     recipe = lf.recipes.finetuning(steps=1, batch=2)
     for other in (
@@ -250,7 +250,7 @@ def test_a_price_is_said_of_the_model_that_it_was_measured_on():
 
 
 def test_a_run_that_overflows_is_shown_as_it_is():
-    model = lf.load(make_model("llama-grouped"), dtype=torch.float64, check=False)
+    model = live_model("llama-grouped")
     found = lf.site_sensitivity(model, TEXT, progress=False)
     nan = dataclasses.replace(next(iter(found.first_apart.values())), loss=float("nan"))
     worst = lf.NormSite.parse("blocks.1.ln2")
@@ -336,7 +336,7 @@ def test_several_questions_one_after_the_other(model):
 
 
 def test_training_lowers_the_price_and_the_question_stays_exact():
-    model = lf.load(make_model("gpt2"), dtype=torch.float32, check=False)
+    model = live_model("gpt2", torch.float32)
 
     def flow(trace):
         return lf.flow_graph(trace, 3)
@@ -379,7 +379,7 @@ def test_the_model_given_does_not_change(model):
 
 
 def test_a_recipe_keeps_the_first_token_apart_to_the_end():
-    model = lf.load(make_model("gpt2"), dtype=torch.float32, check=False)
+    model = live_model("gpt2", torch.float32)
     recipe = lf.recipes.distilled(model, steps=20)
     kept = dataclasses.replace(recipe, special=lf.Special(keep_first=True), batch=2, micro_batch=2)
     finished = lf.remove_norms(model, kept, TEXT, progress=False).model
@@ -397,6 +397,6 @@ def test_a_recipe_keeps_the_first_token_apart_to_the_end():
 
 @pytest.mark.parametrize("more", [{"out": "somewhere"}, {"resume": True}])
 def test_options_of_a_training_need_one(more):
-    model = lf.load(make_model("gpt2"), check=False)
+    model = live_model("gpt2", torch.float32)
     with pytest.raises(RecipeError, match="steps=0 trains nothing"):
         lf.freeze_for(model, lf.Logit(3), TEXT, progress=False, **more)
