@@ -19,6 +19,7 @@ import tyro
 import lnfree_interp as lf
 from lnfree_interp import cli
 from lnfree_interp.checkpoints import loading
+from lnfree_interp.data import sources
 from lnfree_interp.removal import losses
 from lnfree_interp.removal.schedule import sites_of
 
@@ -94,6 +95,7 @@ def names(demo, tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lnfree-demo").symlink_to(demo)
     load, distilled, evaluation_text = loading.load, lf.recipes.distilled, lf.evaluation_text
+    corpus = lf.stdlib_corpus
 
     def load_here(source, **more):
         there = ON_THE_HUB.get(str(source), source)
@@ -111,11 +113,16 @@ def names(demo, tmp_path, monkeypatch) -> dict[str, Any]:
 
         return made
 
+    def of_few_modules(split):
+        return corpus(split).select(range(20))
+
     def of_little_text(*args, **more):
         return evaluation_text(*args, **more)[:4]
 
     monkeypatch.setattr(lf, "load", load_here, raising=False)
     monkeypatch.setattr(lf, "evaluation_text", of_little_text, raising=False)
+    monkeypatch.setattr(lf, "stdlib_corpus", of_few_modules, raising=False)
+    monkeypatch.setattr(sources, "stdlib_corpus", of_few_modules)
     monkeypatch.setattr(lf.recipes, "distilled", in_few_steps)
     for recipe in ("from_scratch", "finetuning"):
         monkeypatch.setattr(lf.recipes, recipe, quick(getattr(lf.recipes, recipe)))

@@ -61,7 +61,7 @@ def test_tasks_score_as_the_harness_does(task_folder, gpt2_folder, tokenizer, mo
     from transformers import AutoModelForCausalLM
 
     model = lf.load(gpt2_folder, dtype=torch.float32)
-    manager = TaskManager(include_path=str(task_folder))
+    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
     theirs = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(gpt2_folder), tokenizer=tokenizer,
         batch_size=3,
@@ -83,8 +83,8 @@ def test_tasks_score_as_the_harness_does(task_folder, gpt2_folder, tokenizer, mo
         model, torch.arange(20)[None], tasks="local_hellaswag", include=task_folder, limit=4
     )
     assert "local_hellaswag, acc_norm" in evaluation.to_frame().index
-    with pytest.raises(DataError, match="knows no task 'nonsense'"):
-        lf.run_tasks(model, "nonsense")
+    with pytest.raises(DataError, match="knows no task 'nonsense', and neither do the files"):
+        lf.run_tasks(model, "nonsense", include=task_folder)
     assert "no beginning-of-sequence token" in evaluation.bos_policy
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(UnsupportedModelError, match=r"lnfree_interp\[tasks\]"):
@@ -113,7 +113,10 @@ def test_a_tokenizer_that_adds_bos_adds_it_here_too(task_folder, tokenizer, tmp_
     theirs = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=starts, batch_size=3
     )
-    options = {"task_manager": TaskManager(include_path=str(task_folder)), "bootstrap_iters": 0}
+    options = {
+        "task_manager": TaskManager(include_path=str(task_folder), include_defaults=False),
+        "bootstrap_iters": 0,
+    }
     ours = lf.as_harness_model(lf.load(folder, dtype=torch.float32))
     answers = [
         [
