@@ -22,7 +22,7 @@ def demo(
 
     Loads a checkpoint, removes its norms by a short fine-tuning on the source of Python's standard
     library, trains a control that keeps them, folds, evaluates, attributes logits, and writes OUT
-    with model/, control/, metrics.json and report.html. About five minutes on two CPU cores.
+    with model/, control/, metrics.json and report.html. Five to ten minutes on two CPU cores.
 
     Args:
         checkpoint: Hub id or local Hugging Face folder. Default: the small GPT-2 that ships with
