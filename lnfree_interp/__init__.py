@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lnfree_interp.data.sources import open_sequences
     from lnfree_interp.data.stdlib import stdlib_corpus
     from lnfree_interp.evaluation.certify import certify
+    from lnfree_interp.evaluation.component_change import ComponentChange, component_change
     from lnfree_interp.evaluation.confidence_neurons import (
         NeuronAblation,
         ablate_neurons,
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
         with_norm_sites,
     )
     from lnfree_interp.models.untrained import untrained
+    from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
     from lnfree_interp.removal.freeze_for import FrozenFor, freeze_for
@@ -191,6 +193,8 @@ _HOME = {
     "open_sequences": "lnfree_interp.data.sources",
     "stdlib_corpus": "lnfree_interp.data.stdlib",
     "certify": "lnfree_interp.evaluation.certify",
+    "ComponentChange": "lnfree_interp.evaluation.component_change",
+    "component_change": "lnfree_interp.evaluation.component_change",
     "NeuronAblation": "lnfree_interp.evaluation.confidence_neurons",
     "ablate_neurons": "lnfree_interp.evaluation.confidence_neurons",
     "find_confidence_neurons": "lnfree_interp.evaluation.confidence_neurons",
@@ -216,6 +220,8 @@ _HOME = {
     "evaluate_loss": "lnfree_interp.evaluation.loss",
     "compare_logits": "lnfree_interp.models.agreement",
     "measured_agreement": "lnfree_interp.models.agreement",
+    "WeightComponent": "lnfree_interp.models.weight_components",
+    "list_weight_components": "lnfree_interp.models.weight_components",
     "fold": "lnfree_interp.models.forms",
     "frozen_form": "lnfree_interp.models.forms",
     "NormSite": "lnfree_interp.models.site_names",

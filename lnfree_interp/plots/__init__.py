@@ -3,6 +3,7 @@
 from lnfree_interp.plots import circuits
 from lnfree_interp.plots.attention import pattern, scores
 from lnfree_interp.plots.attribution import attribution
+from lnfree_interp.plots.component_change import component_change
 from lnfree_interp.plots.deletions import deletions
 from lnfree_interp.plots.depth import angles, depth, spectrum
 from lnfree_interp.plots.direct_effects import direct_effects
@@ -18,6 +19,7 @@ __all__ = [
     "angles",
     "attribution",
     "circuits",
+    "component_change",
     "deletions",
     "depth",
     "direct_effects",
