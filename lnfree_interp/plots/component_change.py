@@ -29,7 +29,8 @@ def component_change(
     Returns:
         A plotly figure of a panel for each kind of component that blocks have, with a line for each
             change over the layers, all components of the kind together, on a logarithmic axis.
-            What is outside of blocks is named below the title.
+            What is outside of blocks is named below the title, in the
+            order of the changes.
 
     Raises:
         DataError: if there is nothing to draw, or no such measure.

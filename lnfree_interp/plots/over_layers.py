@@ -43,7 +43,7 @@ def lines_over_layers(
             )  # fmt: skip
             drawn.add(name)
         if i + columns >= len(kinds):  # nothing below
-            figure.update_xaxes(title="layer", row=row, col=col)
+            figure.update_xaxes(title="layer", showticklabels=True, row=row, col=col)
     layers = max(len(layers) for by_kind in models.values() for layers in by_kind.values())
     figure.update_yaxes(type="log", exponentformat="power")
     figure.update_xaxes(tickformat="d", dtick=max(1, -(-layers // 8)))
