@@ -1,6 +1,5 @@
 """Component change: which parts of a model a fine-tuning rewrote."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,9 +14,12 @@ from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.sites import stock_weights
 from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
 
-MEASURES = ("mean_abs", "relative", "largest")
-"""How a change is told: the mean of its absolute entries, its norm over the norm of what was there
-before, or its largest entry."""
+MEASURES = {
+    "mean_abs": "mean absolute change of a parameter",
+    "relative": "norm of the change over the norm before",
+    "largest": "largest absolute change of a parameter",
+}
+"""How a change is told, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class ComponentChange:
             DataError: if there is no such measure.
         """
         if by not in MEASURES:
-            raise DataError(f"no change is measured by {by!r}: give one of {MEASURES}")
+            raise DataError(f"no change is measured by {by!r}: give one of {list(MEASURES)}")
         return getattr(self, by)
 
     def to_frame(self) -> pd.DataFrame:
@@ -91,8 +93,7 @@ class ComponentChange:
             for kind, layers in groups.items()
         }
 
-    def _together(self, rows: Iterable[int], by: str) -> float:
-        rows = list(rows)
+    def _together(self, rows: list[int], by: str) -> float:
         if by == "largest":
             return self.largest[rows].max().item()
         if by == "relative":

@@ -5,15 +5,9 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from lnfree_interp.errors import DataError
-from lnfree_interp.evaluation.component_change import ComponentChange
+from lnfree_interp.evaluation.component_change import MEASURES, ComponentChange
 from lnfree_interp.plots.over_layers import lines_over_layers
 from lnfree_interp.plots.style import styled
-
-_MEASURES: dict[str, str] = {
-    "mean_abs": "mean absolute change of a parameter",
-    "relative": "norm of the change over the norm before",
-    "largest": "largest absolute change of a parameter",
-}
 
 
 def component_change(
@@ -29,8 +23,7 @@ def component_change(
     Returns:
         A plotly figure of a panel for each kind of component that blocks have, with a line for each
             change over the layers, all components of the kind together, on a logarithmic axis.
-            What is outside of blocks is named below the title, in the
-            order of the changes.
+            What is outside of blocks is named below the title, in the order of the changes.
 
     Raises:
         DataError: if there is nothing to draw, or no such measure.
@@ -63,7 +56,7 @@ def component_change(
     return styled(
         figure,
         "What was rewritten",
-        f"{_MEASURES[by]}; {', '.join(outside)}",
+        f"{MEASURES[by]}; {', '.join(outside)}",
         height=height,
         above=30,
     )

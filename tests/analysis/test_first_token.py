@@ -7,8 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from support.loaded import frozen_model, live_model
-from support.models import freeze_all
+from support.loaded import folded_model, frozen_model
 from support.questions import QUESTIONS
 
 import lnfree_interp as lf
@@ -120,11 +119,7 @@ def test_text_measures_are_exact(model):
 def test_tables_say_that_they_are_not_about_the_first_token(model):
     for table in (lf.bigram_table(model), lf.ov_table(model, 1, 1)):
         assert "not of a prompt's first token" in repr(table)
-    assert "first token" not in repr(lf.ov_table(lf.fold(freeze_all(made_live())), 1, 1))
-
-
-def made_live():
-    return live_model("gpt2")
+    assert "first token" not in repr(lf.ov_table(folded_model("gpt2"), 1, 1))
 
 
 def test_a_live_norm_beside_frozen_ones_is_still_refused():

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.loaded import folded_model, live_model
-from support.models import freeze_all
+from support.loaded import folded_model
 
 import lnfree_interp as lf
 from lnfree_interp.errors import DataError
@@ -19,16 +18,9 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
-_MODELS = {}
-
-
 @pytest.fixture(params=KINDS)
 def model(request):
-    kind = request.param
-    if kind not in _MODELS:
-        live = live_model(kind)
-        _MODELS[kind] = lf.fold(freeze_all(live))
-    return _MODELS[kind]
+    return folded_model(request.param)
 
 
 def one_prompt(model, row=0):
@@ -357,8 +349,7 @@ def test_paths_of_log_odds_are_listed_once(side):
 
 
 def test_targets_that_there_are_not_are_refused():
-    trace = lf.trace(_MODELS.get("gpt2") or lf.fold(freeze_all(
-        live_model("gpt2"))), ROWS)  # fmt: skip
+    trace = lf.trace(folded_model("gpt2"), ROWS)
     for target, message in (
         (lf.Score(3, 0, side="key"), "no L3H0"),
         (lf.Score(-1, 0, side="key"), "no L-1H0"),
