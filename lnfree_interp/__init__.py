@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from lnfree_interp.bundled import bundled_checkpoint, smollm2
     from lnfree_interp.checkpoints import formats
     from lnfree_interp.checkpoints.converting import convert
-    from lnfree_interp.checkpoints.exporting import export
+    from lnfree_interp.checkpoints.exporting import export, export_adapter
     from lnfree_interp.checkpoints.loading import load
     from lnfree_interp.data.mixed import MixedSequences
     from lnfree_interp.data.named import evaluation_text, tokens_seen, without_tokens
@@ -106,7 +106,13 @@ if TYPE_CHECKING:
     from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
+    from lnfree_interp.removal.fisher import (
+        FisherInformation,
+        fisher_information,
+        fisher_subset,
+    )
     from lnfree_interp.removal.freeze_for import FrozenFor, freeze_for
+    from lnfree_interp.removal.parameter_mask import ParameterMask
     from lnfree_interp.removal.recipe import Recipe
     from lnfree_interp.removal.remove import remove_norms
     from lnfree_interp.removal.run import Run
@@ -114,6 +120,7 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.schedule import Event, Ramp
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
     from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait
+    from lnfree_interp.removal.trainable import random_subset, select_parameters
     from lnfree_interp.removal.training import finetune, train
     from lnfree_interp.variants.placing import (
         magneto_init,
@@ -183,6 +190,7 @@ _HOME = {
     "smollm2": "lnfree_interp.bundled",
     "convert": "lnfree_interp.checkpoints.converting",
     "export": "lnfree_interp.checkpoints.exporting",
+    "export_adapter": "lnfree_interp.checkpoints.exporting",
     "load": "lnfree_interp.checkpoints.loading",
     "MixedSequences": "lnfree_interp.data.mixed",
     "evaluation_text": "lnfree_interp.data.named",
@@ -242,6 +250,12 @@ _HOME = {
     "Event": "lnfree_interp.removal.schedule",
     "Ramp": "lnfree_interp.removal.schedule",
     "remove_norms": "lnfree_interp.removal.remove",
+    "FisherInformation": "lnfree_interp.removal.fisher",
+    "fisher_information": "lnfree_interp.removal.fisher",
+    "fisher_subset": "lnfree_interp.removal.fisher",
+    "ParameterMask": "lnfree_interp.removal.parameter_mask",
+    "random_subset": "lnfree_interp.removal.trainable",
+    "select_parameters": "lnfree_interp.removal.trainable",
     "FrozenFor": "lnfree_interp.removal.freeze_for",
     "freeze_for": "lnfree_interp.removal.freeze_for",
     "SiteSensitivity": "lnfree_interp.removal.sensitivity",

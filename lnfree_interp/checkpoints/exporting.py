@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lnfree_interp.checkpoints import native
+from lnfree_interp.checkpoints import adapter, native
 from lnfree_interp.checkpoints.architectures import (
     ARCHITECTURES,
     hf_config,
@@ -17,6 +17,7 @@ from lnfree_interp.checkpoints.architectures import (
 )
 from lnfree_interp.checkpoints.constant_epsilon import constant_epsilon_weights, is_tied
 from lnfree_interp.checkpoints.layouts import hooked_names, optional_names, to_hf_weights
+from lnfree_interp.checkpoints.loading import load_checkpoint
 from lnfree_interp.checkpoints.model_card import model_card
 from lnfree_interp.checkpoints.published import CONSTANT_EPSILON
 from lnfree_interp.checkpoints.sidecar import Sidecar
@@ -205,6 +206,54 @@ def export(
         sidecar = _sidecar(model, recipe, constants, measured, source)
         sidecar.write(folder)
         (folder / "README.md").write_text(model_card(model.cfg, sidecar, target), encoding="utf-8")
+    return Path(out)
+
+
+def export_adapter(
+    model: HookedTransformer,
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+) -> Path:
+    """Write what training changed of a base: a small folder that `load` puts back.
+
+    Args:
+        model: As a run left it, `run.model`: its norms live, frozen or some of them. `fold` is for
+            after loading; it changes every weight.
+        out: A folder that does not exist yet or is empty.
+        base: What the model was trained from, as `load` reads it: a hub id, or a path, which
+            `load(..., base=...)` can replace where it is another.
+        revision: Branch, tag or commit of the base on the hub.
+
+    Returns:
+        The folder, with `adapter.safetensors` and `lnfree_adapter.json`.
+
+    Raises:
+        UnsupportedModelError: if the model has other norms or tensors than the base.
+        NormSiteError: if a norm site is between live and frozen.
+        OutputError: if the folder holds something, or cannot be written.
+        CheckpointError: if the base cannot be read.
+        InexactError: if the logits of what was written differ by more than rounding explains.
+
+    Source:
+        Ours; as small as what `Recipe.trainable` chose (arXiv 2403.20284).
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> recipe = replace(lf.recipes.finetuning(steps=2, batch=2), trainable="norms")
+        >>> run = lf.finetune(lf.load(lf.bundled_checkpoint()), recipe, tokens, progress=False)
+        >>> folder = lf.export_adapter(run.model, "norms", lf.bundled_checkpoint())
+        >>> lf.compare_logits(lf.load(folder), run.model, tokens).relative < 1e-5
+        True
+    """
+    require_hooked(model)
+    name, where = os.fspath(base), {"dtype": model.cfg.dtype, "device": model.W_E.device}
+    below = load_checkpoint(name, revision=revision, check=False, **where).model
+    with new_folder(out) as folder:
+        adapter.write(model, below, name, revision, folder)
+        back = load_checkpoint(folder, check=False, **where).model
+        require_same_logits(back, model, "what was written against the model")
     return Path(out)
 
 

@@ -31,9 +31,14 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of a file with all weights; an index of shards adds `.index.json` to the name."""
 
+ADAPTER, ADAPTER_WEIGHTS = "lnfree_adapter.json", "adapter.safetensors"
+"""The files of a model that is kept as what training changed of another, see `adapter`."""
+
 _NANOGPT_SUFFIXES = (".pt", ".pth")
 
 _GGUF_SUFFIX = ".gguf"
+
+_CONFIGS = ("config.json", "hooked_transformer.json", ADAPTER)
 
 
 def locate(
@@ -102,11 +107,12 @@ def _download(
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     enough: Path | None = None
     try:
-        for config in ("config.json", "hooked_transformer.json"):
+        for config in _CONFIGS:
             cached = try_to_load_from_cache(name, config, **where)
             if isinstance(cached, str) and (not weights or _has_weights(Path(cached).parent)):
                 enough = Path(cached).parent
-                if not weights or any((enough / file).is_file() for file in TOKENIZER_FILES):
+                whole = config == ADAPTER  # its tokenizer is the base's
+                if not weights or whole or any((enough / f).is_file() for f in TOKENIZER_FILES):
                     return enough  # else another program has fetched the weights alone
         # One question with a short time-out, in place of slow retries.
         files = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or []
@@ -114,7 +120,7 @@ def _download(
         safe = any(file.endswith(".safetensors") and "/" not in file for file in names)
         unwanted = ["*/*", "*.bin" if safe else "*.safetensors", "*.h5", "*.msgpack", "*.ot"]
         wanted = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"]
-        wanted = wanted if weights else ["config.json", "hooked_transformer.json"]
+        wanted = wanted if weights else [*_CONFIGS]
         return Path(
             snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted, **where)
         )
@@ -144,7 +150,7 @@ def _download(
 
 def _has_weights(folder: Path) -> bool:
     """Whether a snapshot folder in the cache holds all weights, in one piece or in shards."""
-    for name in WEIGHTS_FILES:
+    for name in (*WEIGHTS_FILES, ADAPTER_WEIGHTS):
         if (folder / name).is_file():
             return True
         if (folder / f"{name}.index.json").is_file():

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lnfree_interp.checkpoints import native, published
+from lnfree_interp.checkpoints import adapter, native, published
 from lnfree_interp.checkpoints.architectures import (
     architecture_of,
     hooked_config,
@@ -40,7 +40,7 @@ from lnfree_interp.models.construct import hooked_transformer
 from lnfree_interp.models.folding import ConstantNorms, Form, rescale_queries_and_keys
 from lnfree_interp.models.forms import finished_model, fold, frozen_form
 from lnfree_interp.models.site_names import NormSite, whole_norm
-from lnfree_interp.models.sites import freeze_site, has_norm_sites, split_norms
+from lnfree_interp.models.sites import freeze_site, has_norm_sites, sites_of, split_norms
 from lnfree_interp.numerics import LNFREE_EPSILON, TOLERANCE, MeasuredError, measure_error
 
 CHECK_TOKENS = 128
@@ -62,13 +62,14 @@ def load(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     sigma: Sigma | None = None,
+    base: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> HookedTransformer:
     """A checkpoint as a stock `HookedTransformer`, its logits compared with transformers'.
 
     Live norms stay live and weights unprocessed. A published LN-free checkpoint is recognised from
     its content, and its norms folded. Quantised weights (GGUF) are dequantised; what is exported of
-    the model says so.
+    the model says so. An adapter of `lf.export_adapter` is put back into its base.
 
     Args:
         source: Hub id, local folder, a `model.gguf` (or a folder whose only weights it is), a
@@ -86,6 +87,8 @@ def load(
         sigma: For nanoGPT files, which do not state by what their norms divide: a number or a
             [d_model] tensor for every `blocks.{l}.ln1`, `blocks.{l}.ln2` and `ln_final`; `{}` if
             the norms are live. `lf.formats.nanogpt_sigma` makes it from the published tables.
+        base: For an adapter: where the model is that it changes. Default: where it was when the
+            adapter was written.
         check: Compare the logits with `transformers` on random tokens (one forward pass of each).
 
     Returns:
@@ -114,6 +117,7 @@ def load(
         revision=revision,
         cache_dir=cache_dir,
         sigma=sigma,
+        base=base,
         check=check,
     ).model
 
@@ -139,6 +143,7 @@ def load_checkpoint(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     sigma: Sigma | None = None,
+    base: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> Loaded:
     """What `load` returns, what the checkpoint was recognised as, and the measured error."""
@@ -167,6 +172,24 @@ def load_checkpoint(
     else:
         name = os.fspath(source)
         path = locate(source, revision, cache_dir)
+        if adapter.is_adapter(path):
+            found = adapter.read(path)
+            below = load_checkpoint(
+                found.base if base is None else base,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                device=device,
+                revision=found.revision if base is None else None,
+                cache_dir=cache_dir,
+                check=check,
+            )
+            model, error = found.put_back(below.model, check)
+            if error is not None:
+                record_agreement(model, error)
+            recognised = f"an adapter of {found.base} ({below.format})"
+            return Loaded(_in_form(model, form), recognised, error)
+        if base is not None:
+            raise CheckpointError(f"{name}: base is for adapters, and this is a whole model")
         if native.is_native(path):
             if sigma is not None:
                 raise NormSiteError(
@@ -236,6 +259,13 @@ def saved_live_sites(
         CheckpointError: if they cannot be read.
     """
     path = locate(source, revision, weights=False)
+    if adapter.is_adapter(path):
+        found = adapter.read(path)
+        sites = saved_live_sites(found.base, revision=found.revision)
+        sites = sites_of(config_of(source)) if sites is None and found.content["sites"] else sites
+        if sites is None:
+            return None
+        return tuple(site for site in sites if str(site) not in found.content["frozen"])
     if not native.is_native(path):
         return None
     return native.saved_live_sites(path, config_of(source, revision=revision))
@@ -263,6 +293,9 @@ def config_of(
             f"{name} is a nanoGPT file: make a folder of it first, with "
             f"lnfree convert {name} FOLDER --sigma FILE.json"
         )
+    if adapter.is_adapter(path):
+        found = adapter.read(path)
+        return config_of(found.base, revision=found.revision)
     if native.is_native(path):
         return native.read_cfg(path, torch.float32, device)[0]
     if path.is_dir() and not (path / "config.json").is_file():

@@ -78,25 +78,14 @@ def write(model: HookedTransformer, folder: Path) -> None:
     cfg = {name: _plain(value) for name, value in model.cfg.to_dict().items()}
     cfg["model_name"] = Path(str(cfg["model_name"])).name
     cfg["eps"] = epsilon_of(model)
-    sited = has_norm_sites(model)
-    norms = {str(site): norm_at(model, site) for site in list_norm_sites(model)}
-    frozen = {name: norm for name, norm in norms.items() if norm.affine}
-    if between := [n for n, norm in norms.items() if norm.scale is not None and n not in frozen]:
-        raise NormSiteError(
-            f"{between[0]} is between live and frozen: a run in progress keeps it in its "
-            "checkpoints; freeze it to export the model"
-        )
-    tokens, logits = _sample(model)
     content: dict[str, Any] = {
         "version": _VERSION,
         "config": {name: value for name, value in cfg.items() if name not in _NOT_SAVED},
-        "frozen": {name: norm.scale for name, norm in frozen.items()},
-        "frozen_first": {n: norm.first for n, norm in frozen.items() if norm.first is not None},
-        "sites": sited,
+        **constants_of(model),
+        "sites": has_norm_sites(model),
         **({"layout": layout_of(model)} if varied(model) else {}),
         "crms": is_crms(model),
-        "tokens": tokens.tolist(),
-        "logits": logits.tolist(),
+        **sample_of(model),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     weights = {name: W.contiguous().cpu() for name, W in stock_weights(model).items()}
@@ -124,8 +113,7 @@ def read(
     try:
         frozen = {name: float(sigma) for name, sigma in content["frozen"].items()}
         firsts = {name: float(sigma) for name, sigma in content.get("frozen_first", {}).items()}
-        expected = torch.tensor(content["logits"], dtype=torch.float64)
-        tokens = torch.tensor(content["tokens"])
+        sample = {name: torch.tensor(content[name]).tolist() for name in ("tokens", "logits")}
         crms, sited = content["crms"] is True, content.get("sites") is True
         layout = {name: dict(found) for name, found in content.get("layout", {}).items()}
     except Exception as error:  # whatever a wrong value leads to
@@ -167,12 +155,7 @@ def read(
             freeze_site(model, site, sigma, first=firsts.get(site))
     if not check:
         return model.eval(), None
-    error = measure_error(_logits(model.eval(), tokens).to(dtype), expected.to(dtype))
-    error.require(
-        f"{folder}: logits against those of the model that was written",
-        max(TOLERANCE[dtype], TOLERANCE.get(written, 0.0)),
-    )
-    return model, error
+    return model, require_sample(model.eval(), sample, written, str(folder))
 
 
 def saved_live_sites(folder: Path, cfg: HookedTransformerConfig) -> tuple[NormSite, ...] | None:
@@ -263,10 +246,54 @@ def read_cfg(
     return cfg, content
 
 
-def _sample(model: HookedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens, and the logits that are stored with the model."""
+def constants_of(model: HookedTransformer) -> dict[str, dict[str, float]]:
+    """The constants of frozen norms by site, and those of first tokens, as they are stored.
+
+    Raises:
+        NormSiteError: if a norm site is between live and frozen.
+    """
+    norms = {str(site): norm_at(model, site) for site in list_norm_sites(model)}
+    frozen = {name: norm for name, norm in norms.items() if norm.affine}
+    if between := [n for n, norm in norms.items() if norm.scale is not None and n not in frozen]:
+        raise NormSiteError(
+            f"{between[0]} is between live and frozen: a run in progress keeps it in its "
+            "checkpoints; freeze it to export the model"
+        )
+    return {
+        "frozen": {name: norm.scale for name, norm in frozen.items() if norm.scale is not None},
+        "frozen_first": {n: norm.first for n, norm in frozen.items() if norm.first is not None},
+    }
+
+
+def sample_of(model: HookedTransformer) -> dict[str, list[Any]]:
+    """Random tokens and some of their logits, which are stored with a model to recognise it by."""
     tokens = random_tokens(model, batch=1, pos=16)
-    return tokens, _logits(model, tokens)
+    return {"tokens": tokens.tolist(), "logits": _logits(model, tokens).tolist()}
+
+
+def require_sample(
+    model: HookedTransformer, content: Mapping[str, Any], written: torch.dtype, where: str
+) -> MeasuredError:
+    """Compare a model's logits with those that `sample_of` stored.
+
+    Args:
+        model: As it was read.
+        content: What is stored.
+        written: The dtype of the weights in the file.
+        where: The folder, for the message.
+
+    Raises:
+        InexactError: if they differ by more than rounding explains.
+    """
+    dtype = model.cfg.dtype
+    found = _logits(model, torch.tensor(content["tokens"]))
+    expected = torch.tensor(content["logits"], dtype=torch.float64)
+    error = measure_error(found.to(dtype), expected.to(dtype))
+    error.require(
+        f"{where}: logits against those of the model that was written",
+        max(TOLERANCE[dtype], TOLERANCE.get(written, 0.0)),
+    )
+    return error
 
 
 def _logits(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,10 @@ class TrainingOptions:
     """Tokens per sequence. Default: the recipe's, or the model's context up to 1024."""
     lr: float | None = None
     """Peak learning rate."""
+    trainable: Annotated[tuple[str, ...] | None, arg(metavar="WORD...")] = None
+    """Which parameters are trained: all, norms, heads, mlps, biases or scalers; some of these by
+    kind, layer or name, such as norms:ln2, norms:L3 or heads:L3H1; a component such as embed or
+    blocks.0.mlp; or a share drawn by chance, '20% of norms'. All others stay what they are."""
     weight_average: float | None = None
     """Share of its old value that a moving average of the weights keeps at each step, once all
     sites are frozen; the finished model has the average. 0: the weights of the last step."""

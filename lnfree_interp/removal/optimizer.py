@@ -1,54 +1,130 @@
 """The optimiser of a run, and what it trains."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.checkpoints.architectures import ARCHITECTURES
-from lnfree_interp.checkpoints.layouts import hooked_names, optional_names
-from lnfree_interp.models.inserting import varied
 from lnfree_interp.models.site_names import stock_name
-from lnfree_interp.models.sites import list_norm_sites, list_scalers
 from lnfree_interp.removal.recipe import Recipe
+from lnfree_interp.removal.trainable import chosen_by, parameters_of
 
 
-def adamw(model: HookedTransformer, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and embeddings only.
+class _Entries:
+    """The chosen entries of a parameter, as a parameter of their own."""
+
+    def __init__(self, parameter: nn.Parameter, mask: Tensor):
+        self.parameter = parameter
+        mask = mask.to(parameter.device)
+        self.index = mask.flatten().nonzero()[:, 0]
+        self.values = nn.Parameter(self._whole[self.index])
+        # What is not chosen has no share in the gradient's norm either.
+        self.hook = parameter.register_hook(lambda g: torch.where(mask, g, 0))
+
+    @property
+    def _whole(self) -> Tensor:
+        return self.parameter.detach().view(-1)
+
+    def read(self) -> None:
+        """Take the values, and their gradient, from the parameter."""
+        self.values.detach().copy_(self._whole[self.index])
+        grad = self.parameter.grad
+        self.values.grad = None if grad is None else grad.reshape(-1)[self.index]
+
+    def write(self) -> None:
+        """Put the values into the parameter."""
+        self._whole[self.index] = self.values.detach()
+
+
+class PartialAdamW(torch.optim.AdamW):
+    """AdamW on whole parameters, and on some entries of others: only these have moments, decay, and
+    ever change."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        entries: Mapping[str, _Entries],
+        frozen: list[nn.Parameter],
+        **settings: Any,
+    ):
+        """The optimiser.
+
+        Args:
+            groups: As for AdamW.
+            entries: The parameters that are trained in part, by name.
+            frozen: The parameters that are not trained.
+            settings: As for AdamW.
+        """
+        self.entries, self.frozen = entries, frozen
+        super().__init__(groups, **settings)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """A step, as AdamW's."""
+        self.read()
+        loss = super().step(closure)
+        self.write()
+        return loss
+
+    def read(self) -> None:
+        """Follow parameters that were changed by somebody else."""
+        for entries in self.entries.values():
+            entries.read()
+
+    def write(self) -> None:
+        """Put entries that were changed by somebody else into their parameters."""
+        for entries in self.entries.values():
+            entries.write()
+
+    def moved(self, model: HookedTransformer) -> dict[str, nn.Parameter]:
+        """What the optimiser changes, by the names of a model's parameters."""
+        whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return whole | {name: entries.values for name, entries in self.entries.items()}
+
+    def release(self) -> None:
+        """Leave the model as a model that was trained whole."""
+        for entries in self.entries.values():
+            entries.hook.remove()
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+
+
+def adamw(model: HookedTransformer, recipe: Recipe) -> PartialAdamW:
+    """AdamW for what the recipe trains, with weight decay on matrices and embeddings only.
 
     The names decide, because TransformerLens' b_Q is a matrix by its shape. Parameters that the
     architecture in transformers does not have, such as a Llama's biases, are not trained: they
     could not be exported.
+
+    Raises:
+        RecipeError: if the recipe trains what the model does not have.
     """
-    foreign = _foreign(model)
-    decayed, kept = [], []
+    places, mask = parameters_of(model), chosen_by(model, recipe.trainable, recipe.seed)
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    entries, frozen = {}, []
     for name, parameter in model.named_parameters():
-        if name in foreign:
-            parameter.requires_grad_(False)
         # Fused AdamW goes through weights and moments side by side in memory, and moments that come
         # from a checkpoint are contiguous.
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-        if parameter.requires_grad:
-            leaf = name.rpartition(".")[2].lstrip("_")
-            (decayed if leaf.startswith("W_") else kept).append(parameter)
+        stock, moved = stock_name(name), parameter
+        if stock not in places:
+            parameter.requires_grad_(False)
+        if not parameter.requires_grad:
+            continue
+        if stock not in mask.chosen:
+            parameter.requires_grad_(False)
+            frozen.append(parameter)
+            continue
+        if not mask.chosen[stock].all():
+            entries[name] = _Entries(parameter, mask.chosen[stock])
+            moved = entries[name].values
+        leaf = name.rpartition(".")[2].lstrip("_")
+        (matrices if leaf.startswith("W_") else others).append(moved)
     groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-
-
-def _foreign(model: HookedTransformer) -> set[str]:
-    """Parameters that the model's class in transformers lacks; none if the class is not known."""
-    architecture = ARCHITECTURES.get(model.cfg.original_architecture or "")
-    if architecture is None:
-        return set()
-    parameters = dict(model.named_parameters())
-    optional = optional_names(architecture.layout, model.cfg)
-    switched = {ours for names in optional.values() for ours in names}
-    places = hooked_names(architecture.layout, model.cfg)
-    if varied(model):  # no class of transformers holds it: what its norms learn is all its own
-        own = (*map(str, list_norm_sites(model)), *list_scalers(model))
-        places = places | {stock_name(n) for n in parameters if n.startswith(own)}
-    if not any(parameters[name].any() for name in switched):
-        places = places - switched
-    return {name for name in parameters if stock_name(name) not in places}
+    return PartialAdamW(groups, entries, frozen, lr=recipe.lr, betas=recipe.betas, fused=True)

@@ -47,6 +47,9 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
         f"{recipe.lr * recipe.final_lr:g} at step {decay}; betas {recipe.betas[0]:g}, "
         f"{recipe.betas[1]:g}; decay {recipe.weight_decay:g}; clipped at {recipe.clip:g}",
     )
+    if (trainable := recipe.trainable) != "all":
+        words = trainable if isinstance(trainable, tuple) else (str(trainable),)
+        yield "trained", f"{', '.join(words)}; all other parameters stay what they are"
     yield "loss", _loss(recipe)
     if recipe.repeats:
         yield (

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lnfree_interp.errors import RecipeError, TooFewStepsError
 from lnfree_interp.models.site_names import NormSite
+from lnfree_interp.removal.parameter_mask import ParameterMask, Trainable
 from lnfree_interp.removal.schedule import (
     Event,
     Ramp,
@@ -113,7 +114,11 @@ class Recipe:
     patience: int | None = None
     """Stop after this many evaluations since the last event without a lower loss."""
     seed: int = 0
-    """The random seed of the order of the text."""
+    """The random seed of the order of the text, and of what else is drawn."""
+    trainable: Trainable = "all"
+    """Which parameters are trained, in the words of `lf.select_parameters`, such as `"norms:ln2"`,
+    or a mask of entries. All others are bit for bit what they were, and have no memory in the
+    optimiser. `seed` is that of shares, such as `"20% of norms"`. (2403.20284)"""
     sequence_length: int | None = None
     """Tokens per sequence that the recipe was made for; None: any number."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -169,7 +174,20 @@ class Recipe:
                 "the term stream compares with the original, which runs only while the recipe "
                 "distils: give a distillation above 0 at every step, or leave the term out"
             )
+        if self.embedding_cap and not self._trains_embeddings:
+            raise RecipeError(
+                "embedding_cap shortens rows of W_E before the first step, and trainable leaves "
+                'W_E as it is: set embedding_cap=0, or let trainable name "embed" too'
+            )
         self._check_events()
+
+    @property
+    def _trains_embeddings(self) -> bool:
+        if isinstance(self.trainable, ParameterMask):
+            chosen = self.trainable.chosen.get("embed.W_E")
+            return chosen is not None and bool(chosen.all())
+        words = self.trainable if isinstance(self.trainable, tuple) else (self.trainable,)
+        return bool({"all", "embed"} & set(words))
 
     def _check_events(self) -> None:
         for event in self.events:
@@ -281,6 +299,8 @@ class Recipe:
         plain = asdict(self)
         plain["events"] = [[event.step, str(event.site), event.over] for event in self.events]
         plain["sources"] = dict(self.sources)
+        if isinstance(self.trainable, ParameterMask):
+            plain["trainable"] = {"mask": self.trainable.to_json()}
         return plain
 
     @classmethod
@@ -300,6 +320,7 @@ class Recipe:
                 fields[name] = _weight(fields[name])
             losses = fields.get("losses", {})
             fields["losses"] = {name: _weight(weight) for name, weight in losses.items()}
+            fields["trainable"] = _trainable(fields.get("trainable", "all"))
             special = dict(fields["special"])
             if "outlier_caps" in special:  # not in files of an earlier version
                 special["outlier_caps"] = tuple(special["outlier_caps"])
@@ -314,6 +335,13 @@ class Recipe:
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"this is not a recipe of lnfree_interp: {error!r:.100}") from error
+
+
+def _trainable(plain: Any) -> Trainable:
+    """What is trained, from plain data."""
+    if isinstance(plain, dict):
+        return ParameterMask.from_json(plain["mask"])
+    return plain if isinstance(plain, str) else tuple(plain)
 
 
 def _weight(plain: Any) -> Weight:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.bundled import bundled_checkpoint
-from lnfree_interp.checkpoints.exporting import Target, best_target, export
+from lnfree_interp.checkpoints.exporting import Target, best_target, export, export_adapter
 from lnfree_interp.checkpoints.loading import config_of, load_checkpoint, saved_live_sites
 from lnfree_interp.data.mixed import MixedSequences
 from lnfree_interp.data.names import STDLIB
@@ -232,9 +232,9 @@ def run_job(
         with _on(processes.device, *filter(None, (model, teacher))):
             say(str(try_steps(model, recipe, length, heldout=job.heldout, teacher=teacher)))
         return None
-    source = packed(length, bool(job.prepend_bos))
-    heldout = _heldout_text(job, recipe, model, length, source)
-    with Prefetched(MixedSequences(source, seed=recipe.seed)) as text:
+    stream = packed(length, bool(job.prepend_bos))
+    heldout = _heldout_text(job, recipe, model, length, stream)
+    with Prefetched(MixedSequences(stream, seed=recipe.seed)) as text:
         run = remove_norms(
             model,
             recipe,
@@ -260,6 +260,11 @@ def run_job(
             errors[f"{what} against frozen norms"] = error = compare_logits(finished, run.model)
             say(f"    {what} against frozen norms: {error}")
         write_finished(run, finished, Path(out) / "model", source=shown, errors=errors)
+        if run.recipe.trainable != "all":
+            say(f"writing {out}/adapter: what training changed of {shown}")
+            export_adapter(
+                run.model, Path(out) / "adapter", anywhere(source), revision=job.revision
+            )
     return run
 
 

@@ -114,6 +114,11 @@ class Trainer:
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
+        if self.optimizer.entries and processes.spreads:
+            raise RecipeError(
+                f"trainable chooses entries of {next(iter(self.optimizer.entries))}, and FSDP "
+                "spreads whole parameters: choose whole ones, or train without FSDP"
+            )
         self.objective = Objective(
             self.model, own, dtype, self.transition.groups, recipe.special.keep_first
         )
@@ -238,6 +243,7 @@ class Trainer:
 
     def _finished_model(self) -> HookedTransformer:
         self.average.exchange()
+        self.optimizer.release()
         if not any(isinstance(p, DTensor) for p in self.model.parameters()):
             return self.model.eval()
         # FSDP has spread this model over the processes: put the weights into a whole one.
@@ -325,7 +331,7 @@ class Trainer:
         kept = self.divergence.keeps(gradient, earlier)
         if kept:  # else the weights stay; if the run ends here, they say where it came from
             self.stepper.step()
-        self.stepper.zero_grad()
+        self.objective.zero_grad()  # what is trained in part is not in the optimiser itself
         if recipe.weight_average and self.scheduled >= last_step(recipe.events):
             self.average.update()
         self.last_batch = batch

@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.errors import CheckpointError
 from lnfree_interp.models.inserting import layout_of, varied
 from lnfree_interp.models.norms import Norm
+from lnfree_interp.removal.optimizer import PartialAdamW
 from lnfree_interp.removal.processes import spread_like, whole
 
 
@@ -62,19 +63,18 @@ def load_tensors(model: HookedTransformer, saved: Mapping[str, Tensor]) -> None:
             module.remember()
 
 
-def optimizer_tensors(
-    model: HookedTransformer, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """The optimiser's moments and step counts, by parameter: `blocks.0.attn.W_Q|exp_avg`."""
+def optimizer_tensors(model: HookedTransformer, optimizer: PartialAdamW) -> dict[str, Tensor]:
+    """The optimiser's moments and step counts, by parameter: `blocks.0.attn.W_Q|exp_avg`; of one
+    that is trained in part, of its chosen entries."""
     return {
         f"{name}|{kind}": whole(x).cpu().contiguous()
-        for name, parameter in model.named_parameters()
+        for name, parameter in optimizer.moved(model).items()
         for kind, x in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(
-    model: HookedTransformer, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
+    model: HookedTransformer, optimizer: PartialAdamW, saved: Mapping[str, Tensor]
 ) -> None:
     """Restore what `optimizer_tensors` returned. A parameter that never had a gradient, such as
     the map of a site that was frozen from the start, has nothing to restore.
@@ -82,10 +82,10 @@ def load_optimizer_tensors(
     Raises:
         CheckpointError: if there is a name that the model does not have.
     """
-    parameters = dict(model.named_parameters())
+    optimizer.read()  # the model's weights may have been restored before
+    parameters = optimizer.moved(model)
     names = {key.partition("|")[0] for key in saved}
-    trained = {name for name, p in parameters.items() if p.requires_grad}
-    if odd := sorted(names - trained):
+    if odd := sorted(names - parameters.keys()):
         raise _of_another_model(odd[0])
     optimizer.state.clear()
     for key, x in saved.items():

@@ -52,6 +52,8 @@ class Trial:
     """Bytes of the weights."""
     gradients: int
     """Bytes of the gradients."""
+    trained: int
+    """Bytes of what is trained of the weights, for each of which AdamW keeps two numbers."""
     original: int
     """Bytes of the model that the recipe distils from; 0 if it does not distil."""
     activations: int
@@ -84,9 +86,9 @@ class Trial:
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
-            "AdamW": 2 * self.gradients,
+            "AdamW": 2 * self.trained,
             "original": self.original if True in self.micro_batch else 0,
-            "average of the weights": self.gradients if recipe.weight_average else 0,
+            "average of the weights": self.trained if recipe.weight_average else 0,
             f"activations of {recipe.micro_batch} sequences": kept,
         }
         memory = " + ".join(f"{what} {_size(size)}" for what, size in parts.items() if size)
@@ -185,7 +187,6 @@ class _Bench:
         with torch.no_grad():
             self._forward(n)
             forward = self._mean(partial(self._forward, n))
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         return Trial(
             recipe=self.recipe,
             sequences=n,
@@ -195,7 +196,8 @@ class _Bench:
             optimizer=update,
             forward=forward,
             weights=_nbytes(self.model),
-            gradients=sum(p.nbytes for p in trained),
+            gradients=sum(p.nbytes for p in self.model.parameters() if p.requires_grad),
+            trained=sum(p.nbytes for p in self.optimizer.moved(self.model).values()),
             original=0 if self.original is None else _nbytes(self.original),
             activations=kept.bytes,
             peak=_peak(self.device),
@@ -216,7 +218,7 @@ class _Bench:
     def _update(self) -> None:
         torch.nn.utils.clip_grad_norm_(list(self.objective.parameters()), self.recipe.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.objective.zero_grad()
 
     def _mean(self, action: Callable[[], object]) -> float:
         return fmean(self._seconds(action) for _ in range(STEPS))

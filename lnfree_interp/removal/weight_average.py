@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lnfree_interp.removal.optimizer import PartialAdamW
 from lnfree_interp.removal.processes import gather_anew
 
 
@@ -16,7 +17,7 @@ class WeightAverage:
     it and FSDP spreads it like the rest; torch's AveragedModel is a second model, hooks and all.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module, momentum: float):
+    def __init__(self, optimizer: PartialAdamW, module: nn.Module, momentum: float):
         """An average of nothing yet.
 
         Args:
@@ -56,6 +57,7 @@ class WeightAverage:
             latest = weight.detach().clone()
             weight.copy_(state[KEY])
             state[KEY].copy_(latest)
+        self.optimizer.write()
         gather_anew(self.module)
 
     def _moved(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

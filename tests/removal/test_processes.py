@@ -91,3 +91,17 @@ def test_one_writes_for_both_and_the_run_can_go_on(two, folder):
     resumed = start(out, 2, "resume")
     assert resumed[0]["weights"] == resumed[1]["weights"] == two[0]["weights"]
     assert resumed[0]["losses"] == two[0]["losses"]
+
+
+def test_what_is_not_trained_is_the_same_in_both(folder):
+    one = start(folder / "part-one", 1, "part")[0]
+    two = start(folder / "part-two", 2, "part")
+    assert one["moved"] == two[0]["moved"] == two[1]["moved"] == []
+    assert two[0]["weights"] == two[1]["weights"]
+    assert two[0]["losses"] == pytest.approx(one["losses"], rel=2e-5)
+    shutil.rmtree(folder / "part-two" / "checkpoints" / "step-000012")
+    resumed = start(folder / "part-two", 2, "part", "resume")
+    assert resumed[0]["weights"] == two[0]["weights"]
+    spread = run(folder / "part-spread", 2, "part", "fsdp")
+    assert spread.returncode != 0
+    assert "FSDP spreads whole parameters" in spread.stderr

@@ -4,11 +4,13 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch.distributed.fsdp import fully_shard
 
 import lnfree_interp as lf
+from lnfree_interp.models.sites import stock_weights
 from lnfree_interp.removal.losses import Objective
 from lnfree_interp.removal.processes import Processes
 from lnfree_interp.removal.recipe import Recipe
@@ -35,8 +37,21 @@ def fully_sharded(self: Processes, module: Objective, optimizer: torch.optim.Opt
     return module, optimizer
 
 
+def moved_outside(model, run) -> list[str]:
+    """The parameters of which an entry changed that the recipe does not train."""
+    words = run.recipe.trainable
+    mask = lf.select_parameters(model, *([words] if isinstance(words, str) else words))
+    before, after = stock_weights(lf.with_norm_sites(model)), stock_weights(run.model)
+    return [
+        name for name, W in after.items()
+        if ((before[name] != W) & ~mask.chosen.get(name, torch.zeros_like(W).bool())).any()
+        and not (name == "unembed.W_U" and "embed.W_E" in mask.chosen)
+    ]  # fmt: skip
+
+
 def main() -> None:
-    """Arguments: the run's folder; `resume` to go on with it; `fsdp` to spread the weights."""
+    """Arguments: the run's folder; `resume` to go on with it; `fsdp` to spread the weights;
+    `part` to train some of them."""
     if "fsdp" in sys.argv:
         Processes.prepare = fully_sharded
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
@@ -48,6 +63,8 @@ def main() -> None:
         statistics=Statistics(source="ema", sequences=8, tokens="ordinary"),
         special=Special(first_until=9), weight_average=0.8,
     )  # fmt: skip
+    if "part" in sys.argv:
+        recipe = replace(recipe, trainable=("L0H1", "30% of norms"))
     fired = []
     run = lf.remove_norms(
         model, recipe, data, heldout=data[:6], out=sys.argv[1], resume="resume" in sys.argv,
@@ -63,6 +80,7 @@ def main() -> None:
         "drift": [r.probes["drift"] for r in run.history if r.probes],
         "weights": fingerprint(run.model),
         "forwards": len(fired),
+        "moved": moved_outside(model, run),
     }
     rank = os.environ.get("RANK", "0")
     with open(f"{sys.argv[1]}-{rank}.json", "w") as file:

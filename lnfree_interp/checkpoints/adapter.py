@@ -1,0 +1,189 @@
+"""A fine-tuned model as what training changed: a small folder that `load` puts back.
+
+`lnfree_adapter.json` names the base, and has the constants of frozen norms and a few logits by
+which a wrong base is noticed; `adapter.safetensors` has each tensor that differs from the base's:
+whole, or its changed entries (`NAME|index` in the flattened tensor, and `NAME|values`) where these
+are less than half of it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lnfree_interp.checkpoints import native
+from lnfree_interp.checkpoints.hub import ADAPTER, ADAPTER_WEIGHTS, first_line
+from lnfree_interp.checkpoints.layouts import is_finite
+from lnfree_interp.errors import CheckpointError, UnsupportedModelError
+from lnfree_interp.models.inserting import layout_of
+from lnfree_interp.models.sites import (
+    freeze_site,
+    has_norm_sites,
+    has_tied_unembedding,
+    split_norms,
+    stock_weights,
+    untie,
+)
+from lnfree_interp.numerics import MeasuredError
+
+_VERSION = 1
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder was written by `write`."""
+    return (path / ADAPTER).is_file()
+
+
+def write(
+    model: HookedTransformer,
+    base_model: HookedTransformer,
+    base: str,
+    revision: str | None,
+    folder: Path,
+) -> None:
+    """Write what differs from a base into an existing folder.
+
+    Args:
+        model: With live norms, or with norm sites.
+        base_model: The base, as `load` gives it, in the model's dtype.
+        base: Where it is.
+        revision: Its revision on the hub.
+        folder: The folder to write into.
+
+    Raises:
+        UnsupportedModelError: if the model is not the base, trained.
+        NormSiteError: if a norm site is between live and frozen.
+    """
+    sited = has_norm_sites(model)
+    like = split_norms(base_model, copy_weights=False) if sited else base_model
+    after, before = stock_weights(model), stock_weights(like)
+    if (sited and layout_of(model) != layout_of(like)) or {
+        n: W.shape for n, W in after.items()
+    } != {n: W.shape for n, W in before.items()}:
+        raise UnsupportedModelError(
+            f"an adapter holds what training changed, and this model has other norms or other "
+            f"tensors than {base}: give `run.model` as the run left it, and what it was trained "
+            "from as the base; fold it after loading"
+        )
+    tied = has_tied_unembedding(model)
+    if tied:
+        del after["unembed.W_U"]
+    tensors: dict[str, Tensor] = {}
+    for name, W in after.items():
+        changed = (before[name] != W).flatten().nonzero()[:, 0]
+        if 0 < len(changed) < W.numel() / 2:
+            tensors[f"{name}|index"] = changed.cpu()
+            tensors[f"{name}|values"] = W.flatten()[changed].cpu()
+        elif len(changed):
+            tensors[name] = W.contiguous().cpu()
+    content = {
+        "version": _VERSION,
+        "base": base,
+        "revision": revision,
+        "sites": sited,
+        "tied": tied,
+        **native.constants_of(model),
+        **native.sample_of(model),
+    }
+    (folder / ADAPTER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a folder says."""
+
+    folder: Path
+    base: str
+    """The checkpoint that it changes."""
+    revision: str | None
+    content: dict[str, Any]
+
+    def put_back(
+        self, base: HookedTransformer, check: bool
+    ) -> tuple[HookedTransformer, MeasuredError | None]:
+        """The model that was written.
+
+        Args:
+            base: The base; its weights are changed.
+            check: Compare the logits with the stored ones.
+
+        Raises:
+            CheckpointError: if the weights are missing, damaged, or of another model.
+            InexactError: if the logits are not those of the model that was written.
+        """
+        file = self.folder / ADAPTER_WEIGHTS
+        try:
+            tensors = load_file(file)
+        except Exception as error:  # safetensors raises many types
+            raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
+        model = base
+        if self.content["sites"]:
+            model = split_norms(base, copy_weights=False)
+            if not self.content["tied"]:
+                untie(model)
+        places = stock_weights(model)
+        for key, W in tensors.items():
+            name, _, part = key.partition("|")
+            if part == "index":
+                continue
+            place, index = places.get(name), tensors.get(f"{name}|index")
+            whole = (part == "") == (index is None)  # both halves of what is in part
+            if place is None or not whole or not _fits(W, index, place):
+                raise CheckpointError(f"{file}: {name} does not fit {self.base}")
+            if not is_finite(W):
+                raise CheckpointError(f"{file}: {name} holds values that are not finite")
+            if index is not None:
+                flat = place.flatten()
+                flat[index.to(flat.device)] = W.to(flat)
+                W = flat.view_as(place)
+            place.copy_(W)
+        if self.content["tied"] and not self.content["sites"]:
+            places["unembed.W_U"].copy_(places["embed.W_E"].T)
+        for site, sigma in self.content["frozen"].items():
+            freeze_site(model, site, sigma, first=self.content["frozen_first"].get(site))
+        if not check:
+            return model.eval(), None
+        written = next(iter(tensors.values())).dtype if tensors else model.cfg.dtype
+        where = f"{self.folder}, an adapter of {self.base}"
+        return model, native.require_sample(model.eval(), self.content, written, where)
+
+
+def _fits(W: Tensor, index: Tensor | None, place: Tensor) -> bool:
+    """Whether a tensor, or entries at some places of one, can stand in a parameter."""
+    if index is None:
+        return W.shape == place.shape
+    inside = bool(((index >= 0) & (index < place.numel())).all())
+    return W.shape == index.shape and not index.is_floating_point() and inside
+
+
+def read(folder: Path) -> Adapter:
+    """What an adapter's folder says, without its weights.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    file = folder / ADAPTER
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["version"] != _VERSION:
+            raise CheckpointError(
+                f"{file}: version {content['version']}; this package reads version {_VERSION}"
+            )
+        for name in ("frozen", "frozen_first"):
+            content[name] = {site: float(sigma) for site, sigma in content[name].items()}
+        content |= {name: bool(content[name]) for name in ("sites", "tied")}
+        content |= {name: torch.tensor(content[name]).tolist() for name in ("tokens", "logits")}
+        base, revision = str(content["base"]), content["revision"]
+        if revision is not None and not isinstance(revision, str):
+            raise CheckpointError(f"{file}: revision is {revision!r}, not text")
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a wrong value leads to
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
+    return Adapter(folder, base, revision, content)
