@@ -70,11 +70,6 @@ class Processes:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
-    @property
-    def spreads(self) -> bool:
-        """Whether FSDP spreads each parameter over the processes."""
-        return getattr(getattr(self.accelerator, "state", None), "fsdp_plugin", None) is not None
-
     def prepare(
         self, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:

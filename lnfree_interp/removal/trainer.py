@@ -114,15 +114,15 @@ class Trainer:
         self.transition = Transition(self.model, recipe, self.text, self.fwd_hooks, processes.sum)
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
-        if self.optimizer.entries and processes.spreads:
-            raise RecipeError(
-                f"trainable chooses entries of {next(iter(self.optimizer.entries))}, and FSDP "
-                "spreads whole parameters: choose whole ones, or train without FSDP"
-            )
         self.objective = Objective(
             self.model, own, dtype, self.transition.groups, recipe.special.keep_first
         )
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
+        if self.optimizer.entries and self._spread:
+            raise RecipeError(
+                f"trainable chooses entries of {next(iter(self.optimizer.entries))}, and FSDP "
+                "spreads whole parameters: choose whole ones, or train without FSDP"
+            )
         self.average = WeightAverage(self.optimizer, self.wrapped, recipe.weight_average)
         self.residual = ResidualProbe(self.model)
         self.divergence = DivergenceWatch(recipe.guard, distils=recipe.always_distils)
@@ -142,6 +142,11 @@ class Trainer:
                 "at least one to each"
             )
         return rows
+
+    @property
+    def _spread(self) -> bool:
+        """Whether FSDP has spread the model over the processes."""
+        return any(isinstance(p, DTensor) for p in self.model.parameters())
 
     def _run_model(self, tokens: Tensor) -> None:
         """A forward pass through the wrapper, which gathers what FSDP has spread."""
@@ -244,9 +249,9 @@ class Trainer:
     def _finished_model(self) -> HookedTransformer:
         self.average.exchange()
         self.optimizer.release()
-        if not any(isinstance(p, DTensor) for p in self.model.parameters()):
+        if not self._spread:
             return self.model.eval()
-        # FSDP has spread this model over the processes: put the weights into a whole one.
+        # Put the weights into a whole model.
         finished = split_norms(self.original).to(self.processes.device, print_details=False)
         if self.recipe.embedding_cap:
             untie(finished)
