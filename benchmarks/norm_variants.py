@@ -7,15 +7,17 @@ of all their norms costs.
 Models of width 64 are trained from scratch on the standard library's source, with equal tokens and
 a d_mlp that makes their numbers of parameters equal within 0.5 %. Sub-LN with Magneto's
 initialisation and LayerNorm Scaling start from weights that do not shrink with depth, as in their
-papers. The rate is one at which all of them train: at four times of it, models without norms
-diverge, and after a few steps no gradient comes through DyT's curves. Then every norm of each is
-removed (`taper`: all sites at once and as slowly, however many there are), and its control has the
-same steps, text and rates, and the same loss but for the taper's term on the scale of the stream.
+papers. Each is trained at its own best learning rate: the one of `--rates` with the lowest loss on
+text that is neither trained nor held out, with the first seed, at each depth. Then every norm of
+each is removed (`taper`: all sites at once and as slowly, however many there are), and its control
+has the same steps, text and rates, and the same loss but for the taper's term on the scale of the
+stream.
 Each finished row is a line of `rows.jsonl`; rows that are there are not run again, so that the
 benchmark can be stopped and continued. `--print`, with the same sizes, makes the tables of what
 there is. How fast they are: `norm_speed.py`.
 """
 
+import itertools
 import json
 import math
 import platform
@@ -94,15 +96,16 @@ def matched(name: str, like: HookedTransformer, tokens: Tensor, depth: int, seed
 
 def measured(
     name: str, depth: int, seed: int, like: HookedTransformer, train: Tensor, heldout: Tensor,
-    steps: int, removal: int, batch: int, lr: float,
+    sizes: Sequence[int], lr: float,
 ) -> dict[str, Any]:  # fmt: skip
     """A row: an architecture at a depth, with a seed."""
+    steps, removal, batch = sizes
     model = matched(name, like, train[:16], depth, seed)
     recipe = replace(lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed), lr=lr)
     began = time.perf_counter()
     row: dict[str, Any] = {
         "name": name, "depth": depth, "seed": seed, "parameters": count(model),
-        "sizes": [steps, removal, batch, lr], "diverged": [],
+        "sizes": list(sizes), "lr": lr, "diverged": [],
     }  # fmt: skip
     try:
         run = lf.train(model, recipe, train, progress=False)
@@ -132,26 +135,52 @@ def measured(
     return row
 
 
+def losses_at(
+    rates: Sequence[float], name: str, depth: int, seed: int, like: HookedTransformer,
+    train: Tensor, validation: Tensor, sizes: Sequence[int],
+) -> dict[str, float]:  # fmt: skip
+    """The loss on the validation text after training at each rate; not a number where it
+    diverged."""
+    steps, _, batch = sizes
+    found = {}
+    for lr in rates:
+        recipe = replace(lf.recipes.from_scratch(steps=steps, batch=batch, seed=seed), lr=lr)
+        model = matched(name, like, train[:16], depth, seed)
+        try:
+            run = lf.train(model, recipe, train, progress=False, log_every=0)
+            found[f"{lr:g}"] = lf.evaluate_loss(run.model, validation).mean
+        except lf.errors.TrainingError:
+            found[f"{lr:g}"] = math.nan
+    return found
+
+
+def best(losses: dict[str, float]) -> float:
+    """The rate of the lowest loss."""
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    return float(min(finite or losses, key=losses.__getitem__))
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The tables of the rows that there are, by depth."""
     for depth in sorted({row["depth"] for row in rows}):
         here = [row for row in rows if row["depth"] == depth]
         n = len({row["seed"] for row in here})
         print(f"\n{depth} layers, {here[0]['parameters']:,} parameters, {n} seeds\n")
-        print("| architecture | held-out loss | LN-free minus control | variance, last "
+        print("| architecture | rate | held-out loss | LN-free minus control | variance, last "
               "over first block | angle of a block, median | norm of J - I, median | without the "
               "least needed block | gradient of W_out, first over last layer |")  # fmt: skip
-        print("|" + "---|" * 8)
+        print("|" + "---|" * 9)
         for name in ARCHITECTURES:
             if not (of := [row for row in here if row["name"] == name]):
                 continue
             lost = [row for row in of if not math.isfinite(row["loss"])]
             if len(lost) == len(of):
-                print(f"| {name} | diverged |{' |' * 6}")
+                print(f"| {name} | {lost[0]['lr']:g} | diverged |{' |' * 6}")
                 continue
             of = [row for row in of if row not in lost]
             price = [row["free"] - row["control"] for row in of if "free" in row]
             cells = [
+                f"{of[0]['lr']:g}",
                 spread([row["loss"] for row in (*of, *lost)], ".3f"),
                 spread(price, "+.3f") if price else "no norm",
                 spread([row["variance"][-1] / row["variance"][1] for row in of], ".3g", False),
@@ -186,7 +215,7 @@ def main(
     steps: int = 200,
     removal: int = 120,
     batch: int = 16,
-    lr: float = 5e-4,
+    rates: tuple[float, ...] = (1.25e-4, 5e-4, 2e-3, 8e-3),
     only: tuple[str, ...] = (),
     print_only: Annotated[bool, tyro.conf.arg(name="print")] = False,
 ) -> None:
@@ -199,12 +228,24 @@ def main(
         steps: Steps of training.
         removal: Steps of the removal and of its control.
         batch: Sequences of 128 tokens in a step of training; the removal has 16.
-        lr: The peak learning rate of training, for all architectures.
+        rates: Peak learning rates of training, of which each architecture gets its best.
         only: Architectures, by name. Default: all.
         print_only: Run nothing: print the tables of the rows that there are.
     """
-    sizes = [steps, removal, batch, lr]
+    sizes = [steps, removal, batch]
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        done.append(row)
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def find(**about: Any) -> dict[str, Any] | None:
+        about |= {"sizes": sizes}
+        here = (row for row in done if about.items() <= row.items())
+        return next(here, None)
+
     if not print_only:
         logging.disable_progress_bar()
         like = lf.load(lf.bundled_checkpoint(), device="cpu")
@@ -213,26 +254,28 @@ def main(
             for split in ("train", "heldout")
         )
         heldout = heldout[:: max(1, len(heldout) // 256)][:256]
-        for seed in seeds:
-            for depth in depths:
-                for name in only or ARCHITECTURES:
-                    if any(
-                        (row["name"], row["depth"], row["seed"], row["sizes"])
-                        == (name, depth, seed, sizes)
-                        for row in done
-                    ):
-                        continue
-                    row = measured(name, depth, seed, like, train, heldout, *sizes)
-                    done.append(row)
-                    with rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(f"{name}, {depth} layers, seed {seed}: loss {row['loss']:.3f}, "
-                          f"{row['minutes']:.1f} minutes", flush=True)  # fmt: skip
+        train, validation = train[:-128], train[-128:]
+        for depth, seed in itertools.product(depths, seeds):
+            for name in only or ARCHITECTURES:
+                about = {"name": name, "depth": depth}
+                tried = find(rates=list(rates), **about) or add({
+                    **about, "rates": list(rates), "sizes": sizes, "losses": losses_at(
+                        rates, name, depth, seeds[0], like, train, validation, sizes
+                    ),
+                })  # fmt: skip
+                lr = best(tried["losses"])
+                if find(seed=seed, lr=lr, **about) is None:
+                    row = add(measured(name, depth, seed, like, train, heldout, sizes, lr))
+                    print(f"{name}, {depth} layers, seed {seed}: loss {row['loss']:.3f} at rate "
+                          f"{lr:g} of {tried['losses']}, {row['minutes']:.1f} minutes",
+                          flush=True)  # fmt: skip
         cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
         print(f"\n{steps * batch * LENGTH:,} tokens of training, {removal * 16 * LENGTH:,} of "
               f"removal; {heldout.numel():,} held-out tokens; torch {torch.__version__}, "
               f"{torch.get_num_threads()} threads of {cpu}")  # fmt: skip
-    show([row for row in done if row["sizes"] == sizes])
+    here = [row for row in done if row["sizes"] == sizes]
+    chosen = {(row["name"], row["depth"]): best(row["losses"]) for row in here if "rates" in row}
+    show([row for row in here if row.get("lr") == chosen[row["name"], row["depth"]]])
 
 
 if __name__ == "__main__":
