@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.runaways import thaw_runaways
     from lnfree_interp.removal.schedule import Event, Ramp
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
-    from lnfree_interp.removal.settings import Guard, Special, Statistics, Wait
+    from lnfree_interp.removal.settings import Guard, Release, Special, Statistics, Wait
     from lnfree_interp.removal.trainable import random_subset, select_parameters
     from lnfree_interp.removal.training import finetune, train
     from lnfree_interp.variants.placing import (
@@ -243,6 +243,7 @@ _HOME = {
     "MeasuredError": "lnfree_interp.numerics",
     "Guard": "lnfree_interp.removal.settings",
     "Recipe": "lnfree_interp.removal.recipe",
+    "Release": "lnfree_interp.removal.settings",
     "Special": "lnfree_interp.removal.settings",
     "Statistics": "lnfree_interp.removal.settings",
     "Wait": "lnfree_interp.removal.settings",

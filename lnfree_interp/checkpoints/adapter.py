@@ -77,7 +77,8 @@ def write(
     for name, W in after.items():
         changed = (before[name] != W).flatten().nonzero()[:, 0]
         if 0 < len(changed) < W.numel() / 2:
-            tensors[f"{name}|index"] = changed.cpu()
+            few = W.numel() < 2**31
+            tensors[f"{name}|index"] = changed.cpu().to(torch.int32 if few else torch.int64)
             tensors[f"{name}|values"] = W.flatten()[changed].cpu()
         elif len(changed):
             tensors[name] = W.contiguous().cpu()
@@ -103,6 +104,8 @@ class Adapter:
     """The checkpoint that it changes."""
     revision: str | None
     content: dict[str, Any]
+    sample: dict[str, Tensor]
+    """Tokens and logits to recognise the model by."""
 
     def put_back(
         self, base: HookedTransformer, check: bool
@@ -140,7 +143,7 @@ class Adapter:
                 raise CheckpointError(f"{file}: {name} holds values that are not finite")
             if index is not None:
                 flat = place.flatten()
-                flat[index.to(flat.device)] = W.to(flat)
+                flat[index.long().to(flat.device)] = W.to(flat)
                 W = flat.view_as(place)
             place.copy_(W)
         if self.content["tied"] and not self.content["sites"]:
@@ -151,7 +154,7 @@ class Adapter:
             return model.eval(), None
         written = next(iter(tensors.values())).dtype if tensors else model.cfg.dtype
         where = f"{self.folder}, an adapter of {self.base}"
-        return model, native.require_sample(model.eval(), self.content, written, where)
+        return model, native.require_sample(model.eval(), self.sample, written, where)
 
 
 def _fits(W: Tensor, index: Tensor | None, place: Tensor) -> bool:
@@ -178,7 +181,7 @@ def read(folder: Path) -> Adapter:
         for name in ("frozen", "frozen_first"):
             content[name] = {site: float(sigma) for site, sigma in content[name].items()}
         content |= {name: bool(content[name]) for name in ("sites", "tied")}
-        content |= {name: torch.tensor(content[name]).tolist() for name in ("tokens", "logits")}
+        sample = native.read_sample(content)
         base, revision = str(content["base"]), content["revision"]
         if revision is not None and not isinstance(revision, str):
             raise CheckpointError(f"{file}: revision is {revision!r}, not text")
@@ -186,4 +189,4 @@ def read(folder: Path) -> Adapter:
         raise
     except Exception as error:  # whatever a wrong value leads to
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
-    return Adapter(folder, base, revision, content)
+    return Adapter(folder, base, revision, content, sample)

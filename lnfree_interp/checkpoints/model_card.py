@@ -1,5 +1,6 @@
 """The README.md of an exported folder: what the model is, how to open it, how exact it is."""
 
+import copy
 from typing import Literal
 
 from transformer_lens import HookedTransformerConfig
@@ -105,8 +106,11 @@ def _opening(target: str, lnfree: bool) -> str:
 
 
 def _recipe(sidecar: Sidecar) -> str:
-    recipe = dict(sidecar.recipe or {})
+    recipe = copy.deepcopy(dict(sidecar.recipe or {}))
     events = recipe.pop("events", [])
+    for one in (recipe, *recipe.get("release", ())):
+        if isinstance(trainable := one.get("trainable"), dict):
+            one["trainable"] = f"some entries of {', '.join(trainable['mask'])}"
     technical = ("guard", "sources")
     rows = [f"| {name} | {value} |" for name, value in recipe.items() if name not in technical]
     table = "\n".join(["| field | value |", "|---|---|", *rows])

@@ -113,7 +113,7 @@ def read(
     try:
         frozen = {name: float(sigma) for name, sigma in content["frozen"].items()}
         firsts = {name: float(sigma) for name, sigma in content.get("frozen_first", {}).items()}
-        sample = {name: torch.tensor(content[name]).tolist() for name in ("tokens", "logits")}
+        sample = read_sample(content)
         crms, sited = content["crms"] is True, content.get("sites") is True
         layout = {name: dict(found) for name, found in content.get("layout", {}).items()}
     except Exception as error:  # whatever a wrong value leads to
@@ -271,14 +271,22 @@ def sample_of(model: HookedTransformer) -> dict[str, list[Any]]:
     return {"tokens": tokens.tolist(), "logits": _logits(model, tokens).tolist()}
 
 
+def read_sample(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What `sample_of` stored; whatever error a wrong value leads to."""
+    return {
+        "tokens": torch.tensor(content["tokens"]),
+        "logits": torch.tensor(content["logits"], dtype=torch.float64),
+    }
+
+
 def require_sample(
-    model: HookedTransformer, content: Mapping[str, Any], written: torch.dtype, where: str
+    model: HookedTransformer, sample: Mapping[str, torch.Tensor], written: torch.dtype, where: str
 ) -> MeasuredError:
     """Compare a model's logits with those that `sample_of` stored.
 
     Args:
         model: As it was read.
-        content: What is stored.
+        sample: What is stored, from `read_sample`.
         written: The dtype of the weights in the file.
         where: The folder, for the message.
 
@@ -286,9 +294,8 @@ def require_sample(
         InexactError: if they differ by more than rounding explains.
     """
     dtype = model.cfg.dtype
-    found = _logits(model, torch.tensor(content["tokens"]))
-    expected = torch.tensor(content["logits"], dtype=torch.float64)
-    error = measure_error(found.to(dtype), expected.to(dtype))
+    found = _logits(model, sample["tokens"])
+    error = measure_error(found.to(dtype), sample["logits"].to(dtype))
     error.require(
         f"{where}: logits against those of the model that was written",
         max(TOLERANCE[dtype], TOLERANCE.get(written, 0.0)),

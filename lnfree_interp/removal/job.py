@@ -109,6 +109,9 @@ class TrainingOptions:
     """Which parameters are trained: all, norms, heads, mlps, biases or scalers; some of these by
     kind, layer or name, such as norms:ln2, norms:L3 or heads:L3H1; a component such as embed or
     blocks.0.mlp; or a share drawn by chance, '20% of norms'. All others stay what they are."""
+    release: Annotated[tuple[str, ...] | None, arg(metavar="WORD@STEP...")] = None
+    """What is trained too from some step on, in this order: mlps@100, norms+heads:L3@100, or
+    all@still, when the loss stands still."""
     weight_average: float | None = None
     """Share of its old value that a moving average of the weights keeps at each step, once all
     sites are frozen; the finished model has the average. 0: the weights of the last step."""

@@ -1,6 +1,6 @@
 """The optimiser of a run, and what it trains."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,29 +8,27 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.models.site_names import stock_name
+from lnfree_interp.removal.parameter_mask import ParameterMask
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.trainable import chosen_by, parameters_of
 
 
 class _Entries:
-    """The chosen entries of a parameter, as a parameter of their own."""
+    """Some entries of a parameter, as a parameter of their own."""
 
     def __init__(self, parameter: nn.Parameter, mask: Tensor):
-        self.parameter = parameter
-        mask = mask.to(parameter.device)
-        self.index = mask.flatten().nonzero()[:, 0]
+        self.parameter, self.mask = parameter, mask.to(parameter.device)
+        self.index = self.mask.flatten().nonzero()[:, 0]
         self.values = nn.Parameter(self._whole[self.index])
-        # What is not chosen has no share in the gradient's norm either.
-        self.hook = parameter.register_hook(lambda g: torch.where(mask, g, 0))
 
     @property
     def _whole(self) -> Tensor:
         return self.parameter.detach().view(-1)
 
-    def read(self) -> None:
-        """Take the values, and their gradient, from the parameter."""
+    def read(self, active: bool) -> None:
+        """Take the values from the parameter, and while they are trained their gradient."""
         self.values.detach().copy_(self._whole[self.index])
-        grad = self.parameter.grad
+        grad = self.parameter.grad if active else None
         self.values.grad = None if grad is None else grad.reshape(-1)[self.index]
 
     def write(self) -> None:
@@ -38,30 +36,56 @@ class _Entries:
         self._whole[self.index] = self.values.detach()
 
 
+class Stage:
+    """What is trained from some step on."""
+
+    def __init__(self) -> None:
+        self.whole: list[nn.Parameter] = []
+        self.entries: dict[str, _Entries] = {}
+
+
 class PartialAdamW(torch.optim.AdamW):
-    """AdamW on whole parameters, and on some entries of others: only these have moments, decay, and
-    ever change."""
+    """AdamW on whole parameters, and on some entries of others, stage by stage: only these have
+    moments, decay, and ever change."""
 
     def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        entries: Mapping[str, _Entries],
-        frozen: list[nn.Parameter],
+        self, groups: list[dict[str, Any]], stages: Sequence[Stage], frozen: list[nn.Parameter],
         **settings: Any,
-    ):
-        """The optimiser.
+    ):  # fmt: skip
+        """The optimiser, at its first stage.
 
         Args:
             groups: As for AdamW.
-            entries: The parameters that are trained in part, by name.
-            frozen: The parameters that are not trained.
+            stages: What is trained from when on.
+            frozen: The parameters that are never trained.
             settings: As for AdamW.
         """
-        self.entries, self.frozen = entries, frozen
+        self.stages, self.frozen = stages, frozen
+        self.active = 1
+        """How many stages are trained."""
         super().__init__(groups, **settings)
 
+    @property
+    def in_part(self) -> bool:
+        """Whether there is more to do than AdamW on whole parameters."""
+        return len(self.stages) > 1 or any(stage.entries for stage in self.stages)
+
+    def select(self) -> None:
+        """Drop the gradients of what is not trained now: they have no share in the norm either."""
+        masks: dict[nn.Parameter, Tensor] = {}
+        for number, stage in enumerate(self.stages):
+            for entries in stage.entries.values():
+                mask = masks.get(entries.parameter, torch.zeros_like(entries.mask))
+                masks[entries.parameter] = mask | entries.mask if number < self.active else mask
+            if number >= self.active:
+                for parameter in stage.whole:
+                    parameter.grad = None
+        for parameter, mask in masks.items():
+            if parameter.grad is not None:
+                parameter.grad = torch.where(mask, parameter.grad, 0) if mask.any() else None
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """A step, as AdamW's."""
+        """A step, as AdamW's, with the gradients that `select` has left."""
         self.read()
         loss = super().step(closure)
         self.write()
@@ -69,23 +93,28 @@ class PartialAdamW(torch.optim.AdamW):
 
     def read(self) -> None:
         """Follow parameters that were changed by somebody else."""
-        for entries in self.entries.values():
-            entries.read()
+        for number, stage in enumerate(self.stages):
+            for entries in stage.entries.values():
+                entries.read(number < self.active)
 
     def write(self) -> None:
         """Put entries that were changed by somebody else into their parameters."""
-        for entries in self.entries.values():
-            entries.write()
+        for stage in self.stages:
+            for entries in stage.entries.values():
+                entries.write()
 
     def moved(self, model: HookedTransformer) -> dict[str, nn.Parameter]:
-        """What the optimiser changes, by the names of a model's parameters."""
-        whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return whole | {name: entries.values for name, entries in self.entries.items()}
+        """What the optimiser changes, by the names of a model's parameters; entries of one that are
+        trained from a later stage on have its number in their name."""
+        found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for number, stage in enumerate(self.stages):
+            for name, entries in stage.entries.items():
+                found.pop(name, None)
+                found[f"{name}#{number}" if number else name] = entries.values
+        return found
 
-    def release(self) -> None:
+    def thaw(self) -> None:
         """Leave the model as a model that was trained whole."""
-        for entries in self.entries.values():
-            entries.hook.remove()
         for parameter in self.frozen:
             parameter.requires_grad_(True)
 
@@ -100,31 +129,49 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> PartialAdamW:
     Raises:
         RecipeError: if the recipe trains what the model does not have.
     """
-    places, mask = parameters_of(model), chosen_by(model, recipe.trainable, recipe.seed)
+    places = parameters_of(model)
+    masks = _masks(model, recipe)
+    stages = [Stage() for _ in masks]
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    entries, frozen = {}, []
+    frozen = []
     for name, parameter in model.named_parameters():
         # Fused AdamW goes through weights and moments side by side in memory, and moments that come
         # from a checkpoint are contiguous.
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-        stock, moved = stock_name(name), parameter
+        stock = stock_name(name)
         if stock not in places:
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
-        if stock not in mask.chosen:
+        leaf = name.rpartition(".")[2].lstrip("_")
+        group = matrices if leaf.startswith("W_") else others
+        chosen = [(s, mask.chosen[stock]) for s, mask in zip(stages, masks, strict=True)
+                  if stock in mask.chosen]  # fmt: skip
+        for stage, mask in chosen:
+            if mask.all():
+                stage.whole.append(parameter)
+                group.append(parameter)
+            else:
+                stage.entries[name] = _Entries(parameter, mask)
+                group.append(stage.entries[name].values)
+        if not chosen:
             parameter.requires_grad_(False)
             frozen.append(parameter)
-            continue
-        if not mask.chosen[stock].all():
-            entries[name] = _Entries(parameter, mask.chosen[stock])
-            moved = entries[name].values
-        leaf = name.rpartition(".")[2].lstrip("_")
-        (matrices if leaf.startswith("W_") else others).append(moved)
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return PartialAdamW(groups, entries, frozen, lr=recipe.lr, betas=recipe.betas, fused=True)
+    return PartialAdamW(groups, stages, frozen, lr=recipe.lr, betas=recipe.betas, fused=True)
+
+
+def _masks(model: HookedTransformer, recipe: Recipe) -> list[ParameterMask]:
+    """What each stage adds to those before it."""
+    masks = []
+    before = ParameterMask({})
+    for trainable in (recipe.trainable, *(one.trainable for one in recipe.release)):
+        mask = chosen_by(model, trainable, recipe.seed)
+        masks.append(mask - before)
+        before |= mask
+    return masks

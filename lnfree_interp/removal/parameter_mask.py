@@ -65,6 +65,11 @@ class ParameterMask:
             self.chosen | other.chosen | {n: self.chosen[n] | other.chosen[n] for n in both}
         )
 
+    def __sub__(self, other: "ParameterMask") -> "ParameterMask":
+        """What this one has chosen and the other has not."""
+        both = self.chosen.keys() & other.chosen.keys()
+        return ParameterMask(self.chosen | {n: self.chosen[n] & ~other.chosen[n] for n in both})
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, ParameterMask)

@@ -50,6 +50,8 @@ def _rows(recipe: Recipe, length: int | None) -> Iterator[tuple[str, str]]:
     if (trainable := recipe.trainable) != "all":
         words = trainable if isinstance(trainable, tuple) else (str(trainable),)
         yield "trained", f"{', '.join(words)}; all other parameters stay what they are"
+    for release in recipe.release:
+        yield "released", str(release)
     yield "loss", _loss(recipe)
     if recipe.repeats:
         yield (

@@ -21,6 +21,7 @@ from lnfree_interp.removal.schedule import (
 from lnfree_interp.removal.settings import (
     SPECIAL_STEPS,
     Guard,
+    Release,
     Special,
     Statistics,
     Wait,
@@ -119,6 +120,8 @@ class Recipe:
     """Which parameters are trained, in the words of `lf.select_parameters`, such as `"norms:ln2"`,
     or a mask of entries. All others are bit for bit what they were, and have no memory in the
     optimiser. `seed` is that of shares, such as `"20% of norms"`. (2403.20284)"""
+    release: tuple[Release, ...] = ()
+    """What is trained too from some step on, in this order. Default: nothing."""
     sequence_length: int | None = None
     """Tokens per sequence that the recipe was made for; None: any number."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -179,6 +182,12 @@ class Recipe:
                 "embedding_cap shortens rows of W_E before the first step, and trainable leaves "
                 'W_E as it is: set embedding_cap=0, or let trainable name "embed" too'
             )
+        for release in self.release:
+            if release.at is not None and release.at >= self.steps:
+                raise RecipeError(
+                    f"{release}: the last of {self.steps} steps is {self.steps - 1}, so give an "
+                    "earlier one"
+                )
         self._check_events()
 
     @property
@@ -299,8 +308,9 @@ class Recipe:
         plain = asdict(self)
         plain["events"] = [[event.step, str(event.site), event.over] for event in self.events]
         plain["sources"] = dict(self.sources)
-        if isinstance(self.trainable, ParameterMask):
-            plain["trainable"] = {"mask": self.trainable.to_json()}
+        plain["trainable"] = _plain_trainable(self.trainable)
+        for written, release in zip(plain["release"], self.release, strict=True):
+            written["trainable"] = _plain_trainable(release.trainable)
         return plain
 
     @classmethod
@@ -321,6 +331,10 @@ class Recipe:
             losses = fields.get("losses", {})
             fields["losses"] = {name: _weight(weight) for name, weight in losses.items()}
             fields["trainable"] = _trainable(fields.get("trainable", "all"))
+            fields["release"] = tuple(
+                Release(**one | {"trainable": _trainable(one["trainable"])})
+                for one in fields.get("release", ())
+            )
             special = dict(fields["special"])
             if "outlier_caps" in special:  # not in files of an earlier version
                 special["outlier_caps"] = tuple(special["outlier_caps"])
@@ -335,6 +349,11 @@ class Recipe:
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"this is not a recipe of lnfree_interp: {error!r:.100}") from error
+
+
+def _plain_trainable(trainable: Trainable) -> Any:
+    """What is trained, as plain data."""
+    return {"mask": trainable.to_json()} if isinstance(trainable, ParameterMask) else trainable
 
 
 def _trainable(plain: Any) -> Trainable:

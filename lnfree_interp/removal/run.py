@@ -31,6 +31,8 @@ class StepRecord:
     and the mean absolute gradient of each weight by kind and layer, before clipping."""
     heldout: float | None = None
     """Cross-entropy on the held-out text after this step, if it was evaluated."""
+    released: str | None = None
+    """What else is trained from the next step on, if anything."""
     rollback: str | None = None
     """Why the run went back to this step, if it did."""
     skipped: bool = False

@@ -46,7 +46,7 @@ from lnfree_interp.removal.run_folder import RunFolder
 from lnfree_interp.removal.runaways import thaw_runaways
 from lnfree_interp.removal.schedule import Sites, last_step, moved, sites_of
 from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
-from lnfree_interp.removal.settings import Special, Statistics
+from lnfree_interp.removal.settings import Release, Special, Statistics
 from lnfree_interp.removal.trial import try_steps
 
 _MEASURED_SEQUENCES = 4
@@ -108,7 +108,7 @@ def _recipe_in(job: RemovalJob, model: Sites | SiteSensitivity, steps: int | Non
     special = recipe.special.moved(last_step(events) - last_step(recipe.events))
     return replace(
         recipe,
-        **_given(job, Recipe) | given,
+        **_given(job, Recipe) | given | {"release": tuple(map(Release.parse, job.release or ()))},
         events=events,
         statistics=replace(recipe.statistics, **_given(job, Statistics, "sigma_")),
         special=replace(special, **_given(job, Special, "special_")),

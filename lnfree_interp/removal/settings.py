@@ -1,11 +1,14 @@
 """Parts of a recipe: how sigma is measured, special tokens, and what counts as diverging."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.site_names import SiteKind
+from lnfree_interp.removal.parameter_mask import Trainable
 
 
 def check_choices(settings: Any) -> None:
@@ -200,6 +203,80 @@ class Wait:
                 f"above={self.above} and steps={self.steps} say when the schedule waits and for "
                 "how long: both must be positive"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """More parameters that are trained from some step on.
+
+    Raises:
+        RecipeError: if a setting is not allowed.
+
+    Source:
+        arXiv 2404.02684, where parameters that were copied from another architecture are released
+        once the new ones have learnt.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> recipe = lf.recipes.finetuning(steps=100)
+        >>> later = (lf.Release(trainable="mlps", at=30), lf.Release(trainable="all"))
+        >>> recipe = replace(recipe, trainable="norms", release=later)
+    """
+
+    trainable: Trainable
+    """What is trained too, in the words of `lf.select_parameters`, or a mask."""
+    at: int | None = None
+    """The first step at which it is. Default: when the loss stands still."""
+    window: int = 20
+    """The loss stands still if its mean over so many steps,"""
+    less_than: float = 0.01
+    """compared with as many before, fell by less than this, in nats per token. Both windows lie
+    behind the last release. The loss is the KL divergence from the original if the recipe distils
+    at every step, else cross-entropy."""
+
+    def __post_init__(self) -> None:
+        if self.at is not None and self.at < 1:
+            raise RecipeError(f"at={self.at}: a release is at step 1 or later")
+        if self.window < 1:
+            raise RecipeError(f"window={self.window}: give a number of steps, at least 1")
+        if not 0 <= self.less_than < math.inf:
+            raise RecipeError(f"less_than must be 0 or more nats, not {self.less_than}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Release":
+        """The release that `--release` names: `mlps@100`, `norms+heads:L3H1@100`, `all@still`.
+
+        Raises:
+            RecipeError: if it is none.
+        """
+        words, _, when = text.rpartition("@")
+        if not words or not (when == "still" or when.isdecimal()):
+            raise RecipeError(
+                f"release {text!r}: give what is released and when, such as mlps@100 or, when the "
+                "loss stands still, all@still"
+            )
+        at = None if when == "still" else int(when)
+        return cls(trainable=tuple(words.split("+")), at=at)
+
+    def due(self, step: int, losses: Sequence[float]) -> bool:
+        """Whether it is time.
+
+        Args:
+            step: The step that comes next.
+            losses: Of each step since the last release, or since the first one.
+        """
+        if self.at is not None:
+            return step >= self.at
+        if len(losses) < 2 * self.window:
+            return False
+        before, after = losses[-2 * self.window : -self.window], losses[-self.window :]
+        return fmean(before) - fmean(after) < self.less_than
+
+    def __str__(self) -> str:
+        words = ", ".join(self.trainable) if isinstance(self.trainable, tuple) else self.trainable
+        if self.at is not None:
+            return f"{words} from step {self.at} on"
+        return f"{words} when the loss falls by less than {self.less_than:g} in {self.window} steps"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,15 +118,16 @@ class Trainer:
             self.model, own, dtype, self.transition.groups, recipe.special.keep_first
         )
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
-        if self.optimizer.entries and self._spread:
+        if self.optimizer.in_part and self._spread:
             raise RecipeError(
-                f"trainable chooses entries of {next(iter(self.optimizer.entries))}, and FSDP "
-                "spreads whole parameters: choose whole ones, or train without FSDP"
+                "FSDP spreads whole parameters, and trains them from the first step on: let "
+                "trainable choose whole ones, without release, or train without FSDP"
             )
         self.average = WeightAverage(self.optimizer, self.wrapped, recipe.weight_average)
         self.residual = ResidualProbe(self.model)
         self.divergence = DivergenceWatch(recipe.guard, distils=recipe.always_distils)
         self.next_step = 0
+        self.released_at = 0  # the step of the last release
         self.waited = 0  # steps for which the schedule has waited
         self.last_batch = self.text[:0]
         self.history: list[StepRecord] = []
@@ -219,7 +220,7 @@ class Trainer:
                 self.saved[self.next_step] = True
             self.next_step += 1
             self.waited += self._waits(record)
-            record = self._evaluated(record)
+            record = self._released(self._evaluated(record))
             self.history.append(record)
             self._log(record)
             if self.folder is not None and self.next_step % self.checkpoint_every == 0:
@@ -248,7 +249,7 @@ class Trainer:
 
     def _finished_model(self) -> HookedTransformer:
         self.average.exchange()
-        self.optimizer.release()
+        self.optimizer.thaw()
         if not self._spread:
             return self.model.eval()
         # Put the weights into a whole model.
@@ -329,6 +330,7 @@ class Trainer:
                     (part * losses.total).backward()
                 terms = [losses.terms[name].double() for name in weights]
                 sums += part * torch.stack(terms)
+        self.optimizer.select()
         gradients = gradient_sizes(block_weights(self.model), whole) if probing else {}
         gradient = self.processes.clip(list(self.objective.parameters()), recipe.clip)
         means = (self.processes.sum(sums) / self.processes.world).tolist()
@@ -378,6 +380,20 @@ class Trainer:
         self.transition.meter.sums = {}
         total, count = self.processes.sum(sums).tolist()
         return total / count
+
+    def _released(self, record: StepRecord) -> StepRecord:
+        """The record, with what is trained from the next step on, if that is more."""
+        number = self.optimizer.active - 1
+        if number == len(self.recipe.release):
+            return record
+        release = self.recipe.release[number]
+        steps = (*self.history[self.released_at :], record)
+        losses = [one.losses[self.divergence.term] for one in steps]
+        if not release.due(self.next_step, losses):
+            return record
+        self.optimizer.active, self.released_at = number + 2, self.next_step
+        self.progress.say(f"step {self.next_step}: released: {release}")
+        return replace(record, released=str(release))
 
     def _stopped_early(self) -> bool:
         patience = self.recipe.patience
@@ -457,6 +473,7 @@ class Trainer:
             "heldout": [self.heldout_best, self.heldout_since],
             "anchor_target": self.objective.anchor_target,
             "waited": self.waited,
+            "released": [self.optimizer.active, self.released_at],
             "averaged": self.average.steps,
             "saved": [*self.saved.items(), (self.next_step, False)],
             "random": self.processes.gather(training_state.random_state()),
@@ -487,6 +504,7 @@ class Trainer:
         self.data.load_state_dict(plain["data"])
         self.recipe, self.next_step = Recipe.from_json(plain["recipe"]), checkpoint.step
         self.waited = plain["waited"]
+        self.optimizer.active, self.released_at = plain.get("released", (1, 0))  # not in old files
         self.average.steps = plain["averaged"]
         self.transition.follow(self.recipe)
         watch = self.divergence

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lnfree_interp.errors import (
     UnsupportedModelError,
 )
 from lnfree_interp.files import write_new_file
+from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.schedule import sequential_sites
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -102,6 +104,18 @@ def test_the_frozen_form_comes_back_with_its_constants(frozen, dtype, tmp_path):
         assert back.blocks[1].ln1.sigma.item() == tools.blocks[1].ln1.sigma.item()
         assert back.ln_final.sigma.item() == tools.ln_final.sigma.item()
     assert lf.load(tmp_path / "native", form="folded").cfg.normalization_type is None
+
+
+def test_the_model_card_names_what_was_trained(live, tmp_path):
+    mask = lf.select_parameters(live, "20% of norms")
+    release = (lf.Release(trainable=mask, at=3),)
+    recipe = replace(lf.recipes.finetuning(steps=9), trainable=mask, release=release)
+    lf.export(live, tmp_path / "model", recipe=recipe)
+    card = (tmp_path / "model/README.md").read_text()
+    assert card.count("some entries of blocks.0.ln1.w") == 2
+    assert "bits" not in card
+    sidecar = lf.formats.read_sidecar(tmp_path / "model")
+    assert Recipe.from_json(sidecar.recipe) == recipe
 
 
 def test_the_model_card_says_what_the_model_is(frozen, dtype, tmp_path):

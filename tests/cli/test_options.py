@@ -95,8 +95,8 @@ def test_options_of_a_removal_replace_settings_of_the_recipe():
     """Those with the name of a setting have its type."""
     theirs, ours = get_type_hints(Recipe), get_type_hints(RemovalJob)
     shared = [field.name for field in fields(RemovalJob) if field.name in theirs]
-    assert len(shared) == 16
-    for name in shared:
+    assert len(shared) == 17
+    for name in set(shared) - {"release"}:  # words, which Release.parse reads
         plain = set(get_args(ours[name])) - {types.NoneType}
         assert plain & {theirs[name], *get_args(theirs[name])}, name
 

@@ -170,7 +170,7 @@ def test_a_trial_counts_micro_batches_optimiser_and_forward_passes():
     trial = Trial(
         recipe=recipe, sequences=2, sequence_length=16, heldout=6,
         micro_batch={True: 3.0, False: 1.0}, optimizer=0.5, forward=0.25, weights=10, gradients=10,
-        original=10, activations=7_000, peak="", machine="",
+        trained=10, original=10, activations=7_000, peak="", machine="",
     )  # fmt: skip
     assert sum(distils_at(recipe, step) for step in range(100)) == 60
     measured = len({event.step for event in recipe.events}) * 64  # each at its event
@@ -184,7 +184,7 @@ def test_a_trial_counts_micro_batches_optimiser_and_forward_passes():
     assert "original" in shown
     assert "original" not in str(control)
     assert "average of the weights" not in shown
-    averaged = replace(trial, recipe=replace(recipe, weight_average=0.9), gradients=3_000_000)
+    averaged = replace(trial, recipe=replace(recipe, weight_average=0.9), trained=3_000_000)
     assert "average of the weights 3 MB" in str(averaged)
 
 

@@ -62,7 +62,7 @@ def test_training_does_not_feel_it(model):
 
 def test_weights_that_move_later_begin_later():
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    optimizer = PartialAdamW([{"params": weights}], {}, [], lr=1.0, weight_decay=0.0)
+    optimizer = PartialAdamW([{"params": weights}], [], [], lr=1.0, weight_decay=0.0)
     average = WeightAverage(optimizer, torch.nn.Module(), 0.5)
     with average.in_place():  # there is none yet
         average.update()
