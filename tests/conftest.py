@@ -48,7 +48,11 @@ def dtype(request):
 
 @pytest.fixture(scope="session")
 def forms(gpt2_folder):
-    """The model with its norms, with frozen ones and without, by dtype; made when it is needed."""
+    """The model with its norms, with frozen ones and without, by dtype; made when it is needed.
+
+    From a folder, unlike those of `support.loaded`: its tokenizer can be opened again by name, and
+    its logits have been compared with those of transformers.
+    """
 
     @functools.cache
     def made(dtype):
