@@ -7,7 +7,8 @@ are less than half of it.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.checkpoints import native
 from lnfree_interp.checkpoints.hub import ADAPTER, ADAPTER_WEIGHTS, first_line
 from lnfree_interp.checkpoints.layouts import is_finite
-from lnfree_interp.errors import CheckpointError, UnsupportedModelError
+from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
 from lnfree_interp.models.inserting import layout_of
 from lnfree_interp.models.sites import (
     freeze_site,
+    get_norm,
     has_norm_sites,
     has_tied_unembedding,
+    list_norm_sites,
     split_norms,
     stock_weights,
     untie,
 )
-from lnfree_interp.numerics import MeasuredError
+from lnfree_interp.numerics import TOLERANCE, MeasuredError
 
 _VERSION = 1
 
@@ -44,6 +47,7 @@ def write(
     base_model: HookedTransformer,
     base: str,
     revision: str | None,
+    base_form: str | None,
     folder: Path,
 ) -> None:
     """Write what differs from a base into an existing folder.
@@ -53,6 +57,7 @@ def write(
         base_model: The base, as `load` gives it, in the model's dtype.
         base: Where it is.
         revision: Its revision on the hub.
+        base_form: The form in which it is loaded.
         folder: The folder to write into.
 
     Raises:
@@ -86,6 +91,8 @@ def write(
         "version": _VERSION,
         "base": base,
         "revision": revision,
+        "base_form": base_form,
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
         "sites": sited,
         "tied": tied,
         **native.constants_of(model),
@@ -106,6 +113,8 @@ class Adapter:
     content: dict[str, Any]
     sample: dict[str, Tensor]
     """Tokens and logits to recognise the model by."""
+    dtype: torch.dtype
+    """That of the model when it was written."""
 
     def put_back(
         self, base: HookedTransformer, check: bool
@@ -148,21 +157,67 @@ class Adapter:
             place.copy_(W)
         if self.content["tied"] and not self.content["sites"]:
             places["unembed.W_U"].copy_(places["embed.W_E"].T)
-        for site, sigma in self.content["frozen"].items():
-            freeze_site(model, site, sigma, first=self.content["frozen_first"].get(site))
+        self._freeze(model)
         if not check:
             return model.eval(), None
-        written = next(iter(tensors.values())).dtype if tensors else model.cfg.dtype
+        if not bool(
+            ((self.sample["tokens"] >= 0) & (self.sample["tokens"] < model.cfg.d_vocab)).all()
+        ):
+            raise CheckpointError(f"{self.folder / ADAPTER}: tokens that the base does not have")
         where = f"{self.folder}, an adapter of {self.base}"
-        return model, native.require_sample(model.eval(), self.sample, written, where)
+        return model, native.require_sample(model.eval(), self.sample, self.dtype, where)
+
+    def _freeze(self, model: HookedTransformer) -> None:
+        """Freeze the sites that were frozen, and no others."""
+        frozen, first = self.content["frozen"], self.content["frozen_first"]
+        try:
+            for site in list_norm_sites(model) if has_norm_sites(model) else ():
+                if str(site) not in frozen and get_norm(model, site).frozen:
+                    get_norm(model, site).thaw()
+            for site, sigma in frozen.items():
+                freeze_site(model, site, sigma, first=first.get(site))
+        except NormSiteError as error:
+            raise CheckpointError(f"{self.folder / ADAPTER}: {error}") from error
 
 
 def _fits(W: Tensor, index: Tensor | None, place: Tensor) -> bool:
     """Whether a tensor, or entries at some places of one, can stand in a parameter."""
     if index is None:
         return W.shape == place.shape
-    inside = bool(((index >= 0) & (index < place.numel())).all())
-    return W.shape == index.shape and not index.is_floating_point() and inside
+    if index.dtype not in (torch.int32, torch.int64):
+        return False
+    return W.shape == index.shape and bool(((index >= 0) & (index < place.numel())).all())
+
+
+def unwound(
+    source: str, revision: str | None, locate: Callable[[str, str | None], Path], base: str | None
+) -> tuple[list[Adapter], str, str | None]:
+    """The adapters between a source and the whole model below them, the source's own first.
+
+    Args:
+        source: Where the first one is.
+        revision: Its revision on the hub.
+        locate: The folder of a source and its revision.
+        base: What is used in place of the first one's base.
+
+    Returns:
+        The adapters, none if the source is a whole model; where that is, and its revision.
+
+    Raises:
+        CheckpointError: if adapters go in a circle.
+    """
+    found: list[Adapter] = []
+    seen: set[Path] = set()
+    while is_adapter(path := locate(source, revision)):
+        if path.resolve() in seen:
+            raise CheckpointError(f"{path}: this adapter is the base of itself")
+        seen.add(path.resolve())
+        one = read(path)
+        if base is not None and not found:
+            one = replace(one, base=base, revision=None)
+        found.append(one)
+        source, revision = one.base, one.revision
+    return found, source, revision
 
 
 def read(folder: Path) -> Adapter:
@@ -182,11 +237,12 @@ def read(folder: Path) -> Adapter:
             content[name] = {site: float(sigma) for site, sigma in content[name].items()}
         content |= {name: bool(content[name]) for name in ("sites", "tied")}
         sample = native.read_sample(content)
-        base, revision = str(content["base"]), content["revision"]
-        if revision is not None and not isinstance(revision, str):
-            raise CheckpointError(f"{file}: revision is {revision!r}, not text")
+        for name, kinds in (("base", str), ("revision", str | None), ("base_form", str | None)):
+            if not isinstance(content[name], kinds):
+                raise CheckpointError(f"{file}: {name} is {content[name]!r:.60}, not text")
+        dtype = {str(one).removeprefix("torch."): one for one in TOLERANCE}[content["dtype"]]
     except CheckpointError:
         raise
     except Exception as error:  # whatever a wrong value leads to
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
-    return Adapter(folder, base, revision, content, sample)
+    return Adapter(folder, content["base"], content["revision"], content, sample, dtype)

@@ -249,9 +249,13 @@ def export_adapter(
     """
     require_hooked(model)
     name, where = os.fspath(base), {"dtype": model.cfg.dtype, "device": model.W_E.device}
+    form = None
     below = load_checkpoint(name, revision=revision, check=False, **where).model
+    if has_norm_sites(model) and below.cfg.normalization_type is None:
+        form = "sites"
+        below = load_checkpoint(name, revision=revision, form=form, check=False, **where).model
     with new_folder(out) as folder:
-        adapter.write(model, below, name, revision, folder)
+        adapter.write(model, below, name, revision, form, folder)
         back = load_checkpoint(folder, check=False, **where).model
         require_same_logits(back, model, "what was written against the model")
     return Path(out)

@@ -92,7 +92,8 @@ def load(
         check: Compare the logits with `transformers` on random tokens (one forward pass of each).
 
     Returns:
-        A stock `HookedTransformer` in evaluation mode; with norm sites for form `"sites"`.
+        A stock `HookedTransformer` in evaluation mode; with norm sites for form `"sites"`. Without
+            a form, TransformerLens' layout and adapters come back as they were written.
 
     Raises:
         CheckpointError: if the checkpoint is missing, incomplete, broken or unreachable, or its
@@ -171,25 +172,35 @@ def load_checkpoint(
         opened = OpenCheckpoint(source, tokenizer, "in memory", origin=origin_of(source))
     else:
         name = os.fspath(source)
-        path = locate(source, revision, cache_dir)
-        if adapter.is_adapter(path):
-            found = adapter.read(path)
-            below = load_checkpoint(
-                found.base if base is None else base,
+        adapters, below, of = adapter.unwound(
+            name,
+            revision,
+            lambda one, of: locate(one, of, cache_dir),
+            None if base is None else os.fspath(base),
+        )
+        if adapters:
+            if sigma is not None:
+                raise NormSiteError(f"{name}: sigma is for nanoGPT files: leave it out")
+            whole = load_checkpoint(
+                below,
+                form=adapters[-1].content["base_form"],
                 tokenizer=tokenizer,
                 dtype=dtype,
                 device=device,
-                revision=found.revision if base is None else None,
+                revision=of,
                 cache_dir=cache_dir,
                 check=check,
             )
-            model, error = found.put_back(below.model, check)
+            model, error = whole.model, None
+            for one in reversed(adapters):
+                model, error = one.put_back(model, check)
             if error is not None:
                 record_agreement(model, error)
-            recognised = f"an adapter of {found.base} ({below.format})"
+            recognised = f"an adapter of {adapters[0].base} ({whole.format})"
             return Loaded(_in_form(model, form), recognised, error)
         if base is not None:
             raise CheckpointError(f"{name}: base is for adapters, and this is a whole model")
+        path = locate(source, revision, cache_dir)
         if native.is_native(path):
             if sigma is not None:
                 raise NormSiteError(
@@ -258,14 +269,16 @@ def saved_live_sites(
     Raises:
         CheckpointError: if they cannot be read.
     """
-    path = locate(source, revision, weights=False)
-    if adapter.is_adapter(path):
-        found = adapter.read(path)
-        sites = saved_live_sites(found.base, revision=found.revision)
-        sites = sites_of(config_of(source)) if sites is None and found.content["sites"] else sites
-        if sites is None:
+    adapters, below, of = _below(source, revision)
+    if adapters:
+        content = adapters[0].content
+        if not content["sites"]:
             return None
-        return tuple(site for site in sites if str(site) not in found.content["frozen"])
+        path = locate(below, of, weights=False)
+        cfg = config_of(below, revision=of)
+        every = native.saved_sites(path, cfg) if native.is_native(path) else sites_of(cfg)
+        return tuple(site for site in every if str(site) not in content["frozen"])
+    path = locate(source, revision, weights=False)
     if not native.is_native(path):
         return None
     return native.saved_live_sites(path, config_of(source, revision=revision))
@@ -286,16 +299,14 @@ def config_of(
         CheckpointError: if there is no config that can be read.
         UnsupportedModelError: if the architecture is not supported.
     """
-    name, device = os.fspath(source), torch.device("cpu")
-    path = locate(source, revision, weights=False)
+    device = torch.device("cpu")
+    _, name, revision = _below(source, revision)
+    path = locate(name, revision, weights=False)
     if path.is_file() and not is_gguf(path):
         raise CheckpointError(
             f"{name} is a nanoGPT file: make a folder of it first, with "
             f"lnfree convert {name} FOLDER --sigma FILE.json"
         )
-    if adapter.is_adapter(path):
-        found = adapter.read(path)
-        return config_of(found.base, revision=found.revision)
     if native.is_native(path):
         return native.read_cfg(path, torch.float32, device)[0]
     if path.is_dir() and not (path / "config.json").is_file():
@@ -304,6 +315,15 @@ def config_of(
         )
     config = read_config(path, name)
     return hooked_config(config, architecture_of(config)[0], torch.float32, device, name)
+
+
+def _below(
+    source: str | os.PathLike[str], revision: str | None
+) -> tuple[list[adapter.Adapter], str, str | None]:
+    """As `adapter.unwound`, without weights."""
+    return adapter.unwound(
+        os.fspath(source), revision, lambda one, of: locate(one, of, weights=False), None
+    )
 
 
 def _compared_length(cfg: HookedTransformerConfig) -> int:

@@ -173,13 +173,17 @@ def saved_live_sites(folder: Path, cfg: HookedTransformerConfig) -> tuple[NormSi
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.get("sites") is not True:
             return None
-        layout = content.get("layout", {})
-        names = [name for name, found in layout.items() if "map" in found]
-        every = map(NormSite.parse, names) if layout else sites_of(cfg)
-        live = [site for site in every if str(site) not in content["frozen"]]
-        return tuple(sorted(live, key=lambda site: site.order))
+        return tuple(s for s in saved_sites(folder, cfg) if str(s) not in content["frozen"])
     except (NormSiteError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: layout: {first_line(error):.200}") from error
+
+
+def saved_sites(folder: Path, cfg: HookedTransformerConfig) -> tuple[NormSite, ...]:
+    """All norm sites of a model, live or frozen, in the order of computation."""
+    layout = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("layout", {})
+    names = [name for name, found in layout.items() if "map" in found]
+    every = map(NormSite.parse, names) if layout else sites_of(cfg)
+    return tuple(sorted(every, key=lambda site: site.order))
 
 
 def _laid_out(

@@ -235,7 +235,7 @@ class _Gradients:
             ones[torch.arange(len(places)), places] = 1
             (each,) = vmap(pull)(ones.view(-1, *log_probs.shape))
             for name, W in each.items():
-                weighted = wide(W).square().flatten(1).T @ probs[places]
+                weighted = wide(W).square().reshape(len(places), -1).T @ probs[places]
                 sums[name] += weighted.view(W.shape[1:])
         return _plain(sums)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.site_names import stock_name
 from lnfree_interp.removal.parameter_mask import ParameterMask
 from lnfree_interp.removal.recipe import Recipe
@@ -17,19 +18,22 @@ class _Entries:
     """Some entries of a parameter, as a parameter of their own."""
 
     def __init__(self, parameter: nn.Parameter, mask: Tensor):
-        self.parameter, self.mask = parameter, mask.to(parameter.device)
-        self.index = self.mask.flatten().nonzero()[:, 0]
+        self.parameter = parameter
+        self.index = mask.flatten().nonzero()[:, 0].to(parameter.device)
         self.values = nn.Parameter(self._whole[self.index])
 
     @property
     def _whole(self) -> Tensor:
         return self.parameter.detach().view(-1)
 
-    def read(self, active: bool) -> None:
-        """Take the values from the parameter, and while they are trained their gradient."""
-        self.values.detach().copy_(self._whole[self.index])
-        grad = self.parameter.grad if active else None
+    def take_gradient(self) -> None:
+        """Take the entries of the parameter's gradient."""
+        grad = self.parameter.grad
         self.values.grad = None if grad is None else grad.reshape(-1)[self.index]
+
+    def read(self) -> None:
+        """Take the values from the parameter."""
+        self.values.detach().copy_(self._whole[self.index])
 
     def write(self) -> None:
         """Put the values into the parameter."""
@@ -70,19 +74,29 @@ class PartialAdamW(torch.optim.AdamW):
         """Whether there is more to do than AdamW on whole parameters."""
         return len(self.stages) > 1 or any(stage.entries for stage in self.stages)
 
-    def select(self) -> None:
-        """Drop the gradients of what is not trained now: they have no share in the norm either."""
-        masks: dict[nn.Parameter, Tensor] = {}
-        for number, stage in enumerate(self.stages):
-            for entries in stage.entries.values():
-                mask = masks.get(entries.parameter, torch.zeros_like(entries.mask))
-                masks[entries.parameter] = mask | entries.mask if number < self.active else mask
-            if number >= self.active:
-                for parameter in stage.whole:
-                    parameter.grad = None
-        for parameter, mask in masks.items():
-            if parameter.grad is not None:
-                parameter.grad = torch.where(mask, parameter.grad, 0) if mask.any() else None
+    @property
+    def _entries(self) -> list[tuple[int, str, _Entries]]:
+        """With the number of their stage, and the name of the parameter."""
+        return [
+            (number, name, entries)
+            for number, stage in enumerate(self.stages)
+            for name, entries in stage.entries.items()
+        ]
+
+    def select(self) -> list[nn.Parameter]:
+        """Leave gradients of what is trained now alone; returns the entries that have one of their
+        own."""
+        for number, _, entries in self._entries:
+            if number < self.active:
+                entries.take_gradient()
+            else:
+                entries.values.grad = None
+        for _, _, entries in self._entries:
+            entries.parameter.grad = None
+        for stage in self.stages[self.active :]:
+            for parameter in stage.whole:
+                parameter.grad = None
+        return [entries.values for _, _, entries in self._entries]
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """A step, as AdamW's, with the gradients that `select` has left."""
@@ -93,25 +107,27 @@ class PartialAdamW(torch.optim.AdamW):
 
     def read(self) -> None:
         """Follow parameters that were changed by somebody else."""
-        for number, stage in enumerate(self.stages):
-            for entries in stage.entries.values():
-                entries.read(number < self.active)
+        for _, _, entries in self._entries:
+            entries.read()
 
     def write(self) -> None:
         """Put entries that were changed by somebody else into their parameters."""
-        for stage in self.stages:
-            for entries in stage.entries.values():
-                entries.write()
+        for _, _, entries in self._entries:
+            entries.write()
 
     def moved(self, model: HookedTransformer) -> dict[str, nn.Parameter]:
         """What the optimiser changes, by the names of a model's parameters; entries of one that are
         trained from a later stage on have its number in their name."""
-        found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for number, stage in enumerate(self.stages):
-            for name, entries in stage.entries.items():
-                found.pop(name, None)
-                found[f"{name}#{number}" if number else name] = entries.values
-        return found
+        in_part = {name for _, name, _ in self._entries}
+        whole = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name not in in_part
+        }
+        return whole | {
+            f"{name}#{number}" if number else name: entries.values
+            for number, name, entries in self._entries
+        }
 
     def thaw(self) -> None:
         """Leave the model as a model that was trained whole."""
@@ -131,6 +147,12 @@ def adamw(model: HookedTransformer, recipe: Recipe) -> PartialAdamW:
     """
     places = parameters_of(model)
     masks = _masks(model, recipe)
+    able = {stock_name(name) for name, W in model.named_parameters() if W.requires_grad}
+    if not masks[0].chosen.keys() & able:
+        raise RecipeError(
+            f"trainable={recipe.trainable!r:.80} leaves nothing to train: it chooses no entry, or "
+            "parameters whose requires_grad is False"
+        )
     stages = [Stage() for _ in masks]
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -1,6 +1,7 @@
 """A recipe: everything that a removal run is made of, except the model and the text."""
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -129,6 +130,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.trainable == ("all",):  # as a command line has it
+            object.__setattr__(self, "trainable", "all")
         counts = ("steps", "batch", "micro_batch", "evaluate_every", "decay_steps", "patience")
         for name in (*counts, "lr", "clip"):
             value: Any = getattr(self, name)
@@ -188,6 +191,9 @@ class Recipe:
                     f"{release}: the last of {self.steps} steps is {self.steps - 1}, so give an "
                     "earlier one"
                 )
+        steps = [release.at for release in self.release if release.at is not None]
+        if steps != sorted(steps):
+            raise RecipeError(f"releases are in the order of their steps, not at {steps}")
         self._check_events()
 
     @property
@@ -295,6 +301,12 @@ class Recipe:
         return replace(
             self,
             events=widened(self.events, done, factor),
+            release=tuple(
+                one
+                if one.at is None
+                else replace(one, at=min(later(one.at, done, factor), one.at + more))
+                for one in self.release
+            ),
             special=replace(self.special, **special),
             distillation=spread(self.distillation),
             scale_anchor=spread(self.scale_anchor),
@@ -347,7 +359,7 @@ class Recipe:
                 "wait": Wait(**fields["wait"]) if fields.get("wait") else None,
             }
             return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError, zlib.error) as error:
             raise RecipeError(f"this is not a recipe of lnfree_interp: {error!r:.100}") from error
 
 

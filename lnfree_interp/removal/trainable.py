@@ -32,7 +32,7 @@ def select_parameters(model: HookedTransformer, *words: str, seed: int = 0) -> P
     """The parameters of a model that words name, as `Recipe.trainable` understands them.
 
     Args:
-        model: In any form; a stock model's tied weights are one parameter, named `embed`.
+        model: With live norms, or with norm sites; tied weights are one parameter, named `embed`.
         words: `all`, `norms`, `heads`, `mlps`, `biases` or `scalers`; one of them for some
             components, by kind, layer or name: `norms:ln2`, `norms:L3`, `heads:L3H1`,
             `biases:mlp`; a component of `lf.list_weight_components`, such as `embed` and
@@ -46,6 +46,7 @@ def select_parameters(model: HookedTransformer, *words: str, seed: int = 0) -> P
 
     Raises:
         RecipeError: if a word names nothing that the model has.
+        UnsupportedModelError: for a folded model, whose parameters are not those of a run.
 
     Source:
         The groups are those of arXiv 2403.20284 (norms), 2106.10199 (biases).

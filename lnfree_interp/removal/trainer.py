@@ -330,11 +330,13 @@ class Trainer:
                     (part * losses.total).backward()
                 terms = [losses.terms[name].double() for name in weights]
                 sums += part * torch.stack(terms)
-        self.optimizer.select()
         gradients = gradient_sizes(block_weights(self.model), whole) if probing else {}
-        gradient = self.processes.clip(list(self.objective.parameters()), recipe.clip)
+        moved = [*self.objective.parameters(), *self.optimizer.select()]
+        gradient = self.processes.clip(moved, recipe.clip)
         means = (self.processes.sum(sums) / self.processes.world).tolist()
-        earlier = [record.gradient for record in self.history[-RECENT:]]
+        # A gradient of more parameters is not compared with one of fewer.
+        since = max(self.released_at, len(self.history) - RECENT)
+        earlier = [record.gradient for record in self.history[since:]]
         kept = self.divergence.keeps(gradient, earlier)
         if kept:  # else the weights stay; if the run ends here, they say where it came from
             self.stepper.step()
@@ -383,17 +385,15 @@ class Trainer:
 
     def _released(self, record: StepRecord) -> StepRecord:
         """The record, with what is trained from the next step on, if that is more."""
-        number = self.optimizer.active - 1
-        if number == len(self.recipe.release):
-            return record
-        release = self.recipe.release[number]
-        steps = (*self.history[self.released_at :], record)
-        losses = [one.losses[self.divergence.term] for one in steps]
-        if not release.due(self.next_step, losses):
-            return record
-        self.optimizer.active, self.released_at = number + 2, self.next_step
-        self.progress.say(f"step {self.next_step}: released: {release}")
-        return replace(record, released=str(release))
+        released = []
+        for release in self.recipe.release[self.optimizer.active - 1 :]:
+            steps = (*self.history, record)[self.released_at :]
+            if not release.due(self.next_step, [one.losses[self.divergence.term] for one in steps]):
+                break
+            self.optimizer.active, self.released_at = self.optimizer.active + 1, self.next_step
+            self.progress.say(f"step {self.next_step}: released: {release}")
+            released.append(str(release))
+        return replace(record, released="; ".join(released)) if released else record
 
     def _stopped_early(self) -> bool:
         patience = self.recipe.patience

@@ -216,8 +216,8 @@ class _Bench:
         self.objective(self._tokens(n), None)
 
     def _update(self) -> None:
-        self.optimizer.select()
-        torch.nn.utils.clip_grad_norm_(list(self.objective.parameters()), self.recipe.clip)
+        moved = [*self.objective.parameters(), *self.optimizer.select()]
+        torch.nn.utils.clip_grad_norm_(moved, self.recipe.clip)
         self.optimizer.step()
         self.objective.zero_grad()
 

@@ -12,6 +12,7 @@ from support.models import TEXT as SENTENCES
 from support.models import make_gpt2, make_tokenizer
 
 import lnfree_interp as lf
+from lnfree_interp.checkpoints.loading import config_of, saved_live_sites
 from lnfree_interp.errors import (
     CheckpointError,
     InexactError,
@@ -82,6 +83,43 @@ def test_a_removal_of_some_norms_and_first_constants(base, tmp_path):
     back = lf.load(folder)
     assert lf.live_sites(back) == lf.live_sites(model)
     assert torch.equal(back(TEXT[:2]), model(TEXT[:2]))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_in_another_dtype(base, tmp_path, trained):
+    model = tuned(base, ("L0H1", "norms")) if trained else lf.with_norm_sites(lf.load(base))
+    lf.freeze_site(model, "ln_final", 2.0)
+    folder = lf.export_adapter(model, tmp_path / "adapter", base)
+    assert lf.load(folder, dtype=torch.float64).cfg.dtype == torch.float64
+    half = model.to(torch.bfloat16)
+    half.cfg.dtype = torch.bfloat16
+    lf.load(lf.export_adapter(half, tmp_path / "half", base))
+
+
+def test_a_norm_that_lives_again(base, tmp_path):
+    frozen = lf.with_norm_sites(lf.load(base))
+    lf.freeze_site(frozen, "ln_final", 2.0)
+    lf.freeze_site(frozen, "blocks.0.ln2", 2.0)
+    below = lf.export(frozen, tmp_path / "frozen", target="transformer_lens")
+    lf.get_norm(frozen, "ln_final").thaw()
+    folder = lf.export_adapter(frozen, tmp_path / "adapter", below)
+    back = lf.load(folder)
+    assert lf.live_sites(back) == lf.live_sites(frozen)
+    assert torch.equal(back(TEXT[:2]), frozen(TEXT[:2]))
+    assert saved_live_sites(folder) == lf.live_sites(frozen)
+
+
+def test_of_an_lnfree_folder(base, tmp_path):
+    frozen = lf.with_norm_sites(lf.load(base))
+    for site in lf.list_norm_sites(frozen):
+        lf.freeze_site(frozen, site, 2.0)
+    below = lf.export(frozen, tmp_path / "lnfree")
+    model = lf.load(below, form="sites")
+    recipe = replace(lf.recipes.finetuning(steps=2, batch=2), trainable="biases")
+    run = lf.finetune(model, recipe, TEXT, progress=False)
+    folder = lf.export_adapter(run.model, tmp_path / "adapter", below)
+    assert same_weights(lf.load(folder), run.model)
+    assert lf.load(folder, form="folded").cfg.normalization_type is None
 
 
 def test_a_stock_model_comes_back(base, tmp_path):
@@ -169,8 +207,9 @@ class TestWrong:
             lf.export_adapter(lf.load(base), tmp_path / "out", tmp_path / "nothing")
 
     @pytest.mark.parametrize("change", [
-        {"version": 9}, {"base": None, "frozen": 3}, {"frozen": {"blocks.0.ln2": "x"}},
-        {"logits": "no"}, {"revision": 3}, {"sites": ..., },
+        {"version": 9}, {"base": None}, {"frozen": 3}, {"frozen": {"blocks.0.ln2": "x"}},
+        {"logits": "no"}, {"revision": 3}, {"sites": ...}, {"dtype": "int8"}, {"base_form": 1},
+        {"tokens": [[1_000_000]]}, {"frozen": {"blocks.9.ln2": 1.0}}, {"frozen": {"ln_final": -1}},
     ])  # fmt: skip
     def test_json(self, adapter, tmp_path, change):
         folder = shutil.copytree(adapter, tmp_path / "copy")
@@ -185,7 +224,18 @@ class TestWrong:
         with pytest.raises(CheckpointError, match=r"lnfree_adapter\.json"):
             lf.load(folder)
 
-    @pytest.mark.parametrize("damage", ["missing", "cut", "nan", "shape", "index", "unknown"])
+    def test_circle(self, adapter, tmp_path):
+        folder = shutil.copytree(adapter, tmp_path / "copy")
+        content = json.loads((folder / "lnfree_adapter.json").read_text())
+        content["base"] = str(folder)
+        (folder / "lnfree_adapter.json").write_text(json.dumps(content))
+        for call in (lf.load, config_of, saved_live_sites):
+            with pytest.raises(CheckpointError, match="the base of itself"):
+                call(folder)
+
+    @pytest.mark.parametrize(
+        "damage", ["missing", "cut", "nan", "shape", "index", "kind", "unknown"]
+    )
     def test_weights(self, adapter, tmp_path, damage):
         folder = shutil.copytree(adapter, tmp_path / "copy")
         file = folder / "adapter.safetensors"
@@ -203,6 +253,10 @@ class TestWrong:
             elif damage == "index":
                 values = stored.pop(name)[:3].clone()
                 stored |= {f"{name}|values": values, f"{name}|index": torch.tensor([0, 1, 999])}
+            elif damage == "kind":
+                values = stored.pop(name)[:3].clone()
+                index = torch.tensor([True, False, True])
+                stored |= {f"{name}|values": values, f"{name}|index": index}
             else:
                 stored["blocks.9.ln2.w"] = stored.pop(name)
             safetensors.torch.save_file(stored, file)

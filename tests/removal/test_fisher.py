@@ -66,6 +66,14 @@ class TestValues:
         found = fisher_of(small(), text, kind="model", draws="all", batch=7)
         assert_same(found.values, by_hand(small(), "model", text))
 
+    def test_of_curves(self):
+        dyt = lf.to_dyt(small(), tokens=SMALL).model
+        options = {"trainable": "norms:ln_final", "batch": 60}
+        found = fisher_of(dyt, SMALL, kind="model", draws="all", **options).values
+        drawn = fisher_of(dyt, SMALL, kind="model", draws=100, **options).values
+        for name, W in found.items():
+            assert (drawn[name].sum() / W.sum() - 1).abs() < 0.4, name
+
     def test_a_softmax_of_a_linear_map_in_closed_form(self):
         """E[x_i^2 p_k (1 - p_k)] for the unembedding, which no layer comes after."""
         model = live_model("neox", num_hidden_layers=1, vocab_size=13)

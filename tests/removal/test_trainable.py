@@ -107,6 +107,7 @@ class TestOptimizer:
             W_in.grad = torch.zeros(shape)
             W_in.grad.view(-1)[:30] = grad
             reference.step()
+            optimizer.select()
             optimizer.step()
             part.data = torch.where(mask, whole.data, start)
             torch.testing.assert_close(W_in.data.view(-1)[:30].view(6, 5), part.data)
@@ -118,6 +119,7 @@ class TestOptimizer:
         optimizer = adamw(run_model, a_recipe(model))
         assert isinstance(optimizer, PartialAdamW)
         run_model(TEXT[:2], return_type="loss").backward()
+        optimizer.select()
         optimizer.step()
         kept = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
         assert sum(x.numel() for x in kept) == 2 * mask.count
@@ -220,6 +222,26 @@ def _has(model, name):
         return False
 
 
+class TestNothing:
+    @pytest.mark.parametrize("trainable", [(), "0.0001% of norms", lf.ParameterMask({})])
+    def test_to_train_is_refused(self, model, trainable):
+        recipe = replace(lf.recipes.finetuning(steps=2, batch=2), trainable=trainable)
+        with pytest.raises(RecipeError, match="leaves nothing to train"):
+            lf.finetune(model, recipe, TEXT, progress=False)
+
+    def test_that_needs_a_gradient(self, model):
+        still = live_model("gpt2", torch.float32, n_layer=2)
+        for site in ("ln_final", "blocks.0.ln2"):
+            still.get_submodule(site).requires_grad_(False)
+        recipe = replace(lf.recipes.finetuning(steps=2, batch=2), trainable="norms:ln_final")
+        with pytest.raises(RecipeError, match="requires_grad is False"):
+            lf.finetune(still, recipe, TEXT, progress=False)
+
+    def test_all_of_the_command_line_is_all(self):
+        recipe = replace(lf.recipes.finetuning(steps=2, batch=2), trainable=("all",))
+        assert recipe.trainable == "all"
+
+
 class TestMask:
     @pytest.mark.parametrize("trainable", ["all", WORDS, "mask"])
     def test_a_recipe_is_written_and_read(self, model, trainable):
@@ -229,6 +251,13 @@ class TestMask:
         again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
         assert again.trainable == recipe.trainable
         assert again == recipe
+
+    @pytest.mark.parametrize("change", [{"bits": "AAAA"}, {"bits": "x"}, {"shape": [999_999]}])
+    def test_a_damaged_one_is_refused(self, model, change):
+        plain = replace(a_recipe(model), trainable=lf.select_parameters(model, "L0H1")).to_json()
+        plain["trainable"]["mask"]["blocks.0.attn.W_Q"] |= change
+        with pytest.raises(RecipeError, match="not a recipe"):
+            Recipe.from_json(plain)
 
     def test_of_another_model_is_refused(self, model):
         other = lf.select_parameters(live_model("gpt2", torch.float32, n_layer=3), "norms")
