@@ -20,6 +20,7 @@ overflow. Smaller ones may do no harm."""
 
 _AT_ONCE = 4
 _LOOKED_AT = 8
+_COMPARED = 3
 
 
 def runs_away_at(
@@ -105,6 +106,10 @@ def thaw_runaways(
     def bad(found: list[Int[Tensor, " _sequence"]]) -> Bool[Tensor, " all"]:
         return torch.cat(found) < len(sites)
 
+    def late(found: list[Int[Tensor, " _sequence"]]) -> tuple[int, int]:
+        where = torch.cat(found)
+        return int((where == len(sites)).sum()), int(where.sum())
+
     texts = tuple(tokens for tokens in texts if len(tokens))
     if not texts or not bad(found := at(texts, ())).any():
         return ()
@@ -124,10 +129,12 @@ def thaw_runaways(
         left = [site for site in left if site.kind == "ln2"] or left
         what, helps = f"norms to keep: {len(chosen)}, {n} runaways", {}
         for site in tqdm(left, desc=what, unit="site", disable=not progress):
-            where = torch.cat(at(worst, [*chosen, site]))
-            helps[site] = (int((where == len(sites)).sum()), int(where.sum()))
-        chosen.append(max(left, key=lambda site: helps[site]))
-        found = at(texts, chosen)
+            helps[site] = late(at(worst, [*chosen, site]))
+        # What helps these may let tokens of other sequences run away.
+        best = sorted(left, key=lambda site: helps[site], reverse=True)[:_COMPARED]
+        outcomes = {site: at(texts, [*chosen, site]) for site in best}
+        chosen.append(max(best, key=lambda site: late(outcomes[site])))
+        found = outcomes[chosen[-1]]
     for site in tuple(chosen[:-1]):
         fewer = [other for other in chosen if other != site]
         if not bad(at(texts, fewer)).any():

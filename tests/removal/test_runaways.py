@@ -133,6 +133,21 @@ def test_a_norm_that_turns_out_to_be_needless_stays_frozen(monkeypatch):
     assert list(map(str, lf.live_sites(model))) == ["blocks.1.ln2", "blocks.2.ln2"]
 
 
+def test_what_lets_other_tokens_run_away_is_not_chosen(monkeypatch):
+    """The norms of blocks 0 and 1 hold a token alike; with that of block 0 another one runs away,
+    which only the norm of block 2 would hold."""
+    model, text = frozen_gpt2(), TEXT[:2].clone()
+    text[:, 0] = torch.arange(2)
+
+    def pretend(model, tokens):
+        live = {site.layer for site in lf.live_sites(model) if site.kind == "ln2"}
+        good = [bool(live & {0, 1}), 0 not in live or 2 in live]
+        return torch.tensor([10 if good[row[0]] else 8 for row in tokens.tolist()])
+
+    monkeypatch.setattr(runaways, "runs_away_at", pretend)
+    assert list(map(str, lf.thaw_runaways(model, text, progress=False))) == ["blocks.1.ln2"]
+
+
 def test_weights_that_are_broken_are_no_runaway():
     model = frozen_gpt2()
     with torch.no_grad():
