@@ -188,7 +188,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 spread([statistics.median(row["jacobian_distance"]) for row in of], ".3f", False),
                 spread([min(row["loss_without"]) for row in of], "+.3f", False),
                 spread([first_over_last(row["gradients"]["mlp.W_out"]) for row in of],
-                       ".2f", False),
+                       ".2f", False, "no gradient"),
             ]  # fmt: skip
             print(f"| {name} | {' | '.join(cells)} |")
 
@@ -198,11 +198,13 @@ def first_over_last(sizes: Sequence[float]) -> float:
     return sizes[0] / sizes[-1] if sizes[-1] else math.nan
 
 
-def spread(values: Sequence[float], form: str, deviation: bool = True) -> str:
+def spread(
+    values: Sequence[float], form: str, deviation: bool = True, none: str = "diverged"
+) -> str:
     """The mean over seeds, and their standard deviation."""
     good = [x for x in values if math.isfinite(x)]
     if not good:
-        return "diverged"
+        return none
     lost = f" ({len(values) - len(good)} diverged)" if len(good) < len(values) else ""
     more = f" ± {statistics.stdev(good):.3f}" if deviation and len(good) > 1 else ""
     return f"{statistics.mean(good):{form}}{more}{lost}"
