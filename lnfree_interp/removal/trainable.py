@@ -13,7 +13,12 @@ from lnfree_interp.checkpoints.layouts import hooked_names, optional_names
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.inserting import varied
 from lnfree_interp.models.site_names import stock_name, whole_norm
-from lnfree_interp.models.sites import list_norm_sites, list_scalers, with_norm_sites
+from lnfree_interp.models.sites import (
+    has_norm_sites,
+    list_norm_sites,
+    list_scalers,
+    with_norm_sites,
+)
 from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
 from lnfree_interp.removal.parameter_mask import ParameterMask, Trainable, every
 
@@ -58,7 +63,8 @@ def select_parameters(model: HookedTransformer, *words: str, seed: int = 0) -> P
         691
     """
     # The names of a stock model, and tied weights once.
-    places = parameters_of(with_norm_sites(model, copy_weights=False))
+    sited = model if has_norm_sites(model) else with_norm_sites(model, copy_weights=False)
+    places = parameters_of(sited)
     mask = ParameterMask({})
     for word in words:
         match = re.fullmatch(r"([\d.]+)% of (.+)", word)
