@@ -66,6 +66,8 @@ def main(
         after: Models of finished runs, unfolded; a run of which norms stayed live is written so.
             Default: the bundled model is trained.
     """
+    if (before is None) != (not after):
+        raise SystemExit("--before and --after belong together: give both, or neither")
     changes = finished(before, after) if before is not None else bundled(steps, seed)
     found = {name: change.by_layer() for name, change in changes.items()}
     first = next(iter(found))
