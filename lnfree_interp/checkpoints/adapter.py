@@ -20,8 +20,14 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.checkpoints import native
 from lnfree_interp.checkpoints.hub import ADAPTER, ADAPTER_WEIGHTS, first_line
 from lnfree_interp.checkpoints.layouts import is_finite
-from lnfree_interp.errors import CheckpointError, NormSiteError, UnsupportedModelError
+from lnfree_interp.errors import (
+    CheckpointError,
+    DataError,
+    NormSiteError,
+    UnsupportedModelError,
+)
 from lnfree_interp.models.inserting import layout_of
+from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.sites import (
     freeze_site,
     get_norm,
@@ -160,10 +166,10 @@ class Adapter:
         self._freeze(model)
         if not check:
             return model.eval(), None
-        if not bool(
-            ((self.sample["tokens"] >= 0) & (self.sample["tokens"] < model.cfg.d_vocab)).all()
-        ):
-            raise CheckpointError(f"{self.folder / ADAPTER}: tokens that the base does not have")
+        try:
+            require_tokens(model, self.sample["tokens"])
+        except DataError as error:
+            raise CheckpointError(f"{self.folder / ADAPTER}: {error}") from error
         where = f"{self.folder}, an adapter of {self.base}"
         return model, native.require_sample(model.eval(), self.sample, self.dtype, where)
 
@@ -191,7 +197,7 @@ def _fits(W: Tensor, index: Tensor | None, place: Tensor) -> bool:
 
 def unwound(
     source: str, revision: str | None, locate: Callable[[str, str | None], Path], base: str | None
-) -> tuple[list[Adapter], str, str | None]:
+) -> tuple[list[Adapter], str, str | None, Path]:
     """The adapters between a source and the whole model below them, the source's own first.
 
     Args:
@@ -201,7 +207,7 @@ def unwound(
         base: What is used in place of the first one's base.
 
     Returns:
-        The adapters, none if the source is a whole model; where that is, and its revision.
+        The adapters, none if the source is a whole model; that model's name, revision and path.
 
     Raises:
         CheckpointError: if adapters go in a circle.
@@ -217,7 +223,7 @@ def unwound(
             one = replace(one, base=base, revision=None)
         found.append(one)
         source, revision = one.base, one.revision
-    return found, source, revision
+    return found, source, revision, path
 
 
 def read(folder: Path) -> Adapter:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -172,7 +173,7 @@ def load_checkpoint(
         opened = OpenCheckpoint(source, tokenizer, "in memory", origin=origin_of(source))
     else:
         name = os.fspath(source)
-        adapters, below, of = adapter.unwound(
+        adapters, below, of, path = adapter.unwound(
             name,
             revision,
             lambda one, of: locate(one, of, cache_dir),
@@ -200,7 +201,6 @@ def load_checkpoint(
             return Loaded(_in_form(model, form), recognised, error)
         if base is not None:
             raise CheckpointError(f"{name}: base is for adapters, and this is a whole model")
-        path = locate(source, revision, cache_dir)
         if native.is_native(path):
             if sigma is not None:
                 raise NormSiteError(
@@ -269,16 +269,14 @@ def saved_live_sites(
     Raises:
         CheckpointError: if they cannot be read.
     """
-    adapters, below, of = _below(source, revision)
+    adapters, below, of, path = _below(source, revision)
     if adapters:
         content = adapters[0].content
         if not content["sites"]:
             return None
-        path = locate(below, of, weights=False)
         cfg = config_of(below, revision=of)
         every = native.saved_sites(path, cfg) if native.is_native(path) else sites_of(cfg)
         return tuple(site for site in every if str(site) not in content["frozen"])
-    path = locate(source, revision, weights=False)
     if not native.is_native(path):
         return None
     return native.saved_live_sites(path, config_of(source, revision=revision))
@@ -300,8 +298,7 @@ def config_of(
         UnsupportedModelError: if the architecture is not supported.
     """
     device = torch.device("cpu")
-    _, name, revision = _below(source, revision)
-    path = locate(name, revision, weights=False)
+    _, name, revision, path = _below(source, revision)
     if path.is_file() and not is_gguf(path):
         raise CheckpointError(
             f"{name} is a nanoGPT file: make a folder of it first, with "
@@ -319,7 +316,7 @@ def config_of(
 
 def _below(
     source: str | os.PathLike[str], revision: str | None
-) -> tuple[list[adapter.Adapter], str, str | None]:
+) -> tuple[list[adapter.Adapter], str, str | None, Path]:
     """As `adapter.unwound`, without weights."""
     return adapter.unwound(
         os.fspath(source), revision, lambda one, of: locate(one, of, weights=False), None
