@@ -106,13 +106,7 @@ if TYPE_CHECKING:
     from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
     from lnfree_interp.numerics import MeasuredError
     from lnfree_interp.removal import recipes
-    from lnfree_interp.removal.fisher import (
-        FisherInformation,
-        fisher_information,
-        fisher_subset,
-    )
     from lnfree_interp.removal.freeze_for import FrozenFor, freeze_for
-    from lnfree_interp.removal.parameter_mask import ParameterMask
     from lnfree_interp.removal.recipe import Recipe
     from lnfree_interp.removal.remove import remove_norms
     from lnfree_interp.removal.run import Run
@@ -120,8 +114,14 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.schedule import Event, Ramp
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
     from lnfree_interp.removal.settings import Guard, Release, Special, Statistics, Wait
-    from lnfree_interp.removal.trainable import random_subset, select_parameters
     from lnfree_interp.removal.training import finetune, train
+    from lnfree_interp.tuning.fisher import (
+        FisherInformation,
+        fisher_information,
+        fisher_subset,
+    )
+    from lnfree_interp.tuning.parameter_mask import ParameterMask
+    from lnfree_interp.tuning.selection import random_subset, select_parameters
     from lnfree_interp.variants.placing import (
         magneto_init,
         to_normformer,
@@ -251,12 +251,12 @@ _HOME = {
     "Event": "lnfree_interp.removal.schedule",
     "Ramp": "lnfree_interp.removal.schedule",
     "remove_norms": "lnfree_interp.removal.remove",
-    "FisherInformation": "lnfree_interp.removal.fisher",
-    "fisher_information": "lnfree_interp.removal.fisher",
-    "fisher_subset": "lnfree_interp.removal.fisher",
-    "ParameterMask": "lnfree_interp.removal.parameter_mask",
-    "random_subset": "lnfree_interp.removal.trainable",
-    "select_parameters": "lnfree_interp.removal.trainable",
+    "FisherInformation": "lnfree_interp.tuning.fisher",
+    "fisher_information": "lnfree_interp.tuning.fisher",
+    "fisher_subset": "lnfree_interp.tuning.fisher",
+    "ParameterMask": "lnfree_interp.tuning.parameter_mask",
+    "random_subset": "lnfree_interp.tuning.selection",
+    "select_parameters": "lnfree_interp.tuning.selection",
     "FrozenFor": "lnfree_interp.removal.freeze_for",
     "freeze_for": "lnfree_interp.removal.freeze_for",
     "SiteSensitivity": "lnfree_interp.removal.sensitivity",

@@ -9,9 +9,9 @@ from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.site_names import stock_name
-from lnfree_interp.removal.parameter_mask import ParameterMask
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.trainable import chosen_by, parameters_of
+from lnfree_interp.tuning.parameter_mask import ParameterMask
+from lnfree_interp.tuning.selection import chosen_by, parameters_of
 
 
 class _Entries:

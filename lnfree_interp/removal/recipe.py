@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from lnfree_interp.errors import RecipeError, TooFewStepsError
 from lnfree_interp.models.site_names import NormSite
-from lnfree_interp.removal.parameter_mask import ParameterMask, Trainable
 from lnfree_interp.removal.schedule import (
     Event,
     Ramp,
@@ -28,6 +27,7 @@ from lnfree_interp.removal.settings import (
     Wait,
     check_choices,
 )
+from lnfree_interp.tuning.parameter_mask import ParameterMask, Trainable
 
 
 @dataclass(frozen=True, kw_only=True)

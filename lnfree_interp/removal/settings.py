@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lnfree_interp.errors import RecipeError
 from lnfree_interp.models.site_names import SiteKind
-from lnfree_interp.removal.parameter_mask import Trainable
+from lnfree_interp.tuning.parameter_mask import Trainable
 
 
 def check_choices(settings: Any) -> None:

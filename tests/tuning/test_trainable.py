@@ -15,7 +15,7 @@ from lnfree_interp.errors import PausedError, RecipeError
 from lnfree_interp.models.sites import stock_weights
 from lnfree_interp.removal.optimizer import PartialAdamW, adamw
 from lnfree_interp.removal.recipe import Recipe
-from lnfree_interp.removal.trainable import parameters_of
+from lnfree_interp.tuning.selection import parameters_of
 
 TEXT = torch.randint(300, (40, 24), generator=torch.Generator().manual_seed(3))
 WORDS = ("norms:ln2", "L1H1", "30% of mlps")

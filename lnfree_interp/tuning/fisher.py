@@ -21,8 +21,8 @@ from lnfree_interp.models.site_names import stock_name
 from lnfree_interp.models.sites import with_norm_sites
 from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
 from lnfree_interp.numerics import wide
-from lnfree_interp.removal.parameter_mask import ParameterMask, Trainable
-from lnfree_interp.removal.trainable import chosen_by
+from lnfree_interp.tuning.parameter_mask import ParameterMask, Trainable
+from lnfree_interp.tuning.selection import chosen_by
 
 Kind = Literal["empirical", "model"]
 

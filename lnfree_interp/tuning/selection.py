@@ -20,7 +20,7 @@ from lnfree_interp.models.sites import (
     with_norm_sites,
 )
 from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
-from lnfree_interp.removal.parameter_mask import ParameterMask, Trainable, every
+from lnfree_interp.tuning.parameter_mask import ParameterMask, Trainable, every
 
 GROUPS = {
     "all": "every parameter",

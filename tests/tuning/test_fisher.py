@@ -11,7 +11,7 @@ from support.loaded import live_model
 import lnfree_interp as lf
 from lnfree_interp.errors import DataError, RecipeError
 from lnfree_interp.models.running import run
-from lnfree_interp.removal.trainable import parameters_of
+from lnfree_interp.tuning.selection import parameters_of
 
 TEXT = torch.randint(30, (6, 9), generator=torch.Generator().manual_seed(3))
 
