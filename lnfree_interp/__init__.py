@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.tuning.parameter_mask import ParameterMask
     from lnfree_interp.tuning.selection import random_subset, select_parameters
+    from lnfree_interp.variants.attention import to_linear_attention
     from lnfree_interp.variants.placing import (
         magneto_init,
         to_normformer,
@@ -265,6 +266,7 @@ _HOME = {
     "finetune": "lnfree_interp.removal.training",
     "train": "lnfree_interp.removal.training",
     "magneto_init": "lnfree_interp.variants.placing",
+    "to_linear_attention": "lnfree_interp.variants.attention",
     "to_normformer": "lnfree_interp.variants.placing",
     "to_peri_ln": "lnfree_interp.variants.placing",
     "to_sub_ln": "lnfree_interp.variants.placing",

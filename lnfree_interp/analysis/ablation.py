@@ -41,7 +41,8 @@ def by_ablation(
         return _kept(view, tokens, written, layer, {changed: torch.zeros_like})
     moved: Tensor | None = None
     if kind == "b_V":
-        moved = _value_bias(view, tokens, layer)[index]
+        weights = _kept(view, tokens, get_act_name("pattern", layer), layer)[:, index]
+        moved = weights.sum(-1, keepdim=True) * _value_bias(view, tokens, layer)[index]
     elif component.pos is not None:
         moved = _moved(view, tokens, component)
 

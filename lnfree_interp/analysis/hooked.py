@@ -12,7 +12,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from lnfree_interp.analysis.stream import First, Read, Stream
 from lnfree_interp.analysis.sublayers import MLP, Attention
-from lnfree_interp.analysis.view import View, noting
+from lnfree_interp.analysis.view import Divisor, View, noting
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.first_token import telling
 from lnfree_interp.models.folding import WITHIN, fold_weights
@@ -110,6 +110,10 @@ class HookedView(View):
         W_in, W_out, b_in, b_out = (W.detach() for W in (mlp.W_in, mlp.W_out, mlp.b_in, mlp.b_out))
         W_out, b_out = self._written(f"blocks.{layer}.mlp", "out", W_out, b_out)
         return MLP(W_in, gate, W_out, b_in, b_out, mlp.act_fn)
+
+    def divisor(self, layer: int) -> Divisor:
+        """As `View.divisor`."""
+        return getattr(self.model.blocks[layer].attn, "divide_by", "softmax")
 
     def rotations(self, layer: int, n_pos: int) -> Float[Tensor, "pos d_head d_head"]:
         """As `View.rotations`."""

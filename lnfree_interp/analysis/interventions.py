@@ -25,11 +25,11 @@ from lnfree_interp.analysis.score_targets import require_head
 from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.targets import Target
 from lnfree_interp.analysis.trace import Trace
-from lnfree_interp.errors import DataError
+from lnfree_interp.errors import DataError, InexactError
 from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import measure_error, own_precision
 
-With = Literal["zero", "mean"]
+With = Literal["zero", "mean", "unseen"]
 _WITHIN = {
     "head": ("z", "attn_out"), "attn_out": ("attn_out", "attn_out"),
     "neuron": ("post", "mlp_out"), "mlp_out": ("mlp_out", "mlp_out"),
@@ -114,11 +114,16 @@ class _Change:
     """What the stream loses according to the level's parts, with patterns given."""
     written: Place
     """Where it is written."""
+    held: tuple[str, ...] = ()
+    """What the prediction holds: the divisor of attention weights, where it depends on tokens."""
+    layer: int = -1
+    """The block whose head does not see a token."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Intervention:
-    """Components of a trace, replaced by zero, by their mean, or by those of another trace.
+    """Components of a trace, replaced by zero, by their mean, or by those of another trace; or
+    tokens that heads do not see.
 
     Attributes:
         trace: The forward pass without the intervention.
@@ -147,7 +152,8 @@ class Intervention:
                 )
         elif self.with_ not in get_args(With):
             raise DataError(
-                f"with_={self.with_!r} is not allowed: give 'zero', 'mean' or another trace"
+                f"with_={self.with_!r} is not allowed: give 'zero', 'mean', 'unseen' or another "
+                "trace"
             )
         _ = self._changes  # so that errors are raised now, not when it is run
 
@@ -158,7 +164,20 @@ class Intervention:
     @property
     def gone(self) -> Stream:
         """[prompt, pos, d_model], what the stream loses directly, as the blocks see it."""
-        return sum((change.gone for change in self._changes[1:]), self._changes[0].gone)
+        return self._gone(self._changes)
+
+    def _gone(self, changes: Sequence[_Change]) -> Stream:
+        if self.with_ != "unseen":
+            return sum((change.gone for change in changes[1:]), changes[0].gone)
+        # A head weighs what it still sees once, however many tokens it does not see.
+        layers: dict[int, list[_Change]] = {}
+        for change in changes:
+            layers.setdefault(change.layer, []).append(change)
+        lost = [
+            self._lost(layer, get_act_name("attn_out", layer), _merged(some))
+            for layer, some in layers.items()
+        ]
+        return sum(lost[1:], lost[0])
 
     def edits(self) -> dict[str, Edit]:
         """What the intervention does to a run, by hook name."""
@@ -192,7 +211,8 @@ class Intervention:
         Raises:
             DataError: for several answers at once, or a component that is written after the target
                 has read the stream.
-            InexactError: if the target reads through a live norm and the trace does not hold.
+            InexactError: if the target reads through a live norm and the trace does not hold; or if
+                a head does not see a token, and its weights are divided by their sum.
         """
         place, names = target.needs(self.trace)
         for label, change in zip(self.labels, self._changes, strict=True):
@@ -203,6 +223,7 @@ class Intervention:
                 )
         self.trace.need(*names, place.hook)
         reading = target.read(self.trace)
+        held = (*reading.held, *self._held())
         if reading.total.shape[1] != 1:
             raise DataError("several answers or positions were given: compare one at a time")
         stream, at = reading.at.of(self.trace.stream(place)), reading.at
@@ -211,7 +232,7 @@ class Intervention:
         rows: list[list[Tensor]] = [[], [], []]
         for changes in groups:
             claimed = at.of(sum((change.predicted for change in changes[1:]), changes[0].predicted))
-            gone = at.of(sum((change.gone for change in changes[1:]), changes[0].gone))
+            gone = at.of(self._gone(changes))
             rows[0].append(torch.linalg.vecdot(claimed, reading.direction).sum(1))
             rows[1].append((reading.total - reading.again(stream - gone, slice(None)))[:, 0])
             after = reading.again(at.of(self._run(changes, place)), slice(None))
@@ -220,14 +241,30 @@ class Intervention:
         size = max(predicted.abs().max().item(), reading.total.abs().max().item(), reading.scale)
         certificate = Certificate(
             "predicted effect = effect on the stream that is read",
-            measure_error(predicted, direct, size), reading.held,
-            measure_error(predicted, direct) if reading.held else None,
+            measure_error(predicted, direct, size), held,
+            measure_error(predicted, direct) if held else None,
         )  # fmt: skip
         return Effects(
             (*self.labels, "all of them")[: len(groups)], predicted, direct, total,
             reading.total[:, 0], reading.of, reading.unit, self._by_what, certificate,
             self.trace.prompts,
         )  # fmt: skip
+
+    def _held(self) -> tuple[str, ...]:
+        """Divisors of attention weights that predictions hold.
+
+        Raises:
+            InexactError: if there are some, and the trace does not hold.
+        """
+        held = tuple(dict.fromkeys(name for one in self._changes for name in one.held))
+        if held and not self.trace.hold:
+            raise InexactError(
+                f"{held[0]} depends on the tokens that a head sees, so that without one of them "
+                "all its other weights change: hold it with lf.trace(model, prompt, hold=True), "
+                "and the result says how far the prediction misses; or take the weights as given, "
+                "with_='zero'. Linear attention that divides by the count has none"
+            )
+        return held
 
     @property
     def _by_what(self) -> str:
@@ -243,6 +280,8 @@ class Intervention:
         chosen = level(self.by or _level_of(label, component))
         part, row, pos = _find(chosen.parts(self.trace, self.trace.view.last), label)
         component = part.components[row]
+        if self.with_ == "unseen":
+            return self._unseen(component, label)
         if pos is not None and pos >= self.trace.n_pos:
             raise DataError(
                 f"{label}: there is no position {pos} among {self.trace.n_pos} tokens: they count "
@@ -307,6 +346,32 @@ class Intervention:
         if isinstance(self.with_, Trace):
             return here - moved(self.with_)
         return here - self._mean(here) if self.with_ == "mean" else here
+
+    def _unseen(self, component: Component, label: str) -> _Change:
+        """A head that does not see a token: its key is taken away, and its pattern is anew."""
+        layer, index, pos = component.layer, component.index, component.pos
+        if component.kind != "head" or layer is None or index is None or pos is None:
+            raise DataError(
+                f"{label} is no token that a head sees, as with_='unseen' needs: give labels such "
+                "as L2H5@3, or 'zero', 'mean' or another trace"
+            )
+        trace, divisor = self.trace, self.trace.view.divisor(layer)
+        scores, written = (get_act_name(name, layer) for name in ("attn_scores", "attn_out"))
+        none = -torch.inf if divisor == "softmax" else 0.0
+
+        def hide(x: Float[Tensor, "batch head query key"]) -> Tensor:
+            x = x.clone()
+            x[:, index, :, pos] = none
+            return x
+
+        pattern, v = trace.act("pattern", layer), trace.act("v", layer)
+        value = v[:, pos, index * v.shape[2] // pattern.shape[1]]
+        read = pattern[:, index, :, pos, None] * value[:, None]
+        predicted = trace.view.attention(layer).write(read[:, :, None], [index])[:, :, 0]
+        held = () if divisor == "count" else (f"the sum of weights of L{layer}H{index}",)
+        edits: Mapping[str, Edit] = {scores: hide}
+        gone = self._lost(layer, written, edits)
+        return _Change(edits, gone, predicted, trace.view.attn_written(layer), held, layer)
 
     def _path(self, path: Component) -> _Change:
         """A change along one path: each head on the path reads it, and nothing else does."""
@@ -410,7 +475,7 @@ def _merged(changes: Sequence[_Change]) -> dict[str, Edit]:
 def ablate(
     trace: Trace,
     components: str | Component | Sequence[str | Component],
-    with_: Literal["zero", "mean"] | Trace = "zero",
+    with_: Literal["zero", "mean", "unseen"] | Trace = "zero",
     *,
     by: str | Level | None = None,
 ) -> Intervention:
@@ -426,7 +491,10 @@ def ablate(
             `"L2N310"`, `"5_mlp_out"`, `"5_attn_out"`, `"embed"`, `"pos_embed"`; or a path
             `"L0H1 > L2H5"`, so that the change is read along this path only.
         with_: `"zero"`; `"mean"`, over the positions and prompts of this trace; or another trace of
-            prompts of the same length, whose activations take their place.
+            prompts of the same length, whose activations take their place. `"unseen"`, for labels
+            such as `"L23H3@4"`: the head does not see that token, and weighs the others anew. What
+            it loses is what it read of the token only in linear attention that divides by the
+            count; elsewhere `compare` needs a trace that holds, and measures what that misses.
         by: A level of your own whose parts the labels name; they are taken out of the stream where
             they are first written. Default: the built-in level that each label needs.
 
@@ -440,7 +508,8 @@ def ablate(
         UnsupportedModelError: for a model whose stream is not the plain sum of its parts.
 
     Source:
-        Ablation and patching by component: arXiv 2211.00593; along paths: arXiv 2304.05969. The
+        Ablation and patching by component: arXiv 2211.00593; along paths: arXiv 2304.05969; tokens
+        that are not seen: arXiv 2304.14767, where it is called attention knockout. The
         comparison with what a decomposition predicts is ours.
 
     Examples:

@@ -98,20 +98,24 @@ class _Level:
     def _attention(self, trace: Trace, layer: int, at: Positions, biases: bool) -> Iterator[Part]:
         """The heads, with the output bias apart."""
         written, z = trace.view.attn_written(layer), at.of(trace.act("z", layer))
-        split, attention = trace.view.value_bias(layer), trace.view.attention(layer)
-        heads = _labels("head", layer, z.shape[2])
-        yield Heads(heads, written, z - split if biases else z, attention)
-        yield from self._attention_biases(trace, layer, z, biases)
+        b_V = trace.value_bias(layer, at) if biases else None
+        heads, attention = _labels("head", layer, z.shape[2]), trace.view.attention(layer)
+        yield Heads(heads, written, z if b_V is None else z - b_V, attention)
+        yield from self._attention_biases(trace, layer, z, b_V)
 
     def _attention_biases(
-        self, trace: Trace, layer: int, like: Tensor, split: bool
+        self, trace: Trace, layer: int, like: Tensor, b_V: Tensor | None
     ) -> Iterator[Part]:
         view, shape = trace.view, (like.shape[0], like.shape[1])
         attention, written = view.attention(layer), view.attn_written(layer)
-        if split:
-            b_V, n_heads = view.value_bias(layer), like.shape[2]
-            wrote = attention.write(b_V, list(range(n_heads)))
-            yield Constant(_labels("b_V", layer, n_heads), written, wrote, shape)
+        if b_V is not None:
+            n_heads = like.shape[2]
+            labels = _labels("b_V", layer, n_heads)
+            if b_V.ndim == 2:
+                wrote = attention.write(b_V, list(range(n_heads)))
+                yield Constant(labels, written, wrote, shape)
+            else:
+                yield Heads(labels, written, b_V, attention)
         yield Constant((Component("b_O", layer),), written, attention.b_O[None], shape)
 
     def _mlp(self, trace: Trace, layer: int, at: Positions) -> Iterator[Part]:
@@ -151,7 +155,8 @@ class _SourceTokens(_Level):
         v = v.repeat_interleave(n_heads // v.shape[2], dim=2) - trace.view.value_bias(layer)
         labels, written = _source_labels(layer, n_heads, v.shape[1]), trace.view.attn_written(layer)
         yield Sources(labels, written, pattern, v, attention)
-        yield from self._attention_biases(trace, layer, pattern.transpose(1, 2), True)
+        b_V = trace.value_bias(layer, at)
+        yield from self._attention_biases(trace, layer, pattern.transpose(1, 2), b_V)
 
 
 class _Neurons(_Level):

@@ -186,7 +186,9 @@ def _opened(
     assert index is not None
     block = trace.block(layer)
     ahead = block.attention.onto_z(one.directions)[:, :, index]
-    bias = (one.weights.sum(2) * (ahead @ block.b_V[index])).sum(1)
+    b_V = block.b_V[..., index, :]
+    weighed = one.weights.sum(2)[..., None] * b_V if b_V.ndim == 1 else one.weights @ b_V
+    bias = (ahead * weighed).sum((1, 2))
     rows.append(_Row((Component("b_V", layer, index),), one.via, bias[:, None, None], False))
     moved = one.weights @ block.pattern[:, index]
     found = ahead @ block.attention.W_V[index].T

@@ -42,6 +42,9 @@ class ScoreParts:
     layer: int
     head: int
 
+    def __post_init__(self) -> None:
+        self.trace.view.require_softmax(self.layer)
+
     @property
     def site(self) -> str:
         """The norm that queries and keys read the stream through."""

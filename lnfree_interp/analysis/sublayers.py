@@ -108,8 +108,9 @@ class GivenBlock:
     attention: Attention
     pattern: Float[Tensor, "batch head query key"]
     z: Float[Tensor, "batch pos head d_head"]
-    b_V: Float[Tensor, "head d_head"]  # noqa: N815
-    """The value biases, including what the norm's bias adds."""
+    b_V: Float[Tensor, "*batch_pos head d_head"]  # noqa: N815
+    """What value biases add to z, including what the norm's bias adds; one for all tokens where
+    attention weights add up to one."""
     before: Read
     mlp: GivenMLP | None
 

@@ -307,8 +307,20 @@ class Trace:
         mlp = self._given_mlp(layer) if view.has_mlps else None
         return GivenBlock(
             layer, view.attention(layer), self.act("pattern", layer), self.act("z", layer),
-            view.value_bias(layer), self.read(site), mlp,
+            self.value_bias(layer), self.read(site), mlp,
         )  # fmt: skip
+
+    def value_bias(
+        self, layer: int, at: Positions | None = None
+    ) -> Float[Tensor, "*batch_pos head d_head"]:
+        """What value biases add to each head's z: the same at every token where attention weights
+        add up to one, [head, d_head]; else [batch, pos, head, d_head]."""
+        b_V = self.view.value_bias(layer)
+        if self.view.divisor(layer) != "count":
+            return b_V
+        weights = self.act("pattern", layer)
+        weights = weights if at is None else at.of(weights, dim=2)
+        return weights.sum(-1).transpose(1, 2)[..., None] * b_V
 
     def _given_mlp(self, layer: int) -> GivenMLP:
         weights, site = self.view.mlp(layer), f"blocks.{layer}.ln2"

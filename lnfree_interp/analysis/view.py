@@ -24,6 +24,9 @@ from lnfree_interp.models.running import Edit
 
 Side = Literal["query", "key"]
 """Of an attention score."""
+Divisor = Literal["softmax", "sum", "count"]
+"""What attention weights are divided by: the sum of exponentials of scores; their own sum; or the
+number of tokens that a query sees, a constant."""
 Model = nn.Module
 """A `HookedTransformer`, or a `TransformerBridge` of TransformerLens 4."""
 LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
@@ -152,6 +155,23 @@ class View(ABC):
     def explains_scores(self) -> bool:
         """Whether it is known how queries and keys come from the stream."""
         return True
+
+    def divisor(self, layer: int) -> Divisor:
+        """What a layer's attention weights are divided by."""
+        return "softmax"
+
+    def require_softmax(self, layer: int) -> None:
+        """Refuse a question about scores of a layer whose attention weights are no softmax.
+
+        Raises:
+            UnsupportedModelError: if they are not.
+        """
+        if self.divisor(layer) != "softmax":
+            raise UnsupportedModelError(
+                f"attention in block {layer} is linear: its weights are products of features of "
+                "queries and keys, not of queries and keys, so that no part of the stream has a "
+                "share of a score. Ask what heads read, with by='source', or about another block"
+            )
 
     def qk_norm(self, layer: int, side: Side) -> str | None:
         """The norm that a layer's queries or keys pass behind their projection, if there is one.

@@ -401,9 +401,9 @@ def qk_table(
     Raises:
         DataError: if there is no such head, or an offset is needed.
         InexactError: if the norm before the head is live, or one on its queries or keys.
-        UnsupportedModelError: if scores are capped, so that no table gives them; for a model whose
-            stream is not the plain sum of its parts, or a `TransformerBridge` with norms on queries
-            and keys.
+        UnsupportedModelError: if scores are capped, or the block's attention is linear, so that no
+            table gives them; for a model whose stream is not the plain sum of its parts, or a
+            `TransformerBridge` with norms on queries and keys.
 
     Source:
         The QK circuit: Elhage et al. 2021, https://transformer-circuits.pub/2021/framework.
@@ -416,6 +416,7 @@ def qk_table(
     """
     view = view_of(model)
     layer, head = require_head(view, layer, head)
+    view.require_softmax(layer)
     if view.score_cap > 0:
         raise UnsupportedModelError(
             "attention scores of this model are capped, so they are no sum of entries for pairs of "

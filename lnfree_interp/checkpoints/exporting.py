@@ -28,6 +28,7 @@ from lnfree_interp.models.construct import original_tokenizer
 from lnfree_interp.models.crms import is_crms
 from lnfree_interp.models.forms import epsilon_of, reads_mean
 from lnfree_interp.models.inserting import varied
+from lnfree_interp.models.linear_attention import linear_layers
 from lnfree_interp.models.running import require_hooked
 from lnfree_interp.models.site_names import whole_norm
 from lnfree_interp.models.sites import (
@@ -84,7 +85,7 @@ def _in_transformers(model: HookedTransformer) -> tuple[PreTrainedModel, Measure
     if what := varied(model):
         raise UnsupportedModelError(
             f"transformers has no class for {name} in which {what}: export it with "
-            "target='transformer_lens'; or fold it once its norms are removed"
+            f"target='transformer_lens'{'' if linear_layers(model) else _OR_FOLDED}"
         )
     architecture = ARCHITECTURES[name]
     live = live_sites(model)
@@ -310,6 +311,9 @@ def _plain_sigma(sigma: Mapping[str, float], model: HookedTransformer) -> dict[s
     if bad := [name for name, value in plain.items() if not 0 < value < float("inf")]:
         raise NormSiteError(f"sigma of {bad[0]} is {plain[bad[0]]}, not positive and finite")
     return plain
+
+
+_OR_FOLDED = "; or fold it once its norms are removed"
 
 
 def best_target(model: HookedTransformer) -> Target:

@@ -83,7 +83,7 @@ def _certificates(one: Trace) -> Iterator[Certificate]:
     yield attribute_logits(one, answer, by="head", biases=True).certificate
     for by in LEVELS:
         yield decompose_residual(one, before, by=by).certificate
-    if view.explains_scores:
+    if view.explains_scores and view.divisor(last) == "softmax":
         yield from _score_certificates(one, last)
     if view.has_mlps:
         for of in ("pre", "post"):

@@ -22,7 +22,7 @@ from lnfree_interp.models.norms import Norm, Scaler
 from lnfree_interp.models.running import is_watched
 
 
-class _Fused(AbstractAttention):
+class SiteAttention(AbstractAttention):
     """Attention that materialises scores only when a hook reads them.
 
     Attributes:
@@ -38,7 +38,7 @@ class _Fused(AbstractAttention):
     chunk_scale: Scaler | None
 
     @classmethod
-    def from_stock(cls, stock: AbstractAttention) -> "_Fused":
+    def from_stock(cls, stock: AbstractAttention) -> "SiteAttention":
         """Take over the parameters and buffers of a stock attention, without a copy."""
         fused = cls(stock.cfg, stock.attn_type, stock.layer_id)
         for name, parameter in stock.named_parameters(recurse=False):
@@ -80,10 +80,7 @@ class _Fused(AbstractAttention):
         if not self._fusible(query_input, *unusual):
             out = super().forward(query_input, key_input, value_input, *unusual)
             return out if self.chunk_scale is None else self.chunk_scale(out)
-        q, k, v = self._project(query_input, key_input, value_input)
-        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        if self.cfg.use_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._read(query_input, key_input, value_input)
         if self.cfg.positional_embedding_type == "rotary":
             q = self.hook_rot_q(self.apply_rotary(q)).to(v.dtype)
             k = self.hook_rot_k(self.apply_rotary(k)).to(v.dtype)
@@ -99,6 +96,16 @@ class _Fused(AbstractAttention):
         z = self._before_W_O(z).flatten(-2)
         out = F.linear(z, self.W_O.flatten(0, 1).T, self.b_O)
         return out if self.chunk_scale is None else self.chunk_scale(out)
+
+    def _read(
+        self, query_input: Tensor, key_input: Tensor, value_input: Tensor
+    ) -> list[Float[Tensor, "batch pos _ d_head"]]:
+        """Queries, keys and values before positions are rotated, as hooks leave them."""
+        q, k, v = self._project(query_input, key_input, value_input)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if self.cfg.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]
 
     def calculate_z_scores(self, v: Tensor, pattern: Tensor) -> Tensor:
         """What W_O reads, [batch, pos, head, d_head]: `hook_z`, through what stands between."""
@@ -149,9 +156,9 @@ class _Fused(AbstractAttention):
         return norm_module(x)
 
 
-class FusedAttention(_Fused, Attention):
+class FusedAttention(SiteAttention, Attention):
     """`Attention`, fused."""
 
 
-class FusedGroupedQueryAttention(_Fused, GroupedQueryAttention):
+class FusedGroupedQueryAttention(SiteAttention, GroupedQueryAttention):
     """`GroupedQueryAttention`, fused."""

@@ -33,6 +33,7 @@ from lnfree_interp.models.folding import (
     require_gates_without_bias,
     residual_gauge,
 )
+from lnfree_interp.models.linear_attention import linear_layers
 from lnfree_interp.models.norm_map import NormMap
 from lnfree_interp.models.norms import FrozenNorm
 from lnfree_interp.models.running import require_hooked
@@ -202,7 +203,7 @@ def fold(model: HookedTransformer) -> HookedTransformer:
 
     Raises:
         NormSiteError: if a norm is still live, has a constant of its own for first tokens, or there
-            is none to fold.
+            is none to fold; or if attention is linear somewhere.
         InexactError: if the logits differ by more than rounding in the model's dtype explains, or
             are not finite.
 
@@ -240,8 +241,8 @@ def frozen_form(
             gives NaN.
 
     Raises:
-        NormSiteError: if a norm is still live, or sigma names a norm that the model does not have,
-            or is not a number for each.
+        NormSiteError: if a norm is still live, attention is linear somewhere, or sigma names a norm
+            that the model does not have, or is not a number for each.
         InexactError: if the logits differ by more than rounding in the model's dtype explains, or
             are not finite.
 
@@ -259,6 +260,12 @@ def _in_form(
     model: HookedTransformer, form: Form, sigma: Mapping[str, float] | None
 ) -> HookedTransformer:
     norms = constant_norms(model)
+    if layers := linear_layers(model):
+        raise NormSiteError(
+            f"attention in {len(layers)} blocks, from block {layers[0]} on, is linear, which no "
+            "stock HookedTransformer computes: the model with frozen norm sites is finished, every "
+            "analysis is exact on it as it is, and lf.export keeps it"
+        )
     if sigma:
         norms = _with_scales(norms, sigma)
     finished = finished_model(

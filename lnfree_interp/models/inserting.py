@@ -1,7 +1,8 @@
-"""Norms and factors put where a model has none, or another map put at a site.
+"""Norms and factors where a model has none, another map at a site, another attention in a block.
 
 The layout of a model with norm sites is all that its config does not say: which map stands at each
-site, and where factors are learned. `layout_of` gives it as plain data, `lay_out` builds it.
+site, where factors are learned, and where attention has no softmax. `layout_of` gives it as plain
+data, `lay_out` builds it.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,12 @@ from lnfree_interp.errors import NormSiteError
 from lnfree_interp.models.block import InnerNormMLP, SiteGatedMLP
 from lnfree_interp.models.folding import WITHIN
 from lnfree_interp.models.forms import epsilon_of
+from lnfree_interp.models.linear_attention import (
+    LinearAttention,
+    LinearGroupedQueryAttention,
+    linear_attention,
+    linear_layers,
+)
 from lnfree_interp.models.maps import make_map, map_name
 from lnfree_interp.models.norm_map import require_positive
 from lnfree_interp.models.norms import Norm, Scaler, SplitNorm
@@ -30,7 +37,7 @@ from lnfree_interp.models.sites import (
 
 Layout = dict[str, dict[str, Any]]
 """By path: `{"map": "RMSNorm", "bias": False, "factor": 1.0}` for a norm, `{"factors": 12}` for
-factors."""
+factors, `{"feature_map": "elu", "divide_by": "sum"}` for linear attention."""
 
 
 def set_map(
@@ -128,8 +135,35 @@ def set_scaler(model: HookedTransformer, name: str, value: float = 1.0) -> Scale
     return scaler
 
 
+def set_linear_attention(
+    model: HookedTransformer, layer: int, feature_map: str = "elu", divide_by: str = "sum"
+) -> LinearAttention | LinearGroupedQueryAttention:
+    """Put linear attention in the place of a block's attention, with the same parameters.
+
+    Args:
+        model: With norm sites; changed in place.
+        layer: The block, counted from 0.
+        feature_map: A key of `lnfree_interp.models.linear_attention.FEATURE_MAPS`.
+        divide_by: What weights are divided by: `"sum"` or `"count"`.
+
+    Raises:
+        NormSiteError: if there is no such block, feature map or divisor.
+        UnsupportedModelError: if attention scores have a soft cap.
+    """
+    require_norm_sites(model)
+    if not 0 <= layer < model.cfg.n_layers:
+        raise NormSiteError(
+            f"there is no block {layer}: the model has {model.cfg.n_layers} layers, counted from 0"
+        )
+    block: Any = model.blocks[layer]
+    block.attn = linear_attention(block.attn, feature_map, divide_by)
+    model.setup()
+    return block.attn
+
+
 def layout_of(model: HookedTransformer) -> Layout:
-    """Which map stands at each site of a model with norm sites, and where it learns factors."""
+    """Which map stands at each site of a model with norm sites, where it learns factors, and where
+    its attention is linear."""
     require_norm_sites(model)
     layout: Layout = {}
     for site in list_norm_sites(model):
@@ -139,6 +173,11 @@ def layout_of(model: HookedTransformer) -> Layout:
         }  # fmt: skip
     for name in list_scalers(model):
         layout[name] = {"factors": len(cast(Scaler, module_at(model, name)).w)}
+    for layer in linear_layers(model):
+        attn = cast(Any, model.blocks[layer]).attn
+        layout[f"blocks.{layer}.attn"] = {
+            "feature_map": attn.feature_map, "divide_by": attn.divide_by,
+        }  # fmt: skip
     return layout
 
 
@@ -153,6 +192,8 @@ def varied(model: HookedTransformer) -> str | None:
     for name, found in layout_of(model).items():
         if "factors" in found:
             return f"{name} holds factors"
+        if "feature_map" in found:
+            return f"{name} is linear"
         if name in config and found == plain:
             continue
         times = "" if found["factor"] == 1 else f" times {found['factor']:.4g}"
@@ -176,8 +217,17 @@ def lay_out(model: HookedTransformer, layout: Mapping[str, Mapping[str, Any]]) -
             continue
         if "factors" in wanted:
             set_scaler(model, name)
+        elif "feature_map" in wanted:
+            set_linear_attention(model, _layer_of(name), **wanted)
         else:
             set_map(model, name, wanted["map"], bias=wanted["bias"], factor=wanted["factor"])
+
+
+def _layer_of(attention: str) -> int:
+    _, number, leaf = attention.split(".")
+    if leaf != "attn":
+        raise NormSiteError(f"{attention} is no attention")
+    return int(number)
 
 
 def require_norm_sites(model: HookedTransformer) -> None:
