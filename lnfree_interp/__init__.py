@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     )
     from lnfree_interp.tuning.parameter_mask import ParameterMask
     from lnfree_interp.tuning.selection import random_subset, select_parameters
+    from lnfree_interp.tuning.transfer import Transfer, TransferredTensor, transfer_weights
     from lnfree_interp.variants.attention import to_linear_attention
     from lnfree_interp.variants.placing import (
         magneto_init,
@@ -258,6 +259,9 @@ _HOME = {
     "ParameterMask": "lnfree_interp.tuning.parameter_mask",
     "random_subset": "lnfree_interp.tuning.selection",
     "select_parameters": "lnfree_interp.tuning.selection",
+    "Transfer": "lnfree_interp.tuning.transfer",
+    "TransferredTensor": "lnfree_interp.tuning.transfer",
+    "transfer_weights": "lnfree_interp.tuning.transfer",
     "FrozenFor": "lnfree_interp.removal.freeze_for",
     "freeze_for": "lnfree_interp.removal.freeze_for",
     "SiteSensitivity": "lnfree_interp.removal.sensitivity",

@@ -1,12 +1,16 @@
 """Variants with another attention: linear, without a softmax."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
+from jaxtyping import Int
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.inserting import set_linear_attention
 from lnfree_interp.models.linear_attention import linear_layers
+from lnfree_interp.models.running import require_tokens, run, watched
 from lnfree_interp.variants.variant import Variant, made
 
 
@@ -16,6 +20,7 @@ def to_linear_attention(
     *,
     feature_map: str = "elu",
     divide_by: str = "sum",
+    tokens: Int[Tensor, "sequence pos"] | None = None,
 ) -> Variant:
     """Causal linear attention in some blocks: phi(q) . phi(k) in the place of exp(q . k / scale).
 
@@ -31,13 +36,16 @@ def to_linear_attention(
         divide_by: The divisor: `"sum"`, the sum of the weights before it, so that they add up to 1;
             or `"count"`, how many tokens the query sees. That is a constant, so that no token's
             weight depends on another token: what a head reads is a sum of what each token gives.
+        tokens: For `"count"`: text on which the mean sum of each head's weights is measured; its
+            W_O is divided by that, so that it writes about as much as before. Default: W_O stays.
 
     Returns:
         A `Variant`, another function.
 
     Raises:
         UnsupportedModelError: for a model that can have no norm sites, or whose scores have a soft
-            cap; if no layer is given, one twice, or one that is linear already.
+            cap; if no layer is given, one twice, or one that is linear already; if there are tokens
+            and weights are divided by their sum, or a norm stands before W_O.
         NormSiteError: if there is no such block, feature map or divisor.
 
     Source:
@@ -55,6 +63,12 @@ def to_linear_attention(
     if twice := [layer for layer in chosen if chosen.count(layer) > 1]:
         raise UnsupportedModelError(f"block {twice[0]} was given more than once")
 
+    if tokens is not None and divide_by != "count":
+        raise UnsupportedModelError(
+            "tokens say how large weights are that are divided by the count: "
+            f"divide_by={divide_by!r} needs none"
+        )
+
     def change(sited: HookedTransformer) -> tuple[str, ...]:
         if linear := sorted({*linear_layers(sited)} & {*chosen}):
             raise UnsupportedModelError(
@@ -63,7 +77,31 @@ def to_linear_attention(
         for layer in chosen:
             set_linear_attention(sited, layer, feature_map, divide_by)
         where = ", ".join(map(str, chosen))
+        if tokens is not None:
+            _scale_W_O(sited, sorted(chosen), tokens)
         how = f"{feature_map} features, divided by their {divide_by}"
         return (f"linear attention in blocks {where}: {how}",)
 
     return made("linear attention", model, change, same_function=False)
+
+
+def _scale_W_O(model: HookedTransformer, layers: list[int], tokens: Tensor) -> None:
+    """Divide each head's W_O by the mean sum of its weights, block by block, as the text comes."""
+    require_tokens(model, tokens)
+    for layer in layers:
+        attn = cast(Any, model.blocks[layer]).attn
+        if attn.inner is not None:
+            raise UnsupportedModelError(
+                f"block {layer} has a norm before W_O, which undoes any scale of the weights: "
+                "leave tokens out"
+            )
+        name = f"blocks.{layer}.attn.hook_pattern"
+        sums = [_sums(model, rows, layer, name) for rows in tokens.split(4)]
+        mean = sum(sums[1:], sums[0]) / tokens.numel()
+        attn.W_O.div_(mean[:, None, None])
+
+
+def _sums(model: HookedTransformer, rows: Tensor, layer: int, name: str) -> Tensor:
+    with watched(model, [name]) as found:
+        run(model, rows, stop_at_layer=layer + 1)
+    return found[name].sum((0, 2, 3))

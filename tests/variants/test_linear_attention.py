@@ -114,3 +114,21 @@ def test_other_calls_take_it_as_any_model():
         lf.list_weight_components(live_model("gpt2"))
     )
     assert "blocks.0.attn.W_Q" in lf.select_parameters(model, "heads:L0H1").chosen
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-grouped"])
+def test_W_O_is_divided_by_the_mean_sum_of_weights(kind):
+    source = live_model(kind)
+    tokens = text(source, 6)
+    plain = lf.to_linear_attention(source, [0, 2], divide_by="count").model
+    scaled = lf.to_linear_attention(source, [0, 2], divide_by="count", tokens=tokens).model
+    _, cache = scaled.run_with_cache(tokens)
+    for layer in (0, 2):
+        sums = cache["pattern", layer].sum(-1).mean((0, 2))
+        by_hand = plain.blocks[layer].attn.W_O / sums[:, None, None]
+        assert (scaled.blocks[layer].attn.W_O - by_hand).abs().max() < 1e-12 * by_hand.abs().max()
+    assert torch.equal(scaled.blocks[1].attn.W_O, source.blocks[1].attn.W_O)
+    with pytest.raises(UnsupportedModelError, match="divide_by='sum' needs none"):
+        lf.to_linear_attention(source, tokens=tokens)
+    with pytest.raises(UnsupportedModelError, match="block 0 has a norm before W_O"):
+        lf.to_linear_attention(lf.to_sub_ln(source).model, divide_by="count", tokens=tokens)
