@@ -10,6 +10,7 @@ Finished runs are lines of `rows.jsonl` and are not repeated.
 """
 
 import json
+import math
 import platform
 import statistics
 from collections.abc import Callable
@@ -115,22 +116,23 @@ def main(
                 return row
         model, settings = made[name](seed)
         recipe = replace(base, lr=lr, seed=seed, **settings)
-        found = lf.finetune(model, recipe, train, heldout=heldout, progress=False)
-        curve = [
-            ((record.step + 1) * batch * LENGTH, record.heldout)
-            for record in found.history
-            if record.heldout is not None
-        ]
-        released = next((record.step for record in found.history if record.released), None)
-        row = about | {
-            "validation": lf.evaluate_loss(found.model, validation).mean,
-            "curve": curve,
-            "released": released,
-        }
+        row: dict[str, Any] = about | {"validation": math.inf, "curve": [], "released": None}
+        try:
+            found = lf.finetune(model, recipe, train, heldout=heldout, progress=False)
+        except lf.errors.TrainingError as error:
+            row["diverged"] = str(error)
+        else:
+            row["validation"] = lf.evaluate_loss(found.model, validation).mean
+            row["curve"] = [
+                ((record.step + 1) * batch * LENGTH, record.heldout)
+                for record in found.history
+                if record.heldout is not None
+            ]
+            row["released"] = next((r.step for r in found.history if r.released), None)
         done.append(row)
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{name}, rate {lr:g}, seed {seed}: {curve[-1][1]:.3f}", flush=True)
+        print(f"{name}, rate {lr:g}, seed {seed}: {row['validation']:.3f}", flush=True)
         return row
 
     table = []

@@ -8,6 +8,7 @@ from lnfree_interp.plots.deletions import deletions
 from lnfree_interp.plots.depth import angles, depth, spectrum
 from lnfree_interp.plots.direct_effects import direct_effects
 from lnfree_interp.plots.evaluation import loss_by_position, residual_norms
+from lnfree_interp.plots.fisher import fisher_information
 from lnfree_interp.plots.flow import flow, paths
 from lnfree_interp.plots.gradients import gradient_balance
 from lnfree_interp.plots.lens import lens
@@ -23,6 +24,7 @@ __all__ = [
     "deletions",
     "depth",
     "direct_effects",
+    "fisher_information",
     "flow",
     "gradient_balance",
     "lens",

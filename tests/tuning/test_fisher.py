@@ -217,3 +217,25 @@ class TestWrong:
         ):  # fmt: skip
             with pytest.raises(error, match=message):
                 call()
+
+
+def test_the_figure_has_the_mean_of_every_kind_in_every_layer():
+    model = live_model("gpt2")
+    tokens = torch.randint(300, (4, 8), generator=torch.Generator().manual_seed(0))
+    fisher = lf.fisher_information(model, tokens, progress=False)
+    figure = lf.plots.fisher_information({"one": fisher, "two": fisher})
+    panels = [note.text for note in figure.layout.annotations]
+    frame = fisher.to_frame()
+    inside = frame[frame["layer"].notna()]
+    assert panels == list(dict.fromkeys(inside["kind"]))
+    assert len(figure.data) == 2 * len(panels)
+    heads = inside[(inside["kind"] == "head") & (inside["layer"] == 1)]
+    line = figure.data[2 * panels.index("head")]
+    mean = heads["total"].sum() / heads["parameters"].sum()
+    assert line.y[list(line.x).index(1)] == pytest.approx(mean)
+    shown = figure.layout.title.subtitle.text
+    assert all(name in shown for name in frame[frame["layer"].isna()]["component"])
+    assert "squared nats" in shown
+    embed = lf.fisher_information(model, tokens, trainable="embed", progress=False)
+    with pytest.raises(DataError, match="nothing to draw"):
+        lf.plots.fisher_information(embed)
