@@ -211,7 +211,9 @@ class Probe:
     def needs(self, trace: Trace) -> tuple[Place, list[str]]:
         """As `Target.needs`."""
         place, site = read_at(trace.view, self.at)
-        return place, [place.hook, *([] if site is None else trace.scale_names([site]))]
+        if site is None or site == "ln_final":  # a run stops before that
+            return place, [place.hook]
+        return place, [place.hook, *trace.scale_names([site])]
 
     def read(self, trace: Trace) -> Reading:
         """As `Target.read`."""
@@ -219,18 +221,18 @@ class Probe:
         view, at = trace.view, trace.positions(self.pos)
         place, site = read_at(view, self.at)
         held = () if site is None else trace.require_affine([site])
-        read = Read() if site is None else trace.read(site, at)
-        stream = at.of(trace.stream(place))
-        direction = self._directions(stream) / (stream.shape[1] if self.mean else 1)
+        stream, first = at.of(trace.stream(place)), trace.first(at)
+        read = Read() if site is None else self._norm(trace, site, at, stream)
+        n = stream.shape[1] if self.mean else 1
+        direction = self._directions(stream) / n
         constants: list[tuple[Component, Tensor]] = []
         if site is not None and read.bias is not None:
             layer = NormSite.parse(site).layer
             kind = f"{NormSite.parse(site).kind.partition('.')[0]}.b"
             constants.append((Component(kind, layer), direction @ read.bias))
         if self.bias:
-            each = self.bias / (stream.shape[1] if self.mean else 1)
-            constants.append((Component("probe.b"), torch.full_like(stream[..., 0], each)))
-        first = trace.first(at)
+            each = torch.full_like(stream[..., 0], self.bias / n)
+            constants.append((Component("probe.b"), each))
 
         def again(changed: Stream, some: slice) -> Float[Tensor, "batch number"]:
             if site is not None:
@@ -240,12 +242,21 @@ class Probe:
 
         several = isinstance(self.pos, slice) and not self.mean
         what = f"{place.hook}{'' if site is None else f' behind {site}'}"
+        what = f"the mean of {what} over positions" if self.mean else what
         return Reading(
             place, at, read.back(direction).contiguous(), tuple(constants),
             again(stream, slice(None)), again, (what,) * trace.batch, "projection",
             f"parts = {what}", held, ("prompt", "pos") if several else ("prompt",),
             summed=self.mean,
         )  # fmt: skip
+
+    def _norm(self, trace: Trace, site: str, at: Positions, stream: Stream) -> Read:
+        """How the norm reads the stream at the positions."""
+        hook = trace.view.scale_hook(site)
+        if site != "ln_final" or hook is None:
+            return trace.read(site, at)
+        _, found = trace.view.logits(stream, [hook], first=trace.first(at))
+        return trace.view.read(site, found[hook])
 
     def _directions(self, stream: Stream) -> Stream:
         """A direction for each position that is read."""
