@@ -1,7 +1,7 @@
 """Fit regressions on the words of sentences, and measure them on sentences held out."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -189,11 +189,11 @@ def _cross_validated(
     regression: Any, X: np.ndarray, y: np.ndarray, fold: np.ndarray
 ) -> tuple[np.ndarray, Any]:
     """What is predicted of each word with its fold held out, and a fit on all words."""
-    said = np.empty_like(y)
+    said, new = np.empty_like(y), lambda: cast(Any, clone(regression))
     for i in np.unique(fold):
         rest = fold != i
-        said[~rest] = predict(clone(regression).fit(X[rest], y[rest]), X[~rest])
-    return said, clone(regression).fit(X, y)
+        said[~rest] = predict(new().fit(X[rest], y[rest]), X[~rest])
+    return said, new().fit(X, y)
 
 
 def held_out_in(sentences: Sequence[Sentence], folds: int) -> np.ndarray:
@@ -217,9 +217,7 @@ def held_out_in(sentences: Sequence[Sentence], folds: int) -> np.ndarray:
     return fold
 
 
-def read_targets(
-    targets: Any, sentences: Sequence[Sentence]
-) -> tuple[tuple[str, ...], np.ndarray]:
+def read_targets(targets: Any, sentences: Sequence[Sentence]) -> tuple[tuple[str, ...], np.ndarray]:
     """The names of the targets, and their numbers, [word, target], in float64.
 
     Raises:
@@ -235,7 +233,8 @@ def read_targets(
     columns = []
     for name, column in named.items():
         try:
-            numbers = np.asarray(torch.as_tensor(np.asarray(column)).cpu(), dtype=np.float64)
+            given = column.detach().cpu().double() if isinstance(column, torch.Tensor) else column
+            numbers = np.asarray(given, dtype=np.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"target {name!r} is not all numbers: {error}") from error
         if numbers.shape != (n,):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lnfree_interp.analysis.components import nearest
+from lnfree_interp.analysis.positions import read_number
 from lnfree_interp.analysis.stream import Place
 from lnfree_interp.analysis.targets import Probe, Reading, read_at
 from lnfree_interp.analysis.trace import Trace
@@ -18,7 +20,7 @@ from lnfree_interp.analysis.view import View, noting
 from lnfree_interp.errors import DataError
 from lnfree_interp.probing.features import word_features
 from lnfree_interp.probing.heads import folded, predict
-from lnfree_interp.probing.sentences import Sentence, as_sentences, word_tokens
+from lnfree_interp.probing.sentences import Sentence, as_sentences, word_table, word_tokens
 from lnfree_interp.probing.streams import pooled, pooled_positions, read_words
 
 MEMBERS = ("stream", "words", "ensemble")
@@ -114,9 +116,9 @@ class FittedProbe:
         if member != "stream":
             features = word_features(sentences, self.counts).to_numpy()
             found.append(predict(self.regressions["words"], features))
-        ids = [(i, j, word) for i, one in enumerate(sentences) for j, word in enumerate(one.words)]
-        frame = pd.DataFrame(ids, columns=["sentence_id", "word_id", "word"])
-        return frame.assign(**dict(zip(self.names, (sum(found) / len(found)).T, strict=True)))
+        return word_table(sentences).assign(
+            **dict(zip(self.names, np.mean(found, axis=0).T, strict=True))
+        )
 
     def direction(self, name: str) -> tuple[Float[Tensor, " d_model"], float]:
         """The direction of the stream that a target is read along, and the constant behind it, with
@@ -158,9 +160,12 @@ class FittedProbe:
         """
         direction, constant = self.direction(name)
         aligned = word_tokens(self.view, sentence)
-        at = pooled_positions(aligned.of(word), self.pool)
+        number = read_number(word, len(aligned.positions), "word")
+        positions = aligned.positions[number]
+        at = pooled_positions(positions, self.pool)
         probe = Probe(direction, self.site, at, constant, mean=True)
-        return WordPrediction(probe, name, aligned.tokens, aligned.sentence.words[word], self)
+        said = aligned.sentence.words[number]
+        return WordPrediction(probe, name, said, aligned.tokens, positions, self)
 
     def __repr__(self) -> str:
         mae, r2 = self.mae, self.r2
@@ -182,12 +187,15 @@ class WordPrediction:
     """The direction and the constant, with all standardisation in them, and where they are read."""
     name: str
     """Which number; the unit of the answer."""
-    tokens: tuple[int, ...]
-    """The sentence's tokens: the target is about no other prompt."""
     word: str
     """The word."""
+    tokens: tuple[int, ...]
+    """The sentence's tokens: the target is about no other prompt."""
+    positions: range
+    """The positions of the word's tokens."""
     fitted: FittedProbe
-    """The regression, which computes the whole by itself: standardised, multiplied, added."""
+    """The regression, which computes the whole by itself: pooled, standardised, multiplied, added;
+    so that the certificate is about the direction and the constant as well."""
 
     def needs(self, trace: Trace) -> tuple[Place, list[str]]:
         """As `Target.needs`."""
@@ -215,10 +223,8 @@ class WordPrediction:
 
     def _whole(self, trace: Trace, reading: Reading) -> Float[Tensor, "one one"]:
         """The prediction, by the regression itself and not by the direction."""
-        stream, (_, norm) = trace.stream(reading.place), read_at(trace.view, self.probe.at)
+        stream, (_, norm) = trace.stream(reading.place), read_at(trace.view, self.fitted.site)
         stream = stream if norm is None else trace.view.through_norm(norm, stream)
-        at = self.probe.pos
-        assert isinstance(at, slice)
-        row = pooled(stream[0], [range(at.start, at.stop)], "mean")
-        said = predict(self.fitted.regressions["stream"], row.numpy())
+        row = pooled(stream[0], [self.positions], self.fitted.pool).numpy()
+        said = predict(self.fitted.regressions["stream"], row)
         return reading.total.new_tensor(said[:, [self.fitted.names.index(self.name)]])

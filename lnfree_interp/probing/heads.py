@@ -36,11 +36,13 @@ def make_head(head: str, ridge: float | Sequence[float], hidden: int, seed: int)
         if hidden < 1:
             raise DataError(f"hidden={hidden}: give at least 1")
         # The early stop holds out a tenth of the words that it is fitted on.
-        mlp = MLPRegressor(hidden_layer_sizes=(hidden,), max_iter=1000, early_stopping=True, random_state=seed)
+        mlp = MLPRegressor(
+            hidden_layer_sizes=(hidden,), max_iter=1000, early_stopping=True, random_state=seed
+        )
         return make_pipeline(
             StandardScaler(), TransformedTargetRegressor(mlp, transformer=StandardScaler())
         )
-    penalties = [ridge] if isinstance(ridge, int | float) else list(ridge)
+    penalties = np.atleast_1d(np.asarray(ridge, dtype=np.float64)).tolist()
     least = 0 if len(penalties) == 1 else 1e-300
     if not penalties or not all(math.isfinite(one) and one >= least for one in penalties):
         raise DataError(

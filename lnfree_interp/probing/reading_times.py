@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lnfree_interp.analysis.targets import read_at
 from lnfree_interp.analysis.view import Model, view_of
 from lnfree_interp.errors import DataError
-from lnfree_interp.probing.sentences import Sentence, as_sentences, word_tokens
+from lnfree_interp.probing.sentences import Sentence, as_sentences, word_table, word_tokens
 from lnfree_interp.probing.streams import read_words, require_pool
 
 CMCL_2021 = ("nFix", "FFD", "GPT", "TRT", "fixProp")
@@ -29,7 +29,7 @@ _PLANTED_WORDS = (
     "bright window, letters letters. in town's and every winter; morning morning, stones found "
     "waited without 1984 seven light-house far (almost) where Mary John said: nothing. read slowly "
     "until evening? an unlikely story they remembered, café naïve whose extraordinarily it was is"
-).split()
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +46,8 @@ class ReadingTimes:
     def to_frame(self) -> pd.DataFrame:
         """A row for each word: `sentence_id` and `word_id` from 0, `word`, and each target. As a
         CSV file without the index, `read_reading_times` reads it back."""
-        rows = [(i, j, word) for i, one in enumerate(self.words) for j, word in enumerate(one.words)]
-        frame = pd.DataFrame(rows, columns=["sentence_id", "word_id", "word"])
-        return frame.assign(**{name: column.numpy() for name, column in self.targets.items()})
+        columns = {name: column.numpy() for name, column in self.targets.items()}
+        return word_table(self.words).assign(**columns)
 
     def __repr__(self) -> str:
         n = sum(map(len, self.words))
@@ -74,8 +73,8 @@ def read_reading_times(
         `ReadingTimes`, for `lf.fit_probe(model, site, data.targets, words=data.words)`.
 
     Raises:
-        DataError: if the file cannot be read, lacks a column, or has a cell that is not a number, an
-            empty word or ids out of order; with the line.
+        DataError: if the file cannot be read, lacks a column, or has a cell that is not a number,
+            an empty word or ids out of order; with the line.
 
     Source:
         The CMCL 2021 shared task, https://cmclorg.github.io/shared_task; the numbers are of ZuCo.
@@ -154,8 +153,8 @@ def _require_next(last: tuple[int, int] | None, ids: tuple[int, int], where: str
     if last is None or ids == (last[0], last[1] + 1) or ids[0] > last[0]:
         return
     raise DataError(
-        f"{where}: word {ids[1]} of sentence {ids[0]} follows word {last[1]} of sentence {last[0]}: "
-        "the ids of sentences rise, and those of a sentence's words go up by one, so sort the "
+        f"{where}: word {ids[1]} of sentence {ids[0]} follows word {last[1]} of sentence {last[0]}"
+        ": the ids of sentences rise, and those of a sentence's words go up by one, so sort the "
         "rows, and leave out whole sentences only"
     )
 
@@ -207,8 +206,9 @@ def planted_reading_times(
     view, draw = view_of(model), np.random.default_rng(seed)
     read_at(view, site)
     if words is None:
+        some = _PLANTED_WORDS.split()
         words = [
-            [str(word) for word in draw.choice(_PLANTED_WORDS, draw.integers(6, 15))]
+            [str(word) for word in draw.choice(some, draw.integers(6, 15))]
             for _ in range(sentences)
         ]
     given = as_sentences(words)

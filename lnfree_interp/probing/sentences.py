@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lnfree_interp.analysis.positions import read_number
+import pandas as pd
+
 from lnfree_interp.analysis.view import Model, View, view_of
 from lnfree_interp.errors import DataError
 
@@ -32,7 +33,7 @@ class Sentence:
         ((0, 1), (1, 3), (3, 4))
     """
 
-    words: Sequence[str]
+    words: Sequence[Any]
     text: str = ""
 
     def __post_init__(self) -> None:
@@ -88,14 +89,6 @@ class WordTokens:
     """The words of which no token stands for any character: their position is that of the last
     token before them, or of the first token if there is none."""
 
-    def of(self, word: Any) -> range:
-        """The positions of a word's tokens, by its number, counted from the end if negative.
-
-        Raises:
-            DataError: if there is no such word.
-        """
-        return self.positions[read_number(word, len(self.positions), "word")]
-
 
 def word_tokens(model: Model | View, sentence: Sentence | Sequence[str]) -> WordTokens:
     """Which tokens each word of a sentence is, by the characters that tokens stand for.
@@ -120,7 +113,7 @@ def word_tokens(model: Model | View, sentence: Sentence | Sequence[str]) -> Word
     Examples:
         >>> found = lf.word_tokens(model, ["return", "self.items[index]"])
         >>> found.positions
-        (range(0, 1), range(1, 7))
+        (range(1, 2), range(2, 8))
     """
     view = view_of(model)
     sentence = as_sentence(sentence)
@@ -166,3 +159,9 @@ def as_sentences(given: Iterable[Sentence | Sequence[str]]) -> tuple[Sentence, .
     if not found:
         raise DataError("there are no sentences: give at least one")
     return tuple(found)
+
+
+def word_table(sentences: Sequence[Sentence]) -> pd.DataFrame:
+    """A row for each word: `sentence_id` and `word_id` from 0, and `word`."""
+    rows = [(i, j, word) for i, one in enumerate(sentences) for j, word in enumerate(one.words)]
+    return pd.DataFrame(rows, columns=["sentence_id", "word_id", "word"])
