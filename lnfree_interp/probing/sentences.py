@@ -144,12 +144,16 @@ def as_sentence(given: Sentence | Sequence[str]) -> Sentence:
     return given if isinstance(given, Sentence) else Sentence(given)
 
 
-def as_sentences(given: Iterable[Sentence | Sequence[str]]) -> tuple[Sentence, ...]:
+def as_sentences(given: Iterable[Sentence | Sequence[str]] | Any) -> tuple[Sentence, ...]:
     """Sentences, each given as one or as its words.
 
     Raises:
         DataError: if one is none, which is named by its number, or there are none.
     """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise DataError(
+            f"give a list of sentences, each a list of words, not one {type(given).__name__}"
+        )
     found = []
     for i, one in enumerate(given):
         try:

@@ -68,6 +68,7 @@ def read_words(
     """
     places = {site: read_at(view, site) for site in sites}
     hooks = sorted({place.hook for place, _ in places.values()})
+    stop = min(max(place.layer for place, _ in places.values()) + 1, view.n_layers)
     found: dict[str, list[Tensor | None]] = {site: [None] * len(aligned) for site in sites}
     # Sentences of about one length run together, so that few positions are filled up.
     order = sorted(range(len(aligned)), key=lambda i: len(aligned[i].tokens))
@@ -75,9 +76,9 @@ def read_words(
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         rows = [torch.tensor(aligned[i].tokens, device=view.device) for i in some]
-        trace = Trace(view, rows, keep="asked").need(*hooks)
+        _, streams = view.run(Trace(view, rows).tokens, hooks, stop=stop)
         for site, (place, norm) in places.items():
-            stream = trace.stream(place)
+            stream = streams[place.hook]
             stream = stream if norm is None else view.through_norm(norm, stream)
             for row, i in enumerate(some):
                 found[site][i] = pooled(stream[row], aligned[i].positions, pool)

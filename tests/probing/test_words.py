@@ -1,5 +1,7 @@
 """Every word has one row, whatever it is written in and however it is cut into tokens."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import lnfree_interp as lf
 from lnfree_interp.analysis.view import view_of
 from lnfree_interp.errors import DataError
+from lnfree_interp.probing.sentences import as_sentences
 from lnfree_interp.probing.streams import read_words
 
 STRANGE = [
@@ -154,9 +157,15 @@ def test_what_is_no_sentence_is_refused(words, text, said):
 def test_a_sentence_is_named_by_its_number_and_too_long_ones_by_their_text(model):
     with pytest.raises(DataError, match="sentence 1: a sentence is a list of words"):
         lf.word_features([["a"], "a b"])
+    for one in (lf.Sentence(["a"]), "a b"):
+        with pytest.raises(DataError, match="give a list of sentences, each a list of words"):
+            as_sentences(one)
     short = folded_model("gpt2", tokenizer=True)
     with pytest.raises(DataError, match="51 tokens; the model's context is 48"):
         lf.word_tokens(short, ["q" * 50])
+    short.tokenizer = SimpleNamespace(is_fast=False, bos_token="<s>")
+    with pytest.raises(DataError, match=r"does not say which characters.*give the model a fast"):
+        lf.word_tokens(short, ["a"])
     short.tokenizer = None
     with pytest.raises(DataError, match="no tokenizer"):
         lf.word_tokens(short, ["a"])
