@@ -55,7 +55,7 @@ def probes(fits: FittedProbe | Mapping[str, FittedProbe], by: str = "mae") -> go
     columns = min(_COLUMNS, len(first.names))
     rows = -(-len(first.names) // columns)
     figure = make_subplots(
-        rows=rows, cols=columns, vertical_spacing=0.3 / rows, horizontal_spacing=0.09,
+        rows=rows, cols=columns, vertical_spacing=0.4 / rows, horizontal_spacing=0.09,
         subplot_titles=[html.escape(name, quote=False) for name in first.names],
     )  # fmt: skip
     order = (BASELINE, "words", *(member for member in MEMBERS if member != "words"))
@@ -76,14 +76,16 @@ def probes(fits: FittedProbe | Mapping[str, FittedProbe], by: str = "mae") -> go
             )  # fmt: skip
         if at["col"] == 1:
             figure.update_yaxes(title=MEASURES[by], row=at["row"], col=1)
+        if len(several) > 1 and i + columns >= len(first.names):  # nothing below
+            figure.update_xaxes(title="site", row=at["row"], col=at["col"])
     if by == "mae":
         figure.update_yaxes(rangemode="tozero")
     if len(several) > 1:
         short = [_short(site) for site in several]
-        figure.update_xaxes(title="site", **ticks(short, room=900 // columns - 60))
+        figure.update_xaxes(**ticks(short, room=900 // columns - 60))
     figure.update_layout(legend={"orientation": "h", "y": -0.35 / rows}, bargap=0.25)
     title = "Numbers of words, told from the stream"
-    return styled(figure, title, _about(first, by, len(several) > 1), 230 + 220 * rows, above=30)
+    return styled(figure, title, _about(first, by, len(several) > 1), 230 + 240 * rows, above=30)
 
 
 def _about(one: FittedProbe, by: str, several: bool) -> str:

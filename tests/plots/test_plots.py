@@ -359,6 +359,7 @@ def test_probes_by_site_beside_what_needs_no_model(probes, by):
     assert len(set(figure.data[4].y)) == 1
     assert list(figure.layout.xaxis.ticktext) == ["0 pre", "0 post", "1 post", "2 post"]
     assert [one.text for one in figure.layout.annotations] == ["a &lt; b", "TRT"]
+    assert figure.layout.xaxis.title.text == "site"
     unit = "mean absolute error" if by == "mae" else "R2"
     assert figure.layout.yaxis.title.text == unit
     subtitle = figure.layout.title.subtitle.text.replace("<br>", " ")
