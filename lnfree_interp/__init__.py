@@ -105,6 +105,15 @@ if TYPE_CHECKING:
     from lnfree_interp.models.untrained import untrained
     from lnfree_interp.models.weight_components import WeightComponent, list_weight_components
     from lnfree_interp.numerics import MeasuredError
+    from lnfree_interp.probing.features import word_features
+    from lnfree_interp.probing.fit import fit_probe, fit_probes
+    from lnfree_interp.probing.fitted import FittedProbe
+    from lnfree_interp.probing.reading_times import (
+        ReadingTimes,
+        planted_reading_times,
+        read_reading_times,
+    )
+    from lnfree_interp.probing.sentences import Sentence, WordTokens, word_tokens
     from lnfree_interp.removal import recipes
     from lnfree_interp.removal.freeze_for import FrozenFor, freeze_for
     from lnfree_interp.removal.recipe import Recipe
@@ -243,6 +252,16 @@ _HOME = {
     "with_norm_sites": "lnfree_interp.models.sites",
     "untrained": "lnfree_interp.models.untrained",
     "MeasuredError": "lnfree_interp.numerics",
+    "word_features": "lnfree_interp.probing.features",
+    "fit_probe": "lnfree_interp.probing.fit",
+    "fit_probes": "lnfree_interp.probing.fit",
+    "FittedProbe": "lnfree_interp.probing.fitted",
+    "ReadingTimes": "lnfree_interp.probing.reading_times",
+    "planted_reading_times": "lnfree_interp.probing.reading_times",
+    "read_reading_times": "lnfree_interp.probing.reading_times",
+    "Sentence": "lnfree_interp.probing.sentences",
+    "WordTokens": "lnfree_interp.probing.sentences",
+    "word_tokens": "lnfree_interp.probing.sentences",
     "Guard": "lnfree_interp.removal.settings",
     "Recipe": "lnfree_interp.removal.recipe",
     "Release": "lnfree_interp.removal.settings",

@@ -56,9 +56,10 @@ def target_gap(
     claims: Float[Tensor, "component batch kept"],
     components: Sequence[Component],
 ) -> MeasuredError:
-    """The gap of an attribution; for much text, it is measured at some of the positions."""
+    """The gap of an attribution; for much text, it is measured at some of the positions, but for a
+    number that is a sum over all of them."""
     n = stream.shape[1]
-    some = slice(None) if n <= POSITIONS else slice(0, None, n // 64)
+    some = slice(None) if n <= POSITIONS or reading.summed else slice(0, None, n // 64)
 
     def lost(changed: Stream) -> Float[Tensor, "batch number"]:
         return reading.total[:, some] - reading.again(changed[:, some], some)

@@ -16,10 +16,11 @@ from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.components import Component
 from lnfree_interp.analysis.positions import Positions, whole_number
-from lnfree_interp.analysis.stream import Place, Stream
+from lnfree_interp.analysis.stream import Place, Read, Stream
 from lnfree_interp.analysis.trace import Trace
 from lnfree_interp.analysis.view import View
-from lnfree_interp.errors import DataError
+from lnfree_interp.errors import DataError, NormSiteError
+from lnfree_interp.models.site_names import NormSite
 
 Constants = tuple[tuple[Component, Float[Tensor, "batch kept"]], ...]
 
@@ -186,31 +187,79 @@ class Probe:
     Attributes:
         direction: The direction, [d_model]; or one for each position, [pos, d_model].
         at: Hook name of the place, such as `blocks.3.hook_resid_mid`. Default: the stream that the
-            final norm reads.
+            final norm reads. Or the name of a norm that reads the stream, such as `ln_final`: then
+            the probe reads what that norm makes of the stream, gain and bias included.
         pos: A position, from each prompt's own end if negative, or a slice.
         bias: The probe's bias.
+        mean: Whether the number is the mean over the positions; if not, each has a number.
 
     Examples:
         >>> probe = lf.Probe(free.W_U[:, 7], at="blocks.2.hook_resid_pre")
         >>> lf.attribute(lf.trace(free, "for i in"), probe).verify().unit
         'projection'
+        >>> whole = lf.Probe(free.W_U[:, 7], pos=slice(1, None), mean=True)
+        >>> lf.attribute(lf.trace(free, "for i in"), whole).verify().total.shape
+        torch.Size([])
     """
 
     direction: Any
     at: str | Place | None = None
     pos: SupportsIndex | slice = -1
     bias: float = 0.0
+    mean: bool = False
 
     def needs(self, trace: Trace) -> tuple[Place, list[str]]:
         """As `Target.needs`."""
-        place = trace.view.place(self.at)
-        return place, [place.hook]
+        place, site = read_at(trace.view, self.at)
+        if site is None or site == "ln_final":  # a run stops before that
+            return place, [place.hook]
+        return place, [place.hook, *trace.scale_names([site])]
 
     def read(self, trace: Trace) -> Reading:
         """As `Target.read`."""
         trace.require_text()
-        place, at = trace.view.place(self.at), trace.positions(self.pos)
-        stream = at.of(trace.stream(place))
+        view, at = trace.view, trace.positions(self.pos)
+        place, site = read_at(view, self.at)
+        held = () if site is None else trace.require_affine([site])
+        stream, first = at.of(trace.stream(place)), trace.first(at)
+        read = Read() if site is None else self._norm(trace, site, at, stream)
+        n = stream.shape[1] if self.mean else 1
+        direction = self._directions(stream) / n
+        constants: list[tuple[Component, Tensor]] = []
+        if site is not None and read.bias is not None:
+            layer = NormSite.parse(site).layer
+            kind = f"{NormSite.parse(site).kind.partition('.')[0]}.b"
+            constants.append((Component(kind, layer), direction @ read.bias))
+        if self.bias:
+            each = torch.full_like(stream[..., 0], self.bias / n)
+            constants.append((Component("probe.b"), each))
+
+        def again(changed: Stream, some: slice) -> Float[Tensor, "batch number"]:
+            if site is not None:
+                changed = view.through_norm(site, changed, first=first[:, some])
+            each = torch.linalg.vecdot(changed, direction[:, some])
+            return (each.sum(1, keepdim=True) if self.mean else each) + self.bias
+
+        several = isinstance(self.pos, slice) and not self.mean
+        what = f"{place.hook}{'' if site is None else f' behind {site}'}"
+        what = f"the mean of {what} over positions" if self.mean else what
+        return Reading(
+            place, at, read.back(direction).contiguous(), tuple(constants),
+            again(stream, slice(None)), again, (what,) * trace.batch, "projection",
+            f"parts = {what}", held, ("prompt", "pos") if several else ("prompt",),
+            summed=self.mean,
+        )  # fmt: skip
+
+    def _norm(self, trace: Trace, site: str, at: Positions, stream: Stream) -> Read:
+        """How the norm reads the stream at the positions."""
+        hook = trace.view.scale_hook(site)
+        if site != "ln_final" or hook is None:
+            return trace.read(site, at)
+        _, found = trace.view.logits(stream, [hook], first=trace.first(at))
+        return trace.view.read(site, found[hook])
+
+    def _directions(self, stream: Stream) -> Stream:
+        """A direction for each position that is read."""
         direction = torch.as_tensor(self.direction)
         width = stream.shape[-1]
         if direction.ndim == 0 or direction.shape[-1] != width:
@@ -219,22 +268,33 @@ class Probe:
                 "[pos, d_model]"
             )
         try:
-            direction = direction.to(stream).expand(stream.shape).contiguous()
+            return direction.to(stream).expand(stream.shape).contiguous()
         except RuntimeError as error:
             raise DataError(
                 f"directions of shape {list(direction.shape)} do not fit a stream of shape "
                 f"{list(stream.shape)}: give one direction, or one for each position"
             ) from error
-        constants: Constants = ()
-        if self.bias:
-            constants = ((Component("probe.b"), torch.full_like(stream[..., 0], self.bias)),)
-        several = isinstance(self.pos, slice)
 
-        def again(changed: Stream, some: slice) -> Float[Tensor, "batch number"]:
-            return torch.linalg.vecdot(changed, direction[:, some]) + self.bias
 
-        return Reading(
-            place, at, direction, constants, again(stream, slice(None)), again,
-            (place.hook,) * trace.batch, "projection", f"parts = {place.hook}",
-            dims=("prompt", "pos") if several else ("prompt",),
-        )  # fmt: skip
+def read_at(view: View, at: str | Place | None) -> tuple[Place, str | None]:
+    """A place of the stream, and the norm behind it whose output is meant, if one is named.
+
+    Raises:
+        DataError: if there is no such place, or the model has no such norm that reads the stream.
+    """
+    try:
+        site = NormSite.parse(str(at))
+    except NormSiteError:
+        return view.place(at), None
+    if site.kind == "ln_final":
+        return view.last, site.name
+    layer = whole_number(site.layer, "a layer")
+    if 0 <= layer < view.n_layers:
+        if site.kind in ("ln1.qk", "ln1.v"):
+            return Place(layer), site.name
+        if site.kind == "ln2" and view.has_mlps:
+            return view.mlp_place(layer), site.name
+    raise DataError(
+        f"{at!r} is no norm that reads this model's stream: give 'ln_final', or one like "
+        "'blocks.0.ln1.qk', 'blocks.0.ln1.v' or 'blocks.0.ln2'; or the hook name of a place"
+    )

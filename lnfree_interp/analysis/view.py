@@ -400,14 +400,39 @@ class View(ABC):
         Raises:
             DataError: if the model has no tokenizer.
         """
+        given, dropped, _ = self._to_encode(text, prepend_bos)
+        return list(self.tokenizer(given)["input_ids"])[dropped:]
+
+    def tokenize_with_spans(
+        self, text: str, prepend_bos: bool | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same token ids, and for each the characters of the text that it stands for, first to
+        one past the last; none for tokens that stand for no text, such as that of its beginning.
+
+        Raises:
+            DataError: if the model has no tokenizer, or one that does not say which characters its
+                tokens stand for.
+        """
+        given, dropped, shift = self._to_encode(text, prepend_bos)
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError(
+                f"a {type(self.tokenizer).__name__} does not say which characters its tokens stand "
+                "for: give the model a fast tokenizer, one with a tokenizer.json"
+            )
+        found = self.tokenizer(given, return_offsets_mapping=True)
+        spans = [(max(a - shift, 0), max(b - shift, 0)) for a, b in found["offset_mapping"]]
+        return list(found["input_ids"])[dropped:], spans[dropped:]
+
+    def _to_encode(self, text: str, prepend_bos: bool | None) -> tuple[str, int, int]:
+        """What the tokenizer is given, how many of its first tokens are then left out, and how many
+        characters stand before the text."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise DataError(f"the model has no tokenizer to read {text!r:.60} with: give token ids")
         bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         adds_bos = bool(self.cfg.tokenizer_prepends_bos)
-        text = tokenizer.bos_token + text if bos and not adds_bos else text
-        ids = list(tokenizer(text)["input_ids"])
-        return ids[1:] if adds_bos and not bos else ids
+        before = tokenizer.bos_token if bos and not adds_bos else ""
+        return before + text, int(adds_bos and not bos), len(before)
 
     def strings(self, ids: Collection[int]) -> list[str]:
         """Each token id as text; as a number for a model without a tokenizer."""

@@ -22,6 +22,7 @@ from lnfree_interp.analysis.prompts import Prompt
 from lnfree_interp.analysis.residual import decompose_residual
 from lnfree_interp.analysis.score_targets import LogOdds, Score
 from lnfree_interp.analysis.scores import attribute_scores
+from lnfree_interp.analysis.targets import Probe
 from lnfree_interp.analysis.trace import Trace, trace
 from lnfree_interp.analysis.view import Model, view_of
 from lnfree_interp.analysis.weights import ov_table, virtual_weights
@@ -83,6 +84,8 @@ def _certificates(one: Trace) -> Iterator[Certificate]:
     yield attribute_logits(one, answer, by="head", biases=True).certificate
     for by in LEVELS:
         yield decompose_residual(one, before, by=by).certificate
+    whole = Probe(view.W_E[answer], before, slice(None), bias=1.0, mean=True)
+    yield attribute(one, whole, "neuron").certificate
     if view.explains_scores and view.divisor(last) == "softmax":
         yield from _score_certificates(one, last)
     if view.has_mlps:

@@ -12,6 +12,7 @@ from lnfree_interp.plots.fisher import fisher_information
 from lnfree_interp.plots.flow import flow, paths
 from lnfree_interp.plots.gradients import gradient_balance
 from lnfree_interp.plots.lens import lens
+from lnfree_interp.plots.probes import probes
 from lnfree_interp.plots.sensitivity import site_sensitivity
 from lnfree_interp.plots.static import save, show_in_notebooks
 from lnfree_interp.plots.training import sigma_drift, training_curve
@@ -31,6 +32,7 @@ __all__ = [
     "loss_by_position",
     "paths",
     "pattern",
+    "probes",
     "residual_norms",
     "save",
     "scores",

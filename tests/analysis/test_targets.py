@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.loaded import folded_model
+from support.loaded import folded_model, frozen_model, live_model
 
 import lnfree_interp as lf
-from lnfree_interp.errors import DataError
+from lnfree_interp.analysis.targets import read_at
+from lnfree_interp.analysis.view import view_of
+from lnfree_interp.errors import DataError, HeldWarning, InexactError
 
 KINDS = ["gpt2", "neox", "llama-grouped", "qwen3", "gemma2-no-caps", "mistral"]
 ROWS = [[11, 12, 13, 14, 15, 16], [21, 22, 23, 24]]  # within every window
@@ -249,6 +251,87 @@ def test_probe_along_a_direction_for_each_position(model, pos):
     close(found.total, (cache["resid_pre", 2][:, pos] * directions).sum(-1) - 0.25)
     close(found["0_mlp_out"], (cache["mlp_out", 0][:, pos] * directions).sum(-1))
     close(found["probe.b"], torch.full((2, n), -0.25, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pos", [slice(None), slice(1, 5, 2), -2])
+def test_probe_of_the_mean_over_positions(model, pos):
+    tokens = torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(4))
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    at = "blocks.2.hook_resid_pre"
+    target = lf.Probe(direction, at, pos, bias=-0.25, mean=True)
+    trace, rows = lf.trace(model, tokens), pos if isinstance(pos, slice) else slice(-2, -1)
+    _, cache = model.run_with_cache(tokens)
+    expected = (cache["resid_pre", 2][:, rows].mean(1) @ direction - 0.25).detach()
+    for by in ("layer", "sublayer", "head", "source", "neuron"):
+        found = trace.attribute(target, by=by).verify(1e-10)
+        assert found.dims == ("prompt",)
+        close(found.total, expected)
+        close(found["probe.b"], torch.full((2,), -0.25, dtype=torch.float64))
+    found = trace.attribute(target, by="sublayer")
+    close(found["0_mlp_out"], (cache["mlp_out", 0][:, rows].mean(1) @ direction).detach())
+    close(lf.affine_map(trace, target).verify(1e-10).contributions.total, expected)
+    close(lf.expand_paths(trace, target, top_k=None).verify(1e-10).total, expected)
+    close(lf.flow_graph(trace, target, top_k=None).verify(1e-10).total, expected)
+    effects = lf.ablate(trace, ["0_mlp_out"]).compare(target).verify(1e-10)
+    close(effects.predicted[0], found["0_mlp_out"])
+
+
+BEHIND = ["ln_final", "blocks.1.ln1.qk", "blocks.2.ln1.v", "blocks.1.ln2"]
+
+
+@pytest.mark.parametrize("site", BEHIND)
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama-grouped"])
+def test_probe_behind_a_norm(kind, site, mean):
+    model = frozen_model(kind)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    target = lf.Probe(direction, site, slice(1, 4), bias=0.5, mean=mean)
+    tokens = torch.tensor([ROWS[0]])
+    found = lf.trace(model, tokens).attribute(target, by="sublayer").verify(1e-10)
+    view = view_of(model)
+    place, _ = read_at(view, site)
+    _, cache = model.run_with_cache(tokens)
+    normed = view.through_norm(site, cache[place.hook])[0, 1:4] @ direction
+    close(found.total[0], (normed.mean() if mean else normed).detach() + 0.5)
+    # A part's share is what the probe loses without it.
+    part = cache["attn_out", 0][0, 1:4]
+    without = view.through_norm(site, (cache[place.hook][0, 1:4] - part)[None])[0] @ direction
+    lost = (normed - without).detach()
+    close(found["0_attn_out"][0], lost.mean() if mean else lost)
+
+
+@pytest.mark.parametrize("site", BEHIND)
+def test_probe_behind_a_live_norm_is_refused_by_name_or_held_with_its_gap(site):
+    model = live_model("gpt2")
+    target = lf.Probe(torch.arange(32.0), site, slice(None), mean=True)
+    with pytest.raises(InexactError, match=f"^{site} is not affine"):
+        lf.attribute(model, ROWS[0], target)
+    assert [str(one) for one in lf.norms_read(model, ROWS[0], target)] == [site]
+    held = lf.attribute(lf.trace(model, ROWS[0], hold=True), target)
+    with pytest.warns(HeldWarning, match=site):
+        held.verify(1e-10)
+    assert held.gap.relative > 1e-3
+
+
+def test_the_gap_of_a_mean_over_much_text():
+    """Of the whole mean, not of some of its positions."""
+    model = live_model("gpt2", n_positions=256)
+    tokens = torch.randint(300, (160,), generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    target = lf.Probe(direction, "ln_final", slice(None), mean=True)
+    found = lf.attribute(lf.trace(model, tokens, hold=True), target, by="sublayer")
+    _, cache = model.run_with_cache(tokens[None])
+    stream, claims, lost = cache["resid_post", 2][0], [], []
+    parts = vectors(cache, "blocks.2.hook_resid_post", slice(None))
+    for label in sorted(parts, key=lambda label: -found[label].abs())[:4]:
+        without = model.ln_final((stream - parts[label])[None])[0]
+        claims.append(found[label])
+        lost.append((model.ln_final(stream[None])[0] - without).mean(0) @ direction)
+    claims, lost = torch.stack(claims), torch.stack(lost).detach()
+    assert found.gap.absolute == pytest.approx((claims - lost).abs().max().item(), rel=1e-9)
+    assert found.gap.relative == pytest.approx(
+        found.gap.absolute / lost.abs().max().item(), rel=1e-9
+    )
 
 
 # A target that is defined here

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.loaded import folded_model
+from support.probing import SITE, sentences
 
 import lnfree_interp as lf
 from lnfree_interp.errors import DataError, OutputError
@@ -335,3 +337,48 @@ def test_a_deep_model_still_fits_on_a_page():
         torch.tensor(1.0),
     )  # fmt: skip
     assert lf.plots.flow(graph).layout.height < 1600
+
+
+@pytest.fixture(scope="module")
+def probes():
+    model = folded_model("gpt2", tokenizer=True)
+    planted = lf.planted_reading_times(model, SITE, words=sentences(30))
+    targets = {"a < b": planted.targets["planted_FFD"], "TRT": planted.targets["planted_TRT"]}
+    return lf.fit_probes(model, targets, words=planted.words, progress=False)
+
+
+@pytest.mark.parametrize("by", ["mae", "r2"])
+def test_probes_by_site_beside_what_needs_no_model(probes, by):
+    figure = lf.plots.probes(probes, by)
+    assert [line.name for line in figure.data[:4]] == [
+        "mean of the target", "features of words", "stream", "ensemble of both",
+    ]  # fmt: skip
+    expected = [getattr(one, by).loc["TRT", "stream"] for one in probes.values()]
+    assert list(figure.data[6].y) == pytest.approx(expected)
+    assert [line.line.dash for line in figure.data[:4]] == ["dot", "dot", "solid", "solid"]
+    assert len(set(figure.data[4].y)) == 1
+    assert list(figure.layout.xaxis.ticktext) == ["0 pre", "0 post", "1 post", "2 post"]
+    assert [one.text for one in figure.layout.annotations] == ["a &lt; b", "TRT"]
+    assert figure.layout.xaxis.title.text == "site"
+    unit = "mean absolute error" if by == "mae" else "R2"
+    assert figure.layout.yaxis.title.text == unit
+    subtitle = figure.layout.title.subtitle.text.replace("<br>", " ")
+    assert subtitle.startswith(unit)
+    assert ("in the units of the targets" in subtitle) == (by == "mae")
+    assert "5 folds; ridge, last token of 120 words in 30 sentences" in subtitle
+
+
+def test_one_probe_is_drawn_as_bars(probes):
+    one = probes[SITE]
+    figure = lf.plots.probes(one)
+    assert [bar.y[0] for bar in figure.data[4:]] == pytest.approx(
+        one.mae.loc["TRT", ["mean", "words", "stream", "ensemble"]].tolist()
+    )
+    assert f"ridge at {SITE}" in figure.layout.title.subtitle.text.replace("<br>", " ")
+    for bad, said in (
+        (lambda: lf.plots.probes({}), "nothing to draw"),
+        (lambda: lf.plots.probes(one, "rmse"), "by='rmse'"),
+        (lambda: lf.plots.probes(probes | {"x": replace(one, names=("a", "b"))}), "different"),
+    ):
+        with pytest.raises(DataError, match=said):
+            bad()

@@ -50,6 +50,7 @@ def test_each_target_reads_through_its_own_norm(model):
     assert read(lf.Score(2, 1)) == read(lf.LogOdds(2, 1, key=0, other=1)) == ["blocks.2.ln1.qk"]
     assert read(lf.Neuron(1, 7)) == ["blocks.1.ln2"]
     assert read(lf.Probe(torch.ones(32))) == []
+    assert read(lf.Probe(torch.ones(32), "blocks.1.ln2")) == ["blocks.1.ln2"]
     values = [f"blocks.{layer}.ln1.v" for layer in range(3)]
     assert read(lambda trace: lf.expand_paths(trace, 3)) == [*values, "ln_final"]
     assert read(lambda trace: lf.ov_table(trace.view.model, 1, 0)) == ["blocks.1.ln1.v", "ln_final"]

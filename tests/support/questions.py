@@ -20,6 +20,12 @@ QUESTIONS = {
     "neuron": lambda *of: lf.attribute_neuron(*of, 1, 7, of="post"),
     "residual": lambda *of: lf.decompose_residual(*of, "blocks.1.hook_resid_mid"),
     "probe": lambda *of: lf.attribute(*of, lf.Probe(torch.arange(32), pos=slice(None))),
+    "mean of a probe": lambda *of: lf.attribute(
+        *of, lf.Probe(torch.arange(32), pos=slice(1, 3), mean=True)
+    ),
+    "probe behind a norm": lambda *of: lf.attribute(
+        *of, lf.Probe(torch.arange(32), "ln_final", slice(0, 2), mean=True)
+    ),
     "affine": lambda *of: lf.affine_map(*of, 3, 5),
     "paths": lambda *of: lf.expand_paths(*of, 3, 5),
     "paths by source": lambda *of: lf.expand_paths(*of, 3, 5, by="source"),
