@@ -178,7 +178,7 @@ class NormBanks:
             DataError: if there is no such domain.
             NormSiteError: if norms are live, or cannot be folded.
         """
-        before, after = (stock_weights(fold(self.model(one))) for one in (BASE, domain))
+        after, before = (stock_weights(fold(self.model(one))) for one in (domain, BASE))
         return {n: W - before[n] for n, W in after.items() if not torch.equal(W, before[n])}
 
     def fit_keys(self, texts: Texts, *, layer: int | None = None, batch: int = 16) -> None:
