@@ -1,14 +1,18 @@
 """What each domain's text costs after each domain that was trained, and what was forgotten."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.prompts import batches
 from lnfree_interp.errors import DataError
+from lnfree_interp.models.loss import next_token_loss
+from lnfree_interp.models.running import run
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +31,7 @@ class BankEvaluation:
     stages: tuple[str, ...]
     """The rows: which domain was trained last."""
     selection: str
-    """How each sequence got its bank, in a word: `oracle`, `keys`, or a name of your own."""
+    """How each sequence got its bank, `oracle`, `keys`, `last`, or a word of your own."""
     loss: Float[Tensor, "stage domain"]
     """Mean cross-entropy of the next token, in nats per token."""
     accuracy: Float[Tensor, "stage domain"]
@@ -138,3 +142,57 @@ def forgetting(
         raise DataError(f"forgetting is of a table [stage, domain], not of {list(A.shape)}")
     A = -A if losses else A
     return (A.amax(0) - A[-1]).mean().item()
+
+
+def evaluate_banks(
+    models: Mapping[str, HookedTransformer],
+    texts: Mapping[str, Int[Tensor, "_sequence _pos"]],
+    likeness: Mapping[str, Float[Tensor, "_sequence _domain"]] | None,
+    selection: str,
+    batch: int,
+) -> BankEvaluation:
+    """Measure models of one domain each on the text of each.
+
+    Args:
+        models: The model below all banks, then those of the domains in the order of training.
+        texts: By domain, a name of `models`.
+        likeness: By domain, how much each sequence is like each domain of `models`, for `"keys"`.
+        selection: As for `NormBanks.evaluate`.
+        batch: How many sequences run at once.
+    """
+    _, *stages = models
+    base, *every = models.values()
+    tables = torch.zeros(2, len(stages), len(texts), dtype=torch.float64)
+    selected, before = [], []
+    for column, (domain, tokens) in enumerate(texts.items()):
+        scores: dict[int, Tensor] = {}
+        before.append(_scores(base, tokens, batch)[0].mean())
+        chosen = own = torch.full((len(tokens),), stages.index(domain))
+        for stage in range(len(stages)):
+            chosen = own.clamp(max=stage) if selection == "oracle" else torch.full_like(own, stage)
+            if likeness is not None:
+                chosen = likeness[domain][:, : stage + 1].argmax(1).cpu()
+            for bank in chosen.unique().tolist():
+                if bank not in scores:
+                    scores[bank] = _scores(every[bank], tokens, batch)
+                tables[:, stage, column] += scores[bank][:, chosen == bank].sum(1) / len(tokens)
+        selected.append(torch.bincount(chosen, minlength=len(stages)))
+    loss, accuracy = tables
+    return BankEvaluation(
+        tuple(texts), tuple(stages), selection, loss, accuracy, torch.stack(before),
+        torch.stack(selected),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _scores(
+    model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], batch: int
+) -> Float[Tensor, "measure sequence"]:
+    """Mean loss and accuracy of each sequence, in float64 on the CPU."""
+    found = []
+    for rows in batches(tokens, batch):
+        logits = run(model, rows)
+        loss = next_token_loss(logits, rows, reduction="none").double().view(len(rows), -1)
+        right = (logits[:, :-1].argmax(-1) == rows[:, 1:]).double()
+        found.append(torch.stack([loss.mean(1), right.mean(1)]).cpu())
+    return torch.cat(found, 1)

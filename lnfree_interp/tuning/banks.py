@@ -18,19 +18,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.analysis.prompts import batches, read_sequences
+from lnfree_interp.analysis.prompts import read_sequences
 from lnfree_interp.checkpoints import bank_folder
 from lnfree_interp.checkpoints.adapter import BASE
 from lnfree_interp.data.sequences import TokenSequences
 from lnfree_interp.errors import DataError, RecipeError, UnsupportedModelError
 from lnfree_interp.models.forms import fold
-from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import require_hooked, run
 from lnfree_interp.models.sites import has_norm_sites, stock_weights, untie, with_norm_sites
 from lnfree_interp.removal.recipe import Recipe
 from lnfree_interp.removal.run import Run
 from lnfree_interp.removal.training import RunOptions, finetune
-from lnfree_interp.tuning.bank_evaluation import BankEvaluation
+from lnfree_interp.tuning.bank_evaluation import BankEvaluation, evaluate_banks
 from lnfree_interp.tuning.bank_head import grouped, require_plain, train_unembedding
 from lnfree_interp.tuning.bank_keys import Keys, key_of, sequence_features
 from lnfree_interp.tuning.selection import chosen_by, parameters_of, select_parameters
@@ -330,7 +329,9 @@ class NormBanks:
         Args:
             texts: Packed text by domain, held out from training.
             selection: `"oracle"`: each sequence gets its domain's bank, and before that was
-                trained, the last one before. `"keys"`: the one that `select` gives.
+                trained, the last one before. `"keys"`: the one that `select` gives. `"last"`: the
+                last one, whatever the sequence, as if there were no banks and one model were
+                fine-tuned on one domain after the other.
             batch: How many sequences run at once.
 
         Raises:
@@ -339,33 +340,14 @@ class NormBanks:
         Source:
             arXiv 2308.09610.
         """
-        if selection not in ("oracle", "keys"):
-            raise DataError(f"selection={selection!r}: give 'oracle' or 'keys'")
+        if selection not in ("oracle", "keys", "last"):
+            raise DataError(f"selection={selection!r}: give 'oracle', 'keys' or 'last'")
         read = self._texts(texts)
-        stages, T = self.domains, len(self.domains)
-        shape = (T, len(read))
-        tables = torch.zeros(2, *shape, dtype=torch.float64)
-        selected = torch.zeros(len(read), T, dtype=torch.int64)
-        before = []
-        models = {domain: self.model(domain) for domain in (BASE, *stages)}
-        for column, (domain, tokens) in enumerate(read.items()):
-            own = torch.full((len(tokens),), stages.index(domain))
-            likeness = self.similarity(tokens, batch=batch) if selection == "keys" else None
-            scores: dict[int, Tensor] = {}
-            before.append(_scores(models[BASE], tokens, batch)[0].mean().item())
-            for stage in range(T):
-                chosen = own.clamp(max=stage)
-                if likeness is not None:
-                    chosen = likeness[:, : stage + 1].argmax(1).cpu()
-                for bank in chosen.unique().tolist():
-                    if bank not in scores:
-                        scores[bank] = _scores(models[stages[bank]], tokens, batch)
-                    tables[:, stage, column] += scores[bank][:, chosen == bank].sum(1) / len(tokens)
-            selected[column] = torch.bincount(chosen, minlength=T)
-        return BankEvaluation(
-            tuple(read), stages, selection, *tables.unbind(), torch.tensor(before).double(),
-            selected,
-        )  # fmt: skip
+        likeness = None
+        if selection == "keys":
+            likeness = {d: self.similarity(tokens, batch=batch) for d, tokens in read.items()}
+        models = {domain: self.model(domain) for domain in (BASE, *self.domains)}
+        return evaluate_banks(models, read, likeness, selection, batch)
 
     def save(
         self, out: str | os.PathLike[str], base: str | os.PathLike[str], *,
@@ -485,17 +467,3 @@ def _copied(model: HookedTransformer, own: set[str]) -> HookedTransformer:
     copied = {id(W) for name, W in parameters_of(model).items() if name in own}
     memo: dict[int, object] = {id(W): W for W in model.parameters() if id(W) not in copied}
     return copy.deepcopy(model, memo | {id(model.tokenizer): model.tokenizer})
-
-
-@torch.no_grad()
-def _scores(
-    model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], batch: int
-) -> Float[Tensor, "measure sequence"]:
-    """Mean loss and accuracy of each sequence, in float64 on the CPU."""
-    found = []
-    for rows in batches(tokens, batch):
-        logits = run(model, rows)
-        loss = next_token_loss(logits, rows, reduction="none").double().view(len(rows), -1)
-        right = (logits[:, :-1].argmax(-1) == rows[:, 1:]).double()
-        found.append(torch.stack([loss.mean(1), right.mean(1)]).cpu())
-    return torch.cat(found, 1)

@@ -281,6 +281,18 @@ class TestEvaluation:
         first = lf.evaluate_loss(banks.model("a"), both["a"]).mean  # with no other to choose
         assert found.loss[0, 0].item() == pytest.approx(first, rel=1e-12)
 
+    def test_with_the_last_bank_as_if_there_were_no_banks(self):
+        banks = two_banks(MODELS["LayerNorm, tied"]())
+        found = banks.evaluate(UNSEEN, selection="last")
+        model = MODELS["LayerNorm, tied"]()
+        for stage, tokens in enumerate((A, B)):  # one model, on one text after the other
+            recipe = replace(RECIPE, trainable="norms")
+            model = lf.finetune(model, recipe, tokens, progress=False).model
+            losses = [lf.evaluate_loss(model, tokens).mean for tokens in UNSEEN.values()]
+            assert found.loss[stage].tolist() == pytest.approx(losses, rel=1e-12)
+        assert found.selected.tolist() == [[0, 5], [0, 7]]
+        assert found.forgetting > banks.evaluate(UNSEEN).forgetting
+
     def test_forgetting_by_hand(self):
         accuracy = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.3], [0.6, 0.5, 0.7]]
         assert lf.forgetting(accuracy) == pytest.approx((0.3 + 0.3 + 0.0) / 3)
@@ -303,7 +315,7 @@ class TestEvaluation:
         banks = two_banks(MODELS["LayerNorm, tied"]())
         with pytest.raises(DataError, match="no key is fitted for a, b"):
             banks.evaluate(UNSEEN, selection="keys")
-        with pytest.raises(DataError, match="'oracle' or 'keys'"):
+        with pytest.raises(DataError, match="'oracle', 'keys' or 'last'"):
             banks.evaluate(UNSEEN, selection="best")
         with pytest.raises(DataError, match="there is no text"):
             banks.evaluate({})
