@@ -151,12 +151,12 @@ def show(found: list[dict[str, lf.BankEvaluation]]) -> None:
 
 def main(
     domains: Positional[tuple[str, ...]],
-    steps: int = 60,
+    steps: int = 30,
     batch: int = 8,
     lr: float = 1e-2,
     head_lr: float = 1e-4,
-    sequences: int = 400,
-    heldout: int = 100,
+    sequences: int = 240,
+    heldout: int = 60,
     seeds: tuple[int, ...] = (0, 1, 2),
     picture: Path | None = None,
 ) -> None:

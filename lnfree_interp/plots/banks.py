@@ -4,6 +4,7 @@ import html
 from collections.abc import Mapping
 
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 
 from lnfree_interp.errors import DataError
@@ -11,6 +12,7 @@ from lnfree_interp.plots.style import styled
 from lnfree_interp.tuning.bank_evaluation import BankEvaluation
 
 _UNITS = {"loss": "nats per token", "accuracy": "share of next tokens"}
+_APART = {"loss": "nats above the best", "accuracy": "share below the best"}
 
 
 def norm_banks(
@@ -24,8 +26,9 @@ def norm_banks(
             likely one.
 
     Returns:
-        A plotly figure, a heatmap of stage x domain for each evaluation, all in one colour scale.
-            Below its name stands what was forgotten.
+        A plotly figure, a heatmap of stage x domain for each evaluation, with the values in its
+            cells. The colour is how far a domain is from its best in all that is drawn. Below the
+            name of an evaluation stands what was forgotten.
 
     Raises:
         DataError: if there is nothing to draw, or for another word than the two.
@@ -42,25 +45,36 @@ def norm_banks(
     if not named:
         raise DataError("there is nothing to draw: give what NormBanks.evaluate returned")
     tables = {name: one.values(of) for name, one in named.items()}
-    what = "forgetting" if of == "loss" else "forgotten"
     titles = [
         f"{html.escape(name)}<br>" * bool(name)
-        + f"{what} {one.forgetting if of == 'loss' else one.forgotten_accuracy:.3f}"
+        + (
+            f"forgetting {one.forgetting:.3f} nats"
+            if of == "loss"
+            else f"forgotten {one.forgotten_accuracy:.3f}"
+        )
         for name, one in named.items()
     ]
     figure = make_subplots(
         cols=len(named), subplot_titles=titles, horizontal_spacing=0.28 / (len(named) + 1)
     )
-    low = min(values.min().item() for values in tables.values())
-    high = max(values.max().item() for values in tables.values())
+    sign = -1 if of == "loss" else 1
+    best: dict[str, float] = {}
+    for name, one in named.items():
+        for domain, value in zip(one.domains, (sign * tables[name]).amax(0).tolist(), strict=True):
+            best[domain] = max(value, best.get(domain, value))
+    apart = {
+        name: torch.tensor([best[domain] for domain in one.domains]) - sign * tables[name]
+        for name, one in named.items()
+    }
+    high = max(values.max().item() for values in apart.values())
     for col, (name, one) in enumerate(named.items(), 1):
         domains, stages = (list(map(html.escape, names)) for names in (one.domains, one.stages))
         figure.add_heatmap(
-            z=tables[name].tolist(), x=domains, y=stages, zmin=low, zmax=high,
-            colorscale="Blues", reversescale=False, showscale=col == 1,
-            colorbar={"title": {"text": _UNITS[of], "side": "right"}},
-            texttemplate="%{z:.3f}", textfont={"size": 13},
-            hovertemplate="%{x} after %{y}: %{z:.4f}<extra></extra>", row=1, col=col,
+            z=apart[name].tolist(), x=domains, y=stages, zmin=0, zmax=high or 1,
+            colorscale="Blues", showscale=col == 1,
+            colorbar={"title": {"text": _APART[of], "side": "right"}},
+            text=tables[name].tolist(), texttemplate="%{text:.3f}", textfont={"size": 13},
+            hovertemplate="%{x} after %{y}: %{text:.4f}<extra></extra>", row=1, col=col,
         )  # fmt: skip
         figure.update_xaxes(title="text of", type="category", row=1, col=col)
         figure.update_yaxes(
@@ -71,7 +85,8 @@ def norm_banks(
     return styled(
         figure,
         "Next-token loss by domain" if of == "loss" else "Next-token accuracy by domain",
-        f"{_UNITS[of]}, after each domain that was trained, in this order",
+        f"{_UNITS[of]}, after each domain that was trained, in this order; colour: how "
+        "far from the domain's best",
         height=260 + 50 * rows,
         above=40,
     )

@@ -121,7 +121,7 @@ class NormBanks:
                 it names some of them, such as `"norms:ln2"`.
             start: The bank to start from. Default: that of the domain before; `"base"` for none.
             **options: As for `lf.finetune`. With `out`, a run that was interrupted goes on by the
-                same call with `resume=True`.
+                same call with `resume=True`. Weights are always copied.
 
         Returns:
             The `Run` of `lf.finetune`.
@@ -137,6 +137,7 @@ class NormBanks:
         """
         self._require_new(domain)
         _require_text(domain, data)
+        options["copy_weights"] = True  # those that domains share are not to be touched
         trained = finetune(self.model(start), self._of_norms(recipe), data, **options)
         after = stock_weights(trained.model)
         self._banks[domain] = {name: after[name].clone() for name in self._names}

@@ -388,8 +388,11 @@ def test_an_interrupted_run_goes_on(tmp_path):
     whole, other = banks(), banks()
     whole.train("b", B, RECIPE, progress=False)
     with pytest.raises(PausedError):
-        other.train("b", B, RECIPE, out=tmp_path / "run", minutes=1e-9, progress=False)
+        other.train(
+            "b", B, RECIPE, out=tmp_path / "run", minutes=1e-9, progress=False, copy_weights=False
+        )
     assert other.domains == ("a",)
+    assert all(W.requires_grad for W in other.model().parameters())
     more = {"out": tmp_path / "run", "resume": True, "progress": False}
     other.train("b", B, RECIPE, **more)
     assert torch.equal(other.model("b")(MIXED), whole.model("b")(MIXED))
