@@ -344,8 +344,8 @@ def test_norm_banks_shows_the_losses_and_colours_what_was_forgotten():
     first = lf.BankEvaluation(names, names, "last", one, one / 10)
     second = lf.BankEvaluation(names, names, "keys", other, other / 10)
     figure = lf.plots.norm_banks({"first": first, "x<y": second})
-    assert [trace.text for trace in figure.data] == [tuple(map(tuple, t.tolist()))
-                                                     for t in (one, other)]  # fmt: skip
+    assert torch.equal(torch.tensor([trace.text for trace in figure.data]).double(),
+                       torch.stack([one, other]))  # fmt: skip
     assert torch.tensor(figure.data[0].z).tolist() == [[0.5, 3.0], [2.5, 0.0]]
     assert torch.tensor(figure.data[1].z).tolist() == [[0.0, 4.0], [0.0, 2.0]]
     assert figure.data[0].zmax == figure.data[1].zmax == 4.0
