@@ -61,9 +61,10 @@ def norm_banks(
     best: dict[str, float] = {}
     for name, one in named.items():
         for domain, value in zip(one.domains, (sign * tables[name]).amax(0).tolist(), strict=True):
-            best[domain] = max(value, best.get(domain, value))
+            best[domain] = max(value, best[domain]) if domain in best else value
     apart = {
-        name: torch.tensor([best[domain] for domain in one.domains]) - sign * tables[name]
+        name: torch.tensor([best[d] for d in one.domains], dtype=torch.float64)
+        - sign * tables[name]
         for name, one in named.items()
     }
     high = max(values.max().item() for values in apart.values())
