@@ -124,6 +124,8 @@ if TYPE_CHECKING:
     from lnfree_interp.removal.sensitivity import SiteSensitivity, site_sensitivity
     from lnfree_interp.removal.settings import Guard, Release, Special, Statistics, Wait
     from lnfree_interp.removal.training import finetune, train
+    from lnfree_interp.tuning.bank_evaluation import BankEvaluation, forgetting
+    from lnfree_interp.tuning.banks import NormBanks
     from lnfree_interp.tuning.fisher import (
         FisherInformation,
         fisher_information,
@@ -272,6 +274,9 @@ _HOME = {
     "Event": "lnfree_interp.removal.schedule",
     "Ramp": "lnfree_interp.removal.schedule",
     "remove_norms": "lnfree_interp.removal.remove",
+    "BankEvaluation": "lnfree_interp.tuning.bank_evaluation",
+    "forgetting": "lnfree_interp.tuning.bank_evaluation",
+    "NormBanks": "lnfree_interp.tuning.banks",
     "FisherInformation": "lnfree_interp.tuning.fisher",
     "fisher_information": "lnfree_interp.tuning.fisher",
     "fisher_subset": "lnfree_interp.tuning.fisher",

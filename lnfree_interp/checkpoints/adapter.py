@@ -4,10 +4,14 @@
 which a wrong base is noticed; `adapter.safetensors` has each tensor that differs from the base's:
 whole, or its changed entries (`NAME|index` in the flattened tensor, and `NAME|values`) where these
 are less than half of it.
+
+One folder can hold several banks over one base, each with all that norms learn (`tuning.banks`).
+Their tensors are `BANK/NAME`, in place of what the rest of the folder says of NAME.
 """
 
+import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,11 @@ from lnfree_interp.numerics import TOLERANCE, MeasuredError
 
 _VERSION = 1
 
+BASE = "base"
+"""What stands for the model below all banks, where a bank is named."""
+KEY = "key"
+"""The name of a bank's key among its tensors: no parameter of the model."""
+
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder was written by `write`."""
@@ -55,6 +64,8 @@ def write(
     revision: str | None,
     base_form: str | None,
     folder: Path,
+    banks: Mapping[str, Mapping[str, Tensor]] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what differs from a base into an existing folder.
 
@@ -65,6 +76,8 @@ def write(
         revision: Its revision on the hub.
         base_form: The form in which it is loaded.
         folder: The folder to write into.
+        banks: Tensors of each bank, by name.
+        about: What else the folder says.
 
     Raises:
         UnsupportedModelError: if the model is not the base, trained.
@@ -93,6 +106,8 @@ def write(
             tensors[f"{name}|values"] = W.flatten()[changed].cpu()
         elif len(changed):
             tensors[name] = W.contiguous().cpu()
+    for bank, own in (banks or {}).items():
+        tensors |= {f"{bank}/{name}": W.contiguous().cpu() for name, W in own.items()}
     content = {
         "version": _VERSION,
         "base": base,
@@ -103,6 +118,7 @@ def write(
         "tied": tied,
         **native.constants_of(model),
         **native.sample_of(model),
+        **(about or {}),
     }
     (folder / ADAPTER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -121,6 +137,47 @@ class Adapter:
     """Tokens and logits to recognise the model by."""
     dtype: torch.dtype
     """That of the model when it was written."""
+    banks: Mapping[str, Mapping[str, Tensor]]
+    """By name of a bank, tokens and logits to recognise the model with it by; none in an adapter
+    without banks."""
+    bank: str | None = None
+    """The bank that is put back, if any."""
+
+    def of_bank(self, bank: str | None) -> "Adapter":
+        """The same with one of its banks.
+
+        Raises:
+            CheckpointError: if there is no such bank, or one has to be named.
+        """
+        if not self.banks:
+            if bank is None:
+                return self
+            raise CheckpointError(
+                f"{self.folder}: an adapter without banks, so leave out bank={bank!r}; banks are "
+                "written by lf.NormBanks.save"
+            )
+        if bank == BASE:
+            return self
+        holds = f"it holds {', '.join(self.banks)}, and {BASE}, the model below them"
+        if bank is None:
+            raise CheckpointError(f"{self.folder}: a folder of banks, so give bank=...: {holds}")
+        if bank not in self.banks:
+            near = difflib.get_close_matches(bank, self.banks, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise CheckpointError(f"{self.folder}: no bank {bank!r}: {holds}{hint}")
+        return replace(self, bank=bank, sample=dict(self.banks[bank]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What differs from the base, by name, and `BANK/NAME`.
+
+        Raises:
+            CheckpointError: if the file is missing or damaged.
+        """
+        file = self.folder / ADAPTER_WEIGHTS
+        try:
+            return load_file(file)
+        except Exception as error:  # safetensors raises many types
+            raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
 
     def put_back(
         self, base: HookedTransformer, check: bool
@@ -136,10 +193,12 @@ class Adapter:
             InexactError: if the logits are not those of the model that was written.
         """
         file = self.folder / ADAPTER_WEIGHTS
-        try:
-            tensors = load_file(file)
-        except Exception as error:  # safetensors raises many types
-            raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
+        found = self.tensors()
+        tensors = {name: W for name, W in found.items() if "/" not in name}
+        if self.bank is not None:
+            own = tensors_of_bank(found, self.bank)
+            tensors = {n: W for n, W in tensors.items() if n.partition("|")[0] not in own} | own
+            tensors.pop(KEY, None)
         model = base
         if self.content["sites"]:
             model = split_norms(base, copy_weights=False)
@@ -164,14 +223,23 @@ class Adapter:
         if self.content["tied"] and not self.content["sites"]:
             places["unembed.W_U"].copy_(places["embed.W_E"].T)
         self._freeze(model)
-        if not check:
-            return model.eval(), None
+        model = model.eval()
+        return model, self.require_sample(model) if check else None
+
+    def require_sample(self, model: HookedTransformer) -> MeasuredError:
+        """Compare a model's logits with the stored ones.
+
+        Raises:
+            CheckpointError: if it cannot read the stored tokens.
+            InexactError: if the logits are not those of the model that was written.
+        """
         try:
             require_tokens(model, self.sample["tokens"])
         except DataError as error:
             raise CheckpointError(f"{self.folder / ADAPTER}: {error}") from error
-        where = f"{self.folder}, an adapter of {self.base}"
-        return model, native.require_sample(model.eval(), self.sample, self.dtype, where)
+        what = "an adapter" if self.bank is None else f"bank {self.bank}"
+        where = f"{self.folder}, {what} of {self.base}"
+        return native.require_sample(model, self.sample, self.dtype, where)
 
     def _freeze(self, model: HookedTransformer) -> None:
         """Freeze the sites that were frozen, and no others."""
@@ -184,6 +252,12 @@ class Adapter:
                 freeze_site(model, site, sigma, first=first.get(site))
         except NormSiteError as error:
             raise CheckpointError(f"{self.folder / ADAPTER}: {error}") from error
+
+
+def tensors_of_bank(tensors: Mapping[str, Tensor], bank: str) -> dict[str, Tensor]:
+    """A bank's own tensors, by their names in the model, and its key."""
+    prefix = f"{bank}/"
+    return {name.removeprefix(prefix): W for name, W in tensors.items() if name.startswith(prefix)}
 
 
 def _fits(W: Tensor, index: Tensor | None, place: Tensor) -> bool:
@@ -243,6 +317,9 @@ def read(folder: Path) -> Adapter:
             content[name] = {site: float(sigma) for site, sigma in content[name].items()}
         content |= {name: bool(content[name]) for name in ("sites", "tied")}
         sample = native.read_sample(content)
+        banks = {
+            str(name): native.read_sample(one) for name, one in content.get("banks", {}).items()
+        }
         for name, kinds in (("base", str), ("revision", str | None), ("base_form", str | None)):
             if not isinstance(content[name], kinds):
                 raise CheckpointError(f"{file}: {name} is {content[name]!r:.60}, not text")
@@ -251,4 +328,4 @@ def read(folder: Path) -> Adapter:
         raise
     except Exception as error:  # whatever a wrong value leads to
         raise CheckpointError(f"{file}: cannot be read: {first_line(error):.100}") from error
-    return Adapter(folder, content["base"], content["revision"], content, sample, dtype)
+    return Adapter(folder, content["base"], content["revision"], content, sample, dtype, banks)

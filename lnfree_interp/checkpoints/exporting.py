@@ -249,17 +249,29 @@ def export_adapter(
         True
     """
     require_hooked(model)
-    name, where = os.fspath(base), {"dtype": model.cfg.dtype, "device": model.W_E.device}
-    form = None
-    below = load_checkpoint(name, revision=revision, check=False, **where).model
-    if has_norm_sites(model) and below.cfg.normalization_type is None:
-        form = "sites"
-        below = load_checkpoint(name, revision=revision, form=form, check=False, **where).model
+    below, form = base_below(model, base, revision)
     with new_folder(out) as folder:
-        adapter.write(model, below, name, revision, form, folder)
+        adapter.write(model, below, os.fspath(base), revision, form, folder)
+        where = {"dtype": model.cfg.dtype, "device": model.W_E.device}
         back = load_checkpoint(folder, check=False, **where).model
         require_same_logits(back, model, "what was written against the model")
     return Path(out)
+
+
+def base_below(
+    model: HookedTransformer, base: str | os.PathLike[str], revision: str | None
+) -> tuple[HookedTransformer, Literal["sites"] | None]:
+    """The model that an adapter changes, in the model's dtype, and the form in which it is loaded.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    name, where = os.fspath(base), {"dtype": model.cfg.dtype, "device": model.W_E.device}
+    below = load_checkpoint(name, revision=revision, check=False, **where).model
+    if not has_norm_sites(model) or below.cfg.normalization_type is not None:
+        return below, None
+    sited = load_checkpoint(name, revision=revision, form="sites", check=False, **where).model
+    return sited, "sites"
 
 
 def _sidecar(

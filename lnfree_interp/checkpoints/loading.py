@@ -64,13 +64,15 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     sigma: Sigma | None = None,
     base: str | os.PathLike[str] | None = None,
+    bank: str | None = None,
     check: bool = True,
 ) -> HookedTransformer:
     """A checkpoint as a stock `HookedTransformer`, its logits compared with transformers'.
 
     Live norms stay live and weights unprocessed. A published LN-free checkpoint is recognised from
     its content, and its norms folded. Quantised weights (GGUF) are dequantised; what is exported of
-    the model says so. An adapter of `lf.export_adapter` is put back into its base.
+    the model says so. An adapter of `lf.export_adapter` is put back into its base, and so is a
+    bank of `lf.NormBanks`.
 
     Args:
         source: Hub id, local folder, a `model.gguf` (or a folder whose only weights it is), a
@@ -90,6 +92,7 @@ def load(
             the norms are live. `lf.formats.nanogpt_sigma` makes it from the published tables.
         base: For an adapter: where the model is that it changes. Default: where it was when the
             adapter was written.
+        bank: For a folder of `NormBanks.save`: the domain whose norms the model gets.
         check: Compare the logits with `transformers` on random tokens (one forward pass of each).
 
     Returns:
@@ -120,6 +123,7 @@ def load(
         cache_dir=cache_dir,
         sigma=sigma,
         base=base,
+        bank=bank,
         check=check,
     ).model
 
@@ -146,6 +150,7 @@ def load_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     sigma: Sigma | None = None,
     base: str | os.PathLike[str] | None = None,
+    bank: str | None = None,
     check: bool = True,
 ) -> Loaded:
     """What `load` returns, what the checkpoint was recognised as, and the measured error."""
@@ -170,6 +175,7 @@ def load_checkpoint(
             )
         if any(W.is_meta for W in source.parameters()):
             raise CheckpointError(f"{name}: a model on the meta device has no weights")
+        _require_no_bank(bank, name)
         opened = OpenCheckpoint(source, tokenizer, "in memory", origin=origin_of(source))
     else:
         name = os.fspath(source)
@@ -180,6 +186,7 @@ def load_checkpoint(
             None if base is None else os.fspath(base),
         )
         if adapters:
+            adapters = [adapters[0].of_bank(bank), *(one.of_bank(None) for one in adapters[1:])]
             if sigma is not None:
                 raise NormSiteError(f"{name}: sigma is for nanoGPT files: leave it out")
             whole = load_checkpoint(
@@ -197,10 +204,12 @@ def load_checkpoint(
                 model, error = one.put_back(model, check)
             if error is not None:
                 record_agreement(model, error)
-            recognised = f"an adapter of {adapters[0].base} ({whole.format})"
+            what = "an adapter" if bank is None else f"bank {bank}"
+            recognised = f"{what} of {adapters[0].base} ({whole.format})"
             return Loaded(_in_form(model, form), recognised, error)
         if base is not None:
             raise CheckpointError(f"{name}: base is for adapters, and this is a whole model")
+        _require_no_bank(bank, name)
         if native.is_native(path):
             if sigma is not None:
                 raise NormSiteError(
@@ -321,6 +330,14 @@ def _below(
     return adapter.unwound(
         os.fspath(source), revision, lambda one, of: locate(one, of, weights=False), None
     )
+
+
+def _require_no_bank(bank: str | None, name: str) -> None:
+    if bank is not None:
+        raise CheckpointError(
+            f"{name}: a whole model, which has no banks: give the folder that NormBanks.save "
+            f"wrote, lf.load(FOLDER, bank={bank!r}, base={name!r}), in any form, folded too"
+        )
 
 
 def _compared_length(cfg: HookedTransformerConfig) -> int:

@@ -3,6 +3,7 @@
 from lnfree_interp.plots import circuits
 from lnfree_interp.plots.attention import pattern, scores
 from lnfree_interp.plots.attribution import attribution
+from lnfree_interp.plots.banks import norm_banks
 from lnfree_interp.plots.component_change import component_change
 from lnfree_interp.plots.deletions import deletions
 from lnfree_interp.plots.depth import angles, depth, spectrum
@@ -30,6 +31,7 @@ __all__ = [
     "gradient_balance",
     "lens",
     "loss_by_position",
+    "norm_banks",
     "paths",
     "pattern",
     "probes",

@@ -382,3 +382,26 @@ def test_one_probe_is_drawn_as_bars(probes):
     ):
         with pytest.raises(DataError, match=said):
             bad()
+
+
+def test_norm_banks_shows_the_losses_and_colours_what_was_forgotten():
+    one = torch.tensor([[1.0, 5.0], [3.0, 2.0]]).double()
+    other = torch.tensor([[0.5, 6.0], [0.5, 4.0]]).double()
+    names = ("a<b", "c")
+    first = lf.BankEvaluation(names, names, "last", one, one / 10)
+    second = lf.BankEvaluation(names, names, "keys", other, other / 10)
+    figure = lf.plots.norm_banks({"first": first, "x<y": second})
+    assert torch.equal(torch.tensor([trace.text for trace in figure.data]).double(),
+                       torch.stack([one, other]))  # fmt: skip
+    assert torch.tensor(figure.data[0].z).tolist() == [[0.5, 3.0], [2.5, 0.0]]
+    assert torch.tensor(figure.data[1].z).tolist() == [[0.0, 4.0], [0.0, 2.0]]
+    assert figure.data[0].zmax == figure.data[1].zmax == 4.0
+    titles = [annotation.text for annotation in figure.layout.annotations]
+    assert titles == ["first<br>forgetting 1.000 nats", "x&lt;y<br>forgetting 0.000 nats"]
+    assert figure.data[0].x == ("a&lt;b", "c")
+    accuracy = lf.plots.norm_banks(first, of="accuracy")
+    assert torch.tensor(accuracy.data[0].z).flatten().tolist() == pytest.approx([0.2, 0, 0, 0.3])
+    with pytest.raises(DataError, match="nothing to draw"):
+        lf.plots.norm_banks({})
+    with pytest.raises(DataError, match="'loss' or 'accuracy'"):
+        lf.plots.norm_banks(first, of="other")
