@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from lnfree_interp.analysis.certificates import Certificate, certificate_table
     from lnfree_interp.analysis.components import Component
     from lnfree_interp.analysis.counterfactual import CounterfactualPattern, counterfactual_pattern
+    from lnfree_interp.analysis.effects import Effects
     from lnfree_interp.analysis.flow import flow_graph
     from lnfree_interp.analysis.flow_results import FlowGraph
     from lnfree_interp.analysis.gauge import GaugeReport, gauge_check, random_gauge
-    from lnfree_interp.analysis.interventions import Effects, Intervention, ablate
+    from lnfree_interp.analysis.interventions import Intervention, ablate
     from lnfree_interp.analysis.lens import Lens, logit_lens
     from lnfree_interp.analysis.levels import Level, level
     from lnfree_interp.analysis.logit_targets import Logit, LogitDifference, NextTokens
@@ -165,7 +166,7 @@ _HOME = {
     "GaugeReport": "lnfree_interp.analysis.gauge",
     "gauge_check": "lnfree_interp.analysis.gauge",
     "random_gauge": "lnfree_interp.analysis.gauge",
-    "Effects": "lnfree_interp.analysis.interventions",
+    "Effects": "lnfree_interp.analysis.effects",
     "Intervention": "lnfree_interp.analysis.interventions",
     "ablate": "lnfree_interp.analysis.interventions",
     "Lens": "lnfree_interp.analysis.lens",

@@ -4,12 +4,11 @@ A decomposition predicts what a target loses without a part. An intervention ask
 changes the component and computes everything behind it anew, including norms, patterns and gates.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
-from typing import Any, Literal, SupportsIndex, get_args
+from functools import cached_property
+from typing import Any, Literal, get_args
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,10 +16,18 @@ from transformer_lens.utilities import get_act_name
 
 from lnfree_interp.analysis.asking import analysis
 from lnfree_interp.analysis.certificates import Certificate
-from lnfree_interp.analysis.components import Component, as_labels, nearest
+from lnfree_interp.analysis.changes import (
+    WITHIN,
+    Change,
+    find_part,
+    level_of,
+    merged,
+    put,
+    subtract,
+)
+from lnfree_interp.analysis.components import Component, as_labels
+from lnfree_interp.analysis.effects import Effects
 from lnfree_interp.analysis.levels import Level, level
-from lnfree_interp.analysis.parts import Part
-from lnfree_interp.analysis.results import CertifiedResult, largest_rows
 from lnfree_interp.analysis.score_targets import require_head
 from lnfree_interp.analysis.stream import Place, Stream
 from lnfree_interp.analysis.targets import Target
@@ -30,94 +37,6 @@ from lnfree_interp.models.running import Edit
 from lnfree_interp.numerics import measure_error, own_precision
 
 With = Literal["zero", "mean", "unseen"]
-_WITHIN = {
-    "head": ("z", "attn_out"), "attn_out": ("attn_out", "attn_out"),
-    "neuron": ("post", "mlp_out"), "mlp_out": ("mlp_out", "mlp_out"),
-}  # fmt: skip
-"""The activations where a component is replaced in a run, and where what it writes shows."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Effects(CertifiedResult):
-    """What a target loses by an intervention: predicted, direct and total effect.
-
-    Attributes:
-        components: The labels of what was changed: one component in each row, and all of them in
-            the last row if there are several.
-        predicted: [change, prompt], what direct attribution says, in the target's unit: the share
-            of the component minus the share of what took its place.
-        direct: [change, prompt], measured with the change made only in the stream that the target
-            reads; along a path, with the patterns of its heads given.
-        total_effect: [change, prompt], measured with the change made in the model; everything up to
-            the place where the target reads is computed anew, and nothing is held. What belongs to
-            the target is as it was: the other side of a score, and the slope or gate of a neuron's
-            `post`.
-        before: [prompt], the target without the intervention.
-        of: What the target is, for each prompt.
-        unit: The unit of all numbers.
-        with_: What took the components' place.
-        certificate: The predicted against the direct effect; they are equal on an LN-free model.
-        prompts: The tokens of each prompt, as strings.
-    """
-
-    components: tuple[str, ...]
-    predicted: Float[Tensor, "change prompt"]
-    direct: Float[Tensor, "change prompt"]
-    total_effect: Float[Tensor, "change prompt"]
-    before: Float[Tensor, " prompt"]
-    of: tuple[str, ...]
-    unit: str
-    with_: str
-    certificate: Certificate
-    prompts: tuple[tuple[str, ...], ...]
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per change and prompt: `component`, `prompt`; `predicted`, `direct` and `total`,
-        which say what the target loses, in its unit; `before`; and `held` where something was
-        held for the prediction."""
-        rows = [
-            {
-                "component": label, "prompt": i, "predicted": self.predicted[row, i].item(),
-                "direct": self.direct[row, i].item(), "total": self.total_effect[row, i].item(),
-                "before": self.before[i].item(),
-            }
-            for row, label in enumerate(self.components)
-            for i in range(len(self.before))
-        ]  # fmt: skip
-        return self._noted(pd.DataFrame(rows))
-
-    def top(self, k: SupportsIndex = 10) -> pd.DataFrame:
-        """The k rows of largest total effect.
-
-        Raises:
-            DataError: if k is less than one.
-        """
-        return largest_rows(self.to_frame(), "total", k)
-
-    def __repr__(self) -> str:
-        predicted, total = self.predicted[-1].mean().item(), self.total_effect[-1].mean().item()
-        what = ", ".join(self.components[:3]) + (", ..." if len(self.components) > 3 else "")
-        return self._line(
-            f"{what} replaced by {self.with_}: {predicted:+.3f} predicted, {total:+.3f} in all"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Change:
-    """The replacement of one component."""
-
-    edits: Mapping[str, Edit]
-    """The edits of a run that replace it, by hook name."""
-    gone: Stream
-    """What the stream loses by them, before anything reads it."""
-    predicted: Stream
-    """What the stream loses according to the level's parts, with patterns given."""
-    written: Place
-    """Where it is written."""
-    held: tuple[str, ...] = ()
-    """What the prediction holds: the divisor of attention weights, where it depends on tokens."""
-    layer: int = -1
-    """The block whose head does not see a token."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,7 +77,7 @@ class Intervention:
         _ = self._changes  # so that errors are raised now, not when it is run
 
     @cached_property
-    def _changes(self) -> list[_Change]:
+    def _changes(self) -> list[Change]:
         return [self._change(label) for label in self.labels]
 
     @property
@@ -166,22 +85,22 @@ class Intervention:
         """[prompt, pos, d_model], what the stream loses directly, as the blocks see it."""
         return self._gone(self._changes)
 
-    def _gone(self, changes: Sequence[_Change]) -> Stream:
+    def _gone(self, changes: Sequence[Change]) -> Stream:
         if self.with_ != "unseen":
             return sum((change.gone for change in changes[1:]), changes[0].gone)
         # A head weighs what it still sees once, however many tokens it does not see.
-        layers: dict[int, list[_Change]] = {}
+        layers: dict[int, list[Change]] = {}
         for change in changes:
             layers.setdefault(change.layer, []).append(change)
         lost = [
-            self._lost(layer, get_act_name("attn_out", layer), _merged(some))
+            self._lost(layer, get_act_name("attn_out", layer), merged(some))
             for layer, some in layers.items()
         ]
         return sum(lost[1:], lost[0])
 
     def edits(self) -> dict[str, Edit]:
         """What the intervention does to a run, by hook name."""
-        return _merged(self._changes)
+        return merged(self._changes)
 
     def hooks(self) -> list[tuple[str, Any]]:
         """The edits as hooks of TransformerLens: `model.run_with_hooks(tokens, fwd_hooks=...)`."""
@@ -192,9 +111,9 @@ class Intervention:
         """The stream at a place, by default the last, after the change; all behind it runs anew."""
         return self._run(self._changes, self.trace.view.place(place))
 
-    def _run(self, changes: Sequence[_Change], place: Place) -> Stream:
+    def _run(self, changes: Sequence[Change], place: Place) -> Stream:
         stop = min(place.layer + 1, self.trace.view.n_layers)
-        tokens, edits = self.trace.tokens, _merged(changes)
+        tokens, edits = self.trace.tokens, merged(changes)
         return self.trace.view.run(tokens, [place.hook], stop=stop, edits=edits)[1][place.hook]
 
     @own_precision
@@ -273,12 +192,12 @@ class Intervention:
     def __repr__(self) -> str:
         return f"Intervention({', '.join(self.labels)} replaced by {self._by_what})"
 
-    def _change(self, label: str) -> _Change:
+    def _change(self, label: str) -> Change:
         component = Component.parse(label) if self.by is None else None
         if component is not None and component.through:
             return self._path(component)
-        chosen = level(self.by or _level_of(label, component))
-        part, row, pos = _find(chosen.parts(self.trace, self.trace.view.last), label)
+        chosen = level(self.by or level_of(label, component))
+        part, row, pos = find_part(chosen.parts(self.trace, self.trace.view.last), label)
         component = part.components[row]
         if self.with_ == "unseen":
             return self._unseen(component, label)
@@ -291,18 +210,18 @@ class Intervention:
         if pos is not None:
             predicted = predicted * (torch.arange(self.trace.n_pos) == pos).to(predicted)[:, None]
         layer, index = component.layer, component.index
-        if layer is None or component.kind not in _WITHIN:
+        if layer is None or component.kind not in WITHIN:
             embeds = component.kind in ("embed", "pos_embed")
             hook = f"hook_{component.kind}" if embeds else part.written.hook
-            return _Change({hook: lambda x: x - predicted}, predicted, predicted, part.written)
-        within, written = (get_act_name(name, layer) for name in _WITHIN[component.kind])
+            return Change({hook: lambda x: x - predicted}, predicted, predicted, part.written)
+        within, written = (get_act_name(name, layer) for name in WITHIN[component.kind])
         if index is not None and component.pos is not None:
-            edits = {within: _subtract(index, self._moved_from(component))}
+            edits = {within: subtract(index, self._moved_from(component))}
         else:
             x = self.trace[within] if index is None else self.trace[within][:, :, index]
             at = slice(None) if pos is None else slice(pos, pos + 1)
-            edits = {within: _put(index, at, self._instead(x, within, index))}
-        return _Change(edits, self._lost(layer, written, edits), predicted, part.written)
+            edits = {within: put(index, at, self._instead(x, within, index))}
+        return Change(edits, self._lost(layer, written, edits), predicted, part.written)
 
     def _lost(self, layer: int, written: str, edits: Mapping[str, Edit]) -> Stream:
         """What a block writes less by edits inside it."""
@@ -315,7 +234,7 @@ class Intervention:
     def _replaced(self, vector: Stream, chosen: Level, label: str) -> Stream:
         """A part of the stream minus what takes its place."""
         if isinstance(self.with_, Trace):
-            part, row, _ = _find(chosen.parts(self.with_, self.with_.view.last), label)
+            part, row, _ = find_part(chosen.parts(self.with_, self.with_.view.last), label)
             return vector - part.vectors([row])[:, :, 0]
         return vector - self._mean(vector) if self.with_ == "mean" else vector
 
@@ -347,7 +266,7 @@ class Intervention:
             return here - moved(self.with_)
         return here - self._mean(here) if self.with_ == "mean" else here
 
-    def _unseen(self, component: Component, label: str) -> _Change:
+    def _unseen(self, component: Component, label: str) -> Change:
         """A head that does not see a token: its key is taken away, and its pattern is anew."""
         layer, index, pos = component.layer, component.index, component.pos
         if component.kind != "head" or layer is None or index is None or pos is None:
@@ -371,9 +290,9 @@ class Intervention:
         held = () if divisor == "count" else (f"the sum of weights of L{layer}H{index}",)
         edits: Mapping[str, Edit] = {scores: hide}
         gone = self._lost(layer, written, edits)
-        return _Change(edits, gone, predicted, trace.view.attn_written(layer), held, layer)
+        return Change(edits, gone, predicted, trace.view.attn_written(layer), held, layer)
 
-    def _path(self, path: Component) -> _Change:
+    def _path(self, path: Component) -> Change:
         """A change along one path: each head on the path reads it, and nothing else does."""
         trace, view = self.trace, self.trace.view
         start = self._change(replace(path, through=()).label)
@@ -403,72 +322,14 @@ class Intervention:
                 stream = trace.stream(Place(layer)) - gone
                 _, found = view.run(stream, [hook], start=layer, stop=layer + 1, edits=held)
                 moved = (trace[hook] - found[hook])[:, :, index]
-                edit = {hook: _subtract(index, moved)}
+                edit = {hook: subtract(index, moved)}
                 changed.append((edit, self._lost(layer, get_act_name("attn_out", layer), edit)))
             (edits, free), (_, given) = changed
             moved = block.pattern[:, index] @ (
                 block.before.forward(predicted) @ block.attention.W_V[index]
             )
             predicted = block.attention.write(moved[:, :, None], [index])[:, :, 0]
-        return _Change(edits, given, predicted, view.attn_written(before))
-
-
-def _level_of(label: str, component: Component | None) -> str:
-    """The level at which a component of the model is a part."""
-    if component is None or component.kind not in (*_WITHIN, "embed", "pos_embed"):
-        raise DataError(
-            f"{label} cannot be replaced: give a head (L2H5; what it reads from a token: L2H5@3), "
-            "a neuron (L2N310), 2_attn_out, 2_mlp_out, embed, pos_embed, or a path (L0H1 > L2H5)"
-        )
-    if component.kind == "head" and component.pos is not None:
-        return "source"
-    return {"neuron": "neuron", "attn_out": "sublayer"}.get(component.kind, "head")
-
-
-def _find(parts: Iterable[Part], label: str) -> tuple[Part, int, int | None]:
-    """The group that a part is in, its row there, and the position that its label restricts it to:
-    `2_mlp_out@3` is what that MLP wrote at 3."""
-    name, _, pos = label.partition("@")
-    labels = []
-    for part in parts:
-        for row, component in enumerate(part.components):
-            if component.label == label:
-                return part, row, None
-            if component.label == name and pos.isdigit():
-                return part, row, int(pos)
-            labels.append(component.label)
-    raise DataError(f"the model has no {label}{nearest(label, labels)}")
-
-
-def _subtract(index: int, change: Tensor) -> Edit:
-    def edit(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, :, index] = x[:, :, index] - change
-        return x
-
-    return edit
-
-
-def _put(index: int | None, at: slice, value: Tensor) -> Edit:
-    def edit(x: Tensor) -> Tensor:
-        x = x.clone()
-        (x if index is None else x[:, :, index])[:, at] = value[:, at]
-        return x
-
-    return edit
-
-
-def _merged(changes: Sequence[_Change]) -> dict[str, Edit]:
-    """The edits of all changes by hook name; those of one hook are applied in turn."""
-    by_hook: dict[str, list[Edit]] = {}
-    for change in changes:
-        for hook, edit in change.edits.items():
-            by_hook.setdefault(hook, []).append(edit)
-
-    def in_turn(edits: list[Edit]) -> Edit:
-        return lambda x: reduce(lambda y, edit: y if (z := edit(y)) is None else z, edits, x)
-
-    return {hook: in_turn(edits) for hook, edits in by_hook.items()}
+        return Change(edits, given, predicted, view.attn_written(before))
 
 
 @analysis
