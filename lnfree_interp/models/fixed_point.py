@@ -81,10 +81,10 @@ class FixedPoint:
         return replace(self, integers=self.integers[index])
 
     def __matmul__(self, other: "FixedPoint") -> Float[Tensor, "m n"]:
-        total = _integer_product(self, other)
-        known = self.exponent is not None and other.exponent is not None
-        exponent = self.exponent + other.exponent if known else None  # pyright: ignore[reportOptionalOperand]
-        return _scaled(total, exponent, torch.promote_types(self.dtype, other.dtype))
+        exponents = (self.exponent, other.exponent)
+        exponent = None if None in exponents else sum(filter(None, exponents))
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return _scaled(_integer_product(self, other), exponent, dtype)
 
     def sum(self, dim: int) -> Float[Tensor, "*rest"]:
         """The sum over a dimension: exact, and then rounded once."""

@@ -76,7 +76,15 @@ class IntegerArithmetic(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """The function, or what takes its place."""
-        return self._instead.get(func, func)(*args, **(kwargs or {}))
+        instead = self._instead.get(func)
+        if instead is None:
+            return func(*args, **(kwargs or {}))
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedModelError(
+                "torch.func (gradients of single sequences, as fisher_information takes them) has "
+                "no integer arithmetic: call it outside"
+            )
+        return instead(*args, **(kwargs or {}))
 
     def __enter__(self) -> Any:
         _require_eager(self.model)
@@ -168,7 +176,7 @@ def _require_integer_layers(model: HookedTransformer) -> None:
         if isinstance(module, LayerNorm | LayerNormPre | RMSNorm | RMSNormPre):
             raise UnsupportedModelError(
                 f"{name} is a norm of TransformerLens, which is not computed in integers: call "
-                "lf.with_norm_sites(model) first, whose norms are"
+                "lf.with_norm_sites(model) first, on a model as lf.load gives it"
             )
     if any(isinstance(W, DTensor) for W in model.parameters()):
         raise UnsupportedModelError(
