@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     from lnfree_interp.models.agreement import compare_logits, measured_agreement
     from lnfree_interp.models.fixed_point import FixedPoint, fixed_point
     from lnfree_interp.models.forms import fold, frozen_form
-    from lnfree_interp.models.integer_mode import IntegerArithmetic, integer_arithmetic
+    from lnfree_interp.models.integer_mode import integer_arithmetic
     from lnfree_interp.models.integer_operations import IntegerOperations, integer_operations
     from lnfree_interp.models.site_names import NormSite
     from lnfree_interp.models.sites import (
@@ -237,7 +237,6 @@ _HOME = {
     "fixed_point": "lnfree_interp.models.fixed_point",
     "fold": "lnfree_interp.models.forms",
     "frozen_form": "lnfree_interp.models.forms",
-    "IntegerArithmetic": "lnfree_interp.models.integer_mode",
     "integer_arithmetic": "lnfree_interp.models.integer_mode",
     "IntegerOperations": "lnfree_interp.models.integer_operations",
     "integer_operations": "lnfree_interp.models.integer_operations",

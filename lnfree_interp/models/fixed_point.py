@@ -173,7 +173,8 @@ def _scaled(x: Tensor, exponent: int | None, dtype: torch.dtype) -> Tensor:
     if exponent is None:
         return x.new_full(x.shape, math.nan, dtype=dtype)
     if dtype == torch.float32 and x.dtype != torch.float64 and -126 <= exponent <= 127:
-        return x.to(dtype) * 2.0**exponent
+        y = x.to(dtype)
+        return y * 2.0**exponent if y is x else y.mul_(2.0**exponent)
     half = exponent // 2  # the factor itself may be no float64
     return (x.double() * 2.0**half).mul_(2.0 ** (exponent - half)).to(dtype)
 
@@ -227,7 +228,9 @@ def has_integer_kernel(device: str) -> bool:
     for k, *transposed in itertools.product((24, 33), (False, True), (False, True)):
         shapes = [(40, k), (k, 17)]
         x, y = (
-            torch.randint(-127, 128, shape[::-1] if turned else shape, generator=draw)
+            torch.randint(
+                -127, 128, shape[::-1] if turned else shape, generator=draw, device="cpu"
+            )
             .to(torch.int8).to(device)
             for shape, turned in zip(shapes, transposed, strict=True)
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Numbers in dynamic fixed point: products are exact, rounding is as small and as fair as it says."""
+"""Numbers in dynamic fixed point: products are exact, rounding is small and fair."""
 
 import math
 from fractions import Fraction

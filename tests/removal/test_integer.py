@@ -99,13 +99,13 @@ class TestRuns:
         before = stock_weights(lf.with_norm_sites(model()))
 
         def apart(name):
-            square = [(W - weights["float32"][key]).pow(2).sum() for key, W in weights[name].items()]
-            moved = [(W - before[key]).pow(2).sum() for key, W in weights["float32"].items()]
-            return (sum(square) / sum(moved)).sqrt().item()
+            ours, theirs = weights[name], weights["float32"]
+            square = sum((ours[key] - W).pow(2).sum() for key, W in theirs.items())
+            return (
+                square / sum((before[key] - W).pow(2).sum() for key, W in theirs.items())
+            ).sqrt()
 
-        losses = {
-            name: [record.loss for record in run.history] for name, run in runs.items()
-        }
+        losses = {name: [record.loss for record in run.history] for name, run in runs.items()}
         assert losses["int16"] == pytest.approx(losses["float32"], rel=1e-3)
         assert apart("int16") < 0.05
         assert apart("int16") < apart("int12") < apart("int8")
@@ -117,7 +117,7 @@ class TestRuns:
         before, after = stock_weights(lf.with_norm_sites(model())), stock_weights(run.model)
         for name, W in before.items():
             chosen = mask.chosen.get(name, torch.zeros_like(W, dtype=torch.bool))
-            changed = W != after[name]
+            changed = after[name] != W
             assert not (changed & ~chosen).any(), name
             assert name not in mask.chosen or changed.any()
 
@@ -226,7 +226,7 @@ class TestRefusals:
         """Set afterwards: the tests' own type checks refuse it before."""
         wrong = finetuning()
         object.__setattr__(wrong, "precision", "int7")
-        with pytest.raises(RecipeError, match="'int7'; choices: .*'int16', 'int12', 'int10', 'i"):
+        with pytest.raises(RecipeError, match=r"'int7'; choices: .*'int16', 'int12', 'int10', 'i"):
             wrong.__post_init__()
 
     def test_on_the_command_line(self, monkeypatch, capsys):
