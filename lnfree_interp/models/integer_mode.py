@@ -10,8 +10,7 @@ Source: arXiv 2209.09815.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -196,10 +195,7 @@ def _require_eager(model: HookedTransformer) -> None:
             )
 
 
-@contextmanager
-def integer_arithmetic(
-    model: HookedTransformer, bits: int, *, seed: int = 0
-) -> Iterator[IntegerArithmetic]:
+def integer_arithmetic(model: HookedTransformer, bits: int, *, seed: int = 0) -> IntegerArithmetic:
     """Compute a model's linear layers, embeddings and norms in integers, inside a `with`.
 
     As under autocast, it holds for whatever this thread runs inside, and a backward pass may come
@@ -212,8 +208,8 @@ def integer_arithmetic(
         bits: The width of the integers, sign included, 2 to 16.
         seed: Of the stochastic rounding of gradients.
 
-    Yields:
-        The arithmetic.
+    Returns:
+        A context for a `with`.
 
     Raises:
         DataError: if there is no such width.
@@ -230,5 +226,4 @@ def integer_arithmetic(
         >>> abs(in_integers.mean - loss.mean) < 0.01
         True
     """
-    with IntegerArithmetic(model, bits, str(seed)) as arithmetic:
-        yield arithmetic
+    return IntegerArithmetic(model, bits, str(seed))

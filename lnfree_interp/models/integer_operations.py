@@ -79,8 +79,8 @@ def integer_operations(
         arXiv 2209.09815; the count is ours.
 
     Examples:
-        >>> lf.integer_operations(model, tokens).counts["square roots, norms"]  # 13 of 256 tokens
-        3328
+        >>> lf.integer_operations(model, tokens).counts["square roots, norms"]  # 9 for a token
+        2304
         >>> lf.integer_operations(free, tokens).norms_divide
         False
     """
