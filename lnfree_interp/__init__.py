@@ -93,7 +93,10 @@ if TYPE_CHECKING:
     from lnfree_interp.evaluation.results import Evaluation
     from lnfree_interp.evaluation.tasks import as_harness_model, run_tasks
     from lnfree_interp.models.agreement import compare_logits, measured_agreement
+    from lnfree_interp.models.fixed_point import FixedPoint, fixed_point
     from lnfree_interp.models.forms import fold, frozen_form
+    from lnfree_interp.models.integer_mode import integer_arithmetic
+    from lnfree_interp.models.integer_operations import IntegerOperations, integer_operations
     from lnfree_interp.models.site_names import NormSite
     from lnfree_interp.models.sites import (
         freeze_site,
@@ -244,8 +247,13 @@ _HOME = {
     "measured_agreement": "lnfree_interp.models.agreement",
     "WeightComponent": "lnfree_interp.models.weight_components",
     "list_weight_components": "lnfree_interp.models.weight_components",
+    "FixedPoint": "lnfree_interp.models.fixed_point",
+    "fixed_point": "lnfree_interp.models.fixed_point",
     "fold": "lnfree_interp.models.forms",
     "frozen_form": "lnfree_interp.models.forms",
+    "integer_arithmetic": "lnfree_interp.models.integer_mode",
+    "IntegerOperations": "lnfree_interp.models.integer_operations",
+    "integer_operations": "lnfree_interp.models.integer_operations",
     "NormSite": "lnfree_interp.models.site_names",
     "freeze_site": "lnfree_interp.models.sites",
     "get_norm": "lnfree_interp.models.sites",

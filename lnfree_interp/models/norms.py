@@ -30,6 +30,7 @@ from transformer_lens.hook_points import HookPoint
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.first_token import first_tokens
 from lnfree_interp.models.maps import LiveMap, centre, make_map
+from lnfree_interp.models.norm_layer import norm_layer
 from lnfree_interp.models.norm_map import NormMap, require_positive
 from lnfree_interp.models.running import is_watched
 from lnfree_interp.numerics import wide
@@ -232,8 +233,17 @@ class Norm(_Constants):
         return self.normalise(self.hook_in(x))
 
     def normalise(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """From `hook_in` on; fused when nobody looks inside."""
+        """From `hook_in` on."""
         gain, bias = self.w if self.factor == 1 else self.w * self.factor, self.bias
+        return norm_layer(self, x, gain, bias)
+
+    def compute(
+        self,
+        x: Float[Tensor, "*batch d"],
+        gain: Float[Tensor, " d"],
+        bias: Float[Tensor, " d"] | None,
+    ) -> Float[Tensor, "*batch d"]:
+        """The norm with this gain and bias; fused when nobody looks inside."""
         if not self.hooked:
             if self.live and (y := self.map.fused(x, gain, bias)) is not None:
                 return y
@@ -360,7 +370,13 @@ class Scaler(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Multiply."""
-        return x * self.gain
+        return norm_layer(self, x, self.gain, None)
+
+    def compute(
+        self, x: Float[Tensor, "*batch d"], gain: Float[Tensor, " d"], bias: None
+    ) -> Float[Tensor, "*batch d"]:
+        """Multiply by this gain."""
+        return x * gain
 
     def extra_repr(self) -> str:
         """How many factors there are, and for how many channels each."""
@@ -390,6 +406,12 @@ class FrozenNorm(_Constants):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """As `LayerNormPre.forward`, with `hook_scale` [batch, pos, 1] constant."""
+        return norm_layer(self, x, None, None)
+
+    def compute(
+        self, x: Float[Tensor, "*batch d_model"], gain: None, bias: None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The norm; there is no gain."""
         sigma = self._sigma(x)
         dtype, x = x.dtype, wide(x)
         if self.centred:
@@ -417,6 +439,12 @@ class CRMSNormPre(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
         """As `RMSNormPre.forward`, over the vector that x stands for."""
+        return norm_layer(self, x, None, None)
+
+    def compute(
+        self, x: Float[Tensor, "*batch length"], gain: None, bias: None
+    ) -> Float[Tensor, "*batch length"]:
+        """The norm; there is no gain."""
         dtype, x = x.dtype, wide(x)
         square = x.pow(2).sum(-1, keepdim=True) + x.sum(-1, keepdim=True).pow(2)
         scale = self.hook_scale((square / self.d + self.eps).sqrt())

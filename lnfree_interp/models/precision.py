@@ -17,9 +17,16 @@ def products_dtype(precision: str, weights: torch.dtype, device: torch.device) -
     """The dtype of matrix products in training.
 
     Args:
-        precision: `"auto"`, `"bfloat16"` or `"float32"`, as a recipe names it.
+        precision: As a recipe names it. Where products are of integers, this is what they are
+            rounded to.
         weights: The dtype of the weights.
         device: Where products are computed.
     """
     auto = precision == "auto" and weights == torch.float32 and bf16_is_fast(device)
     return torch.bfloat16 if auto or precision == "bfloat16" else weights
+
+
+def integer_bits(precision: str) -> int | None:
+    """The width of the integers that a recipe's precision names, such as 8 for `"int8"`; None for
+    one of floating point."""
+    return int(precision.removeprefix("int")) if precision.startswith("int") else None

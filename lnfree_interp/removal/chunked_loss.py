@@ -13,6 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lnfree_interp.models.fixed_point import FixedPoint, fixed_point
+from lnfree_interp.models.integer_layers import rounded_gradient
+from lnfree_interp.models.integer_mode import IntegerArithmetic
+
 
 @dataclass(frozen=True)
 class LazyLogits:
@@ -30,6 +34,43 @@ class LazyLogits:
         logits = self.h[tokens] @ self.W.T
         return logits if self.b is None else logits + self.b
 
+    def add_gradients(
+        self, p: Tensor, tokens: slice, dh: Tensor, dW: Tensor, db: Tensor | None
+    ) -> None:
+        """Put the gradients into `dh`, and add those of the weights, by that of some logits, p."""
+        if db is not None:
+            db += p.sum(0)
+        p = p.to(self.h.dtype)
+        torch.mm(p, self.W, out=dh[tokens])
+        if self.W.dtype == dW.dtype:
+            dW.addmm_(p.T, self.h[tokens])
+        else:
+            dW += p.T @ self.h[tokens]
+
+
+@dataclass(frozen=True)
+class _IntegerLogits:
+    """The same whose three products are of integers (`models.integer_layers`); the gradient of each
+    chunk of logits has an exponent of its own."""
+
+    h: FixedPoint
+    W: FixedPoint
+    b: Tensor | None
+    seed: int
+
+    def of(self, tokens: slice) -> Tensor:
+        logits = self.h[tokens] @ self.W.T
+        return logits if self.b is None else logits.add_(self.b)
+
+    def add_gradients(
+        self, p: Tensor, tokens: slice, dh: Tensor, dW: Tensor, db: Tensor | None
+    ) -> None:
+        rounded = rounded_gradient(p, self.h.bits, self.seed + tokens.start)
+        if db is not None:
+            db += rounded.sum(0)
+        dh[tokens] = rounded @ self.W
+        dW += rounded.T @ self.h[tokens]
+
 
 class _LogitsLoss(torch.autograd.Function):
     """Cross-entropy and KL divergence of one linear map's logits, chunk by chunk."""
@@ -45,11 +86,17 @@ class _LogitsLoss(torch.autograd.Function):
         share: float,
         dtype: torch.dtype,
         with_gradient: bool,
+        integers: IntegerArithmetic | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        lazy = LazyLogits(h.to(dtype), W.to(dtype), b)
+        lazy: LazyLogits | _IntegerLogits
+        if integers is None:
+            lazy = LazyLogits(h.to(dtype), W.to(dtype), b)
+        else:
+            inputs, weights = (fixed_point(x, integers.bits) for x in (h, W))
+            lazy = _IntegerLogits(inputs, weights, b, integers.draws.next())
         if original is not None:
             original = LazyLogits(original.h.to(dtype), original.W.to(dtype), original.b)
-        dh, dW = torch.empty_like(lazy.h), torch.zeros_like(W)
+        dh, dW = torch.empty_like(h, dtype=dtype), torch.zeros_like(W)
         db = None if b is None else torch.zeros_like(b)
         rows = _rows(h.device.type, len(W))
         # One buffer for all chunks: fresh memory costs more.
@@ -69,14 +116,7 @@ class _LogitsLoss(torch.autograd.Function):
                 p.sub_(q, alpha=share)
             if with_gradient:
                 p.scatter_add_(-1, target, p.new_full((), share - 1).expand(target.shape))
-                if db is not None:
-                    db += p.sum(0)
-                p = p.to(dtype)
-                torch.mm(p, lazy.W, out=dh[part])
-                if dtype == W.dtype:
-                    dW.addmm_(p.T, lazy.h[part])
-                else:
-                    dW += p.T @ lazy.h[part]
+                lazy.add_gradients(p, part, dh, dW, db)
         ctx.gradients, ctx.n_tokens = (dh, dW, db), len(h)
         ce, kl = (x.to(h.dtype) / len(h) for x in (ce, kl))
         total = torch.lerp(ce, kl, share)
@@ -92,7 +132,7 @@ class _LogitsLoss(torch.autograd.Function):
         ours, ctx.gradients = ctx.gradients, None
         scale = grad_outputs[0] / ctx.n_tokens
         dh, dW, db = (None if gradient is None else gradient.mul_(scale) for gradient in ours)
-        return dh, dW, db, None, None, None, None, None
+        return dh, dW, db, None, None, None, None, None, None
 
 
 def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +155,7 @@ def logits_loss(
     original: LazyLogits | None = None,
     share: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    integers: IntegerArithmetic | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
     """Cross-entropy and KL divergence of logits, and their weighted sum, in nats per token.
 
@@ -124,10 +165,13 @@ def logits_loss(
         original: The logits of the original model.
         share: The weight of the KL divergence; cross-entropy has the rest.
         dtype: The dtype of the matrix products; the softmax is float32 at least.
+        integers: Computes the products of the model in training in integers instead.
 
     Returns:
         The weighted sum, which has a gradient; cross-entropy; KL divergence, 0 without an original.
     """
     h, W, b = lazy.h, lazy.W, lazy.b
     with torch.autocast(h.device.type, enabled=False):
-        return _LogitsLoss.apply(h, W, b, targets, original, share, dtype, torch.is_grad_enabled())
+        return _LogitsLoss.apply(
+            h, W, b, targets, original, share, dtype, torch.is_grad_enabled(), integers
+        )

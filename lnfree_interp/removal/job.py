@@ -126,8 +126,12 @@ class TrainingOptions:
     embedding_cap: float | None = None
     """How long a row of W_E may be before the first step, in units of the text's mean. 0: no
     cap."""
-    precision: Literal["auto", "bfloat16", "float32"] | None = None
-    """Precision of matrix products. auto: bfloat16 if the hardware has it."""
+    precision: Literal["auto", "bfloat16", "float32", "int16", "int12", "int10", "int8"] | None = (
+        None
+    )
+    """Precision of matrix products. auto: bfloat16 if the hardware has it. int16 to int8: linear
+    layers, norms and embeddings compute with integers of so many bits, forward and backward; all
+    but int8 are simulated, and slow."""
     patience: int | None = None
     """Stop after this many evaluations without a lower loss."""
     evaluate_every: int | None = None

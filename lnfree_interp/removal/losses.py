@@ -7,6 +7,7 @@ Cross-entropy and distillation are computed together, because both need the logi
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
+from lnfree_interp.models.integer_mode import IntegerArithmetic
 from lnfree_interp.models.loss import next_token_loss
 from lnfree_interp.models.running import watched
 from lnfree_interp.models.sites import get_norm, list_norm_sites, norm_at
@@ -206,6 +208,7 @@ class Objective(nn.Module):
         dtype: torch.dtype,
         groups: TokenGroups,
         first_apart: bool = False,
+        bits: int | None = None,
     ):
         """An objective; each forward pass is given the weights.
 
@@ -215,10 +218,16 @@ class Objective(nn.Module):
             dtype: The dtype of the matrix products.
             groups: Knows ordinary from special tokens.
             first_apart: Whether first tokens keep a constant of their own.
+            bits: The width of the integers of which the model's products are; None: of `dtype`. The
+                original's are never.
+
+        Raises:
+            UnsupportedModelError: if the model's products cannot be of integers.
         """
         super().__init__()
         self.model, self.dtype, self.groups = model, dtype, groups
         self.first_apart = first_apart
+        self.integers = None if bits is None else IntegerArithmetic(model, bits)
         self._original = (original,)  # in a tuple, so that its parameters are not ours
         self.anchor_target: float | None = None
         biases = [one.unembed.b_U for one in (model, original) if one is not None]
@@ -278,7 +287,7 @@ class Objective(nn.Module):
         """The residual stream behind each block, or behind the last alone."""
         inner = range(model.cfg.n_layers - 1 if every else 0)
         names = [f"blocks.{layer}.hook_resid_post" for layer in inner]
-        with self._autocast(), watched(model, names) as found:
+        with self._autocast(), self._in_integers(model), watched(model, names) as found:
             final = model(tokens, stop_at_layer=model.cfg.n_layers)
         return [*(found[name] for name in names), final]
 
@@ -286,12 +295,19 @@ class Objective(nn.Module):
         device = self.model.W_E.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    def _in_integers(self, model: HookedTransformer) -> AbstractContextManager[object]:
+        """A context for the model in training, if its products are of integers."""
+        if self.integers is None or model is not self.model:
+            return nullcontext()
+        return self.integers
+
     def _logits_loss(
         self, resid: Tensor, taught: Tensor | None, tokens: Tensor, share: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         model, original = self.model, self.original
         with self._autocast():
-            normalised = model.ln_final(resid)
+            with self._in_integers(model):
+                normalised = model.ln_final(resid)
             capped = any(one is not None and _cap(one) > 0 for one in (model, original))
             if capped or model.unembed.hook_out.has_hooks():
                 return self._from_all_logits(normalised, taught, tokens, share)
@@ -301,7 +317,9 @@ class Objective(nn.Module):
                     theirs = self._lazy_logits(original.ln_final(taught), original)
         ours = self._lazy_logits(model.unembed.hook_in(normalised), model)
         targets = tokens[:, 1:].flatten()
-        return logits_loss(ours, targets, original=theirs, share=share, dtype=self.dtype)
+        return logits_loss(
+            ours, targets, original=theirs, share=share, dtype=self.dtype, integers=self.integers
+        )
 
     def _lazy_logits(self, h: Tensor, model: HookedTransformer) -> LazyLogits:
         """At the positions that have a next token."""
@@ -312,7 +330,8 @@ class Objective(nn.Module):
         self, normalised: Tensor, taught: Tensor | None, tokens: Tensor, share: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """With all logits in memory: a hook reads them, or they are capped."""
-        logits = soft_cap(self.model.unembed(normalised), _cap(self.model))
+        with self._in_integers(self.model):
+            logits = soft_cap(self.model.unembed(normalised), _cap(self.model))
         ce = next_token_loss(logits, tokens)
         if taught is None or self.original is None:
             return ce, ce, torch.zeros_like(ce)

@@ -77,9 +77,10 @@ class Recipe:
     """The share of its old value that a moving average of the weights keeps at each step, once all
     sites are frozen; without events, from the first step. The held-out loss from there on is that
     of the average, and the finished model has it. 0: the weights of the last step. (1803.05407)"""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    precision: Literal["auto", "bfloat16", "float32", "int16", "int12", "int10", "int8"] = "auto"
     """The precision of matrix products; weights are float32. `"auto"`: bfloat16 if the hardware has
-    it."""
+    it. `"int16"` to `"int8"`: linear layers, norms and embeddings compute with integers of so many
+    bits, forward and backward; all but `"int8"` are simulated, and slow. (2209.09815)"""
     distillation: Weight = 0.0
     """The share of the KL divergence from the original model in the loss; cross-entropy has the
     rest. It costs a forward pass of the original per step."""

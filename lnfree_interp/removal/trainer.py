@@ -20,7 +20,7 @@ from transformer_lens import HookedTransformer
 from lnfree_interp.data.sequences import TokenSequences, share
 from lnfree_interp.data.stretches import with_random_tokens, with_repeats
 from lnfree_interp.errors import CheckpointError, PausedError, RecipeError, TrainingError
-from lnfree_interp.models.precision import products_dtype
+from lnfree_interp.models.precision import integer_bits, products_dtype
 from lnfree_interp.models.running import require_tokens
 from lnfree_interp.models.sites import split_norms, untie, with_norm_sites
 from lnfree_interp.removal import training_state
@@ -115,13 +115,19 @@ class Trainer:
         dtype = products_dtype(recipe.precision, original.cfg.dtype, processes.device)
         self.optimizer = adamw(self.model, recipe)
         self.objective = Objective(
-            self.model, own, dtype, self.transition.groups, recipe.special.keep_first
-        )
+            self.model, own, dtype, self.transition.groups, recipe.special.keep_first,
+            integer_bits(recipe.precision),
+        )  # fmt: skip
         self.wrapped, self.stepper = processes.prepare(self.objective, self.optimizer)
         if self.optimizer.in_part and self._spread:
             raise RecipeError(
                 "FSDP spreads whole parameters, and trains them from the first step on: let "
                 "trainable choose whole ones, without release, or train without FSDP"
+            )
+        if self.objective.integers is not None and self._spread:
+            raise RecipeError(
+                f"precision={recipe.precision!r}: FSDP spreads the weights, whose integers share "
+                "one exponent; train without FSDP, or in float32 or bfloat16"
             )
         self.average = WeightAverage(self.optimizer, self.wrapped, recipe.weight_average)
         self.residual = ResidualProbe(self.model)
@@ -325,6 +331,9 @@ class Trainer:
             micro_batches = batch.to(self.processes.device).split(recipe.micro_batch)
             for index, tokens in enumerate(micro_batches):
                 part = len(tokens) / len(batch)
+                if self.objective.integers is not None:
+                    key = f"{recipe.seed}, {step}, {index}, {self.processes.rank}"
+                    self.objective.integers.draws.begin(key)
                 with self.processes.synchronised(index == len(micro_batches) - 1):
                     losses = self.wrapped(tokens, weights)
                     (part * losses.total).backward()

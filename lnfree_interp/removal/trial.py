@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lnfree_interp.errors import RecipeError
-from lnfree_interp.models.precision import products_dtype
+from lnfree_interp.models.precision import integer_bits, products_dtype
 from lnfree_interp.models.sites import untie, with_norm_sites
 from lnfree_interp.removal.losses import Objective
 from lnfree_interp.removal.optimizer import adamw
@@ -165,8 +165,9 @@ class _Bench:
             self.original = of.requires_grad_(False)
         dtype = products_dtype(recipe.precision, model.cfg.dtype, self.device)
         self.objective = Objective(
-            self.model, self.original, dtype, TokenGroups(end_of_text(model))
-        )
+            self.model, self.original, dtype, TokenGroups(end_of_text(model)),
+            bits=integer_bits(recipe.precision),
+        )  # fmt: skip
         self.objective.train()
         self.optimizer = adamw(self.model, recipe)
 

@@ -105,3 +105,15 @@ def test_what_is_not_trained_is_the_same_in_both(folder):
     spread = run(folder / "part-spread", 2, "part", "fsdp")
     assert spread.returncode != 0
     assert "FSDP spreads whole parameters" in spread.stderr
+
+
+def test_integers_are_those_of_each_process(folder):
+    """Each draws its own rounding, so that two are not one; both have the same weights."""
+    two = start(folder / "int8", 2, "int8")
+    assert two[0]["weights"] == two[1]["weights"]
+    shutil.rmtree(folder / "int8" / "checkpoints" / "step-000012")
+    resumed = start(folder / "int8", 2, "int8", "resume")
+    assert resumed[0]["weights"] == two[0]["weights"]
+    spread = run(folder / "int8-spread", 2, "int8", "fsdp")
+    assert spread.returncode != 0
+    assert "precision='int8': FSDP spreads the weights" in spread.stderr

@@ -51,7 +51,7 @@ def moved_outside(model, run) -> list[str]:
 
 def main() -> None:
     """Arguments: the run's folder; `resume` to go on with it; `fsdp` to spread the weights;
-    `part` to train some of them."""
+    `part` to train some of them; `int8` to compute in integers."""
     if "fsdp" in sys.argv:
         Processes.prepare = fully_sharded
     model = lf.load(make_gpt2(n_layer=2), device="cpu")
@@ -65,6 +65,8 @@ def main() -> None:
     )  # fmt: skip
     if "part" in sys.argv:
         recipe = replace(recipe, trainable=("L0H1", "30% of norms"))
+    if "int8" in sys.argv:
+        recipe = replace(recipe, precision="int8")
     fired = []
     run = lf.remove_norms(
         model, recipe, data, heldout=data[:6], out=sys.argv[1], resume="resume" in sys.argv,
