@@ -62,11 +62,17 @@ def starts(source: HookedTransformer, text: Tensor) -> dict[str, Callable[[int],
 
 def show(rows: list[dict[str, Any]], source: float) -> None:
     """The table: held-out loss against tokens."""
-    points = [point for point, _ in rows[0]["curve"]]
+    points = [point for point, _ in max((row["curve"] for row in rows), key=len)]
     print(f"\n| transferred | rate | {' | '.join(f'{n:,} tokens' for n in points)} | release |")
     print("|" + "---|" * (len(points) + 3))
     for name in dict.fromkeys(row["name"] for row in rows):
-        of = [row for row in rows if row["name"] == name]
+        every = [row for row in rows if row["name"] == name]
+        of = [row for row in every if row["curve"]]
+        if len(of) < len(every):
+            name += f" ({len(every) - len(of)} of {len(every)} diverged)"
+        if not of:
+            print(f"| {name} | {every[0]['lr']:g} | {' | '.join('-' for _ in points)} | |")
+            continue
         losses = zip(*([loss for _, loss in row["curve"]] for row in of), strict=True)
         cells = [_spread(values) for values in losses]
         at = ", ".join(str(row["released"]) for row in of if row["released"])

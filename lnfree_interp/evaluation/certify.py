@@ -105,6 +105,9 @@ def _certificates(one: Trace) -> Iterator[Certificate]:
     yield logit_lens(one).certificate
     second = "0_mlp_out" if view.has_mlps else "embed"
     yield ablate(one, ["L0H0", second]).compare(difference).certificate
+    if view.divisor(last) == "count":
+        hidden = ablate(one, [f"L{last}H0@0", f"L{last}H0@{one.n_pos - 1}"], "unseen")
+        yield hidden.compare(difference).certificate
     yield direct_effect_additivity(view.model, one.tokens, ["L0H0"], [second]).certificate
     if not one.hold:
         yield _table_certificate(one, answer)

@@ -33,6 +33,8 @@ def test_every_certificate_holds(kind, divide_by, layers):
         assert not certificate.held
     scores = any("score" in certificate.identity for certificate in certificates)
     assert scores == (layers == [1])  # the last layer, about which scores are asked
+    plain = len(lf.certify(frozen(kind, layers, "sum"), PROMPT))
+    assert len(certificates) == plain + (divide_by == "count" and layers != [1])
 
 
 def failing(model):
