@@ -69,6 +69,7 @@ def trained(
     sited = lf.with_norm_sites(model)
     optimizer = adamw(sited, recipe)
     sited(text[:1], return_type="loss").backward()
+    optimizer.select()
     optimizer.step()
     state = sum(x.nbytes for one in optimizer.state.values() for x in one.values() if x.dim())
     entries = sum(W.numel() for W in optimizer.moved(sited).values())
