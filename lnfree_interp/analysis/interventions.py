@@ -194,8 +194,13 @@ class Intervention:
 
     def _change(self, label: str) -> Change:
         component = Component.parse(label) if self.by is None else None
-        if component is not None and component.through:
+        if component is not None and component.through and self.with_ != "unseen":
             return self._path(component)
+        if component is not None and component.through:
+            raise DataError(
+                f"{label} is a path, and with_='unseen' is about what a head sees: give labels "
+                "such as L2H5@3, or 'zero', 'mean' or another trace"
+            )
         chosen = level(self.by or level_of(label, component))
         part, row, pos = find_part(chosen.parts(self.trace, self.trace.view.last), label)
         component = part.components[row]

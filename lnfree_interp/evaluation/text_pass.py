@@ -169,8 +169,13 @@ def _stream(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str,
         return lambda x: found.__setitem__(name, wide(x).norm(dim=-1).cpu())
 
     def sink(name: str) -> Edit:
+        attn = model.get_submodule(name.rpartition(".")[0])
+        shares = getattr(attn, "divide_by", "softmax") != "count"
+
         def look(x: Tensor) -> None:
             to_first = wide(x[..., 0])
+            if not shares:  # weights that do not add up to one
+                to_first = to_first / wide(x).sum(-1)
             both = torch.stack([to_first.mean(-1), (to_first > SINK).to(to_first).mean(-1)])
             found[name] = both.cpu()
 

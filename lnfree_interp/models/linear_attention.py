@@ -29,7 +29,8 @@ CHUNK = 64
 
 def elu_features(x: Float[Tensor, "*batch d_head"]) -> Float[Tensor, "*batch d_head"]:
     """elu(x) + 1 (arXiv 2006.16236): x + 1 where x is positive, exp(x) elsewhere."""
-    return F.elu(x) + 1
+    # As written, elu(x) + 1 rounds to 0 from x = -18 on in float32.
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
 def softmax_features(x: Float[Tensor, "*batch d_head"]) -> Float[Tensor, "*batch _"]:
@@ -151,7 +152,7 @@ class _Linear(SiteAttention):
             seen = torch.arange(1, q.shape[1] + 1, device=q.device, dtype=q.dtype)
             return causal_product(q, k, v) / seen[:, None, None]
         z = causal_product(q, k, torch.cat([v, torch.ones_like(v[..., :1])], dim=-1))
-        return z[..., :-1] / z[..., -1:]
+        return _divided(z[..., :-1], z[..., -1:])
 
     def _weigh(
         self, q: Tensor, k: Tensor, offset: int, attention_mask: Tensor | None
@@ -162,8 +163,7 @@ class _Linear(SiteAttention):
         scores = einsum(q, k, "batch query head f, batch key head f -> batch head query key")
         scores = self.hook_attn_scores(scores.masked_fill(~sees, 0.0))
         seen = (sees if self.divide_by == "count" else scores).sum(-1, keepdim=True)
-        # A query of padding, or one whose keys were all taken away, reads nothing.
-        return self.hook_pattern(torch.where(seen > 0, scores / seen, 0.0))
+        return self.hook_pattern(_divided(scores, seen))
 
     def _write(self, z: Float[Tensor, "batch pos head d_head"]) -> Tensor:
         if self.cfg.use_attn_result:
@@ -172,6 +172,12 @@ class _Linear(SiteAttention):
         else:
             out = F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
         return out if self.chunk_scale is None else self.chunk_scale(out)
+
+
+def _divided(x: Tensor, by: Tensor) -> Tensor:
+    """A query of padding, one whose keys were all taken away or whose weights are all too small for
+    their dtype, reads nothing."""
+    return torch.where(by > 0, x / torch.where(by > 0, by, 1), 0.0)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ def linear_attention(
         NormSiteError: for a feature map or a divisor that does not exist.
         UnsupportedModelError: if its scores have a soft cap.
     """
-    if feature_map not in FEATURE_MAPS:
+    if not isinstance(feature_map, str) or feature_map not in FEATURE_MAPS:
         raise NormSiteError(f"feature_map={feature_map!r}; choices: {', '.join(FEATURE_MAPS)}")
     if divide_by not in get_args(Divisor):
         raise NormSiteError(f"divide_by={divide_by!r}; choices: {', '.join(get_args(Divisor))}")

@@ -197,9 +197,11 @@ def require_tokens(model: Any, tokens: Int[Tensor, "*batch pos"]) -> None:
     """Refuse tokens that the model cannot read, before they become an index error.
 
     Raises:
-        DataError: if there are none, a row is longer than the context, or an id is outside the
-            vocabulary.
+        DataError: if they are no tensor, there are none, a row is longer than the context, or an id
+            is outside the vocabulary.
     """
+    if not isinstance(tokens, Tensor):
+        raise DataError(f"token ids are a tensor, not a {type(tokens).__name__}: give lf.pack(...)")
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     if tokens.numel() == 0:
         raise DataError("there are no tokens: pass at least one")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lnfree_interp.analysis.positions import whole_number
 from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.agreement import compare_logits, random_tokens
 from lnfree_interp.models.block import TiedUnembed
@@ -29,6 +30,7 @@ CENTRED = "LayerNorm is RMSNorm of a stream whose writers are centred (arXiv 230
 FACTOR = "a norm's constant factor is a factor of its gain and bias (LayerNorm Scaling)"
 REPEATED = "keys and values of a group, repeated for each head that shares them"
 POSITIONS = "the positions that the target has"
+TIED = "a tied unembedding is the transposed embedding, without a bias"
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def transfer_weights(
     target: HookedTransformer,
     *,
     layers: Mapping[int, int] | None = None,
-    leave: Sequence[str] = (),
+    leave: str | Sequence[str] = (),
 ) -> Transfer:
     """Start one architecture from the weights of another.
 
@@ -168,8 +170,13 @@ def transfer_weights(
         ...     f"blocks.{layer}.attn.W_{name}" for layer in (0, 2) for name in "QK"}
         True
     """
-    require_hooked(source)
-    require_hooked(target)
+    for one in (source, target):
+        require_hooked(one)
+        if not isinstance(one, HookedTransformer):
+            raise UnsupportedModelError(
+                f"a HookedTransformer is needed, not a {type(one).__name__}: lf.load(...) makes one"
+            )
+    leave = [leave] if isinstance(leave, str) else leave
     model = copy.deepcopy(target)
     places = _own(model)
     pool = _pool(source, model)
@@ -221,48 +228,60 @@ def _layers(
     ours, theirs = target.cfg.n_layers, source.cfg.n_layers
     if given is None:
         return {layer: layer for layer in range(min(ours, theirs))}
+    if not isinstance(given, Mapping):
+        raise DataError(
+            f"layers is a mapping from the target's layers to the source's, not {given!r}"
+        )
+    given = {
+        whole_number(here, "a layer"): whole_number(there, "a layer")
+        for here, there in given.items()
+    }
     for here, there in given.items():
         if not (0 <= here < ours and 0 <= there < theirs):
             raise DataError(
                 f"layers: {here} from {there}; the target has layers 0 to {ours - 1}, the source 0 "
                 f"to {theirs - 1}"
             )
-    return dict(given)
+    return given
 
 
 def _pool(source: HookedTransformer, target: HookedTransformer) -> dict[str, _Given]:
     """The tensors of the source, changed where that keeps its function under the target's norms."""
     own = _own(source)
     pool = {name: _Given(W, (name,)) for name, W in own.items()}
+    W_U, b_U = source.W_U.detach(), source.b_U.detach()
     tied = isinstance(target.unembed, TiedUnembed)
+    if "unembed.W_U" not in own:
+        pool["unembed.W_U"] = _Given(W_U, ("embed.W_E",), TIED)
+        pool["unembed.b_U"] = _Given(torch.zeros_like(b_U), ("embed.W_E",), TIED)
+    elif tied and torch.equal(W_U, source.W_E.T) and not b_U.any():
+        of = ("embed.W_E", "unembed.W_U", "unembed.b_U")
+        pool["embed.W_E"] = _Given(own["embed.W_E"], of)
     if tied or not (_all(source, centred=True) and _all(target, centred=False)):
         return pool
     norms = {str(site): norm_at(source, site) for site in list_norm_sites(source)}
-    around = {name: W for name, W in own.items() if f"{name.rpartition('.')[0]}" not in {
-        whole_norm(site) for site in norms}}  # fmt: skip
-    around.setdefault("unembed.W_U", source.W_U.detach())
-    around.setdefault("unembed.b_U", source.b_U.detach())
-    biased = any(name.endswith("ln_final.b") for name in _own(target))
-    if not biased:
+    biased = {norm_at(target, site).bias is not None for site in list_norm_sites(target)}
+    if len(biased) > 1:
+        return pool
+    paths = {whole_norm(site) for site in norms}
+    around = {name: one.W for name, one in pool.items() if name.rpartition(".")[0] not in paths}
+    if biased == {False}:
         # The biases alone: gains stay gains.
         only = {
             site: NormMap(centred=False, statistic=None, scale=1.0, bias=norm.bias)
             for site, norm in norms.items()
         }
         around = dict(fold_weights(around, only, "folded"))
-    changed = {
-        name: W - W.mean(-1, keepdim=True) if writes_to_stream(name) else W
-        for name, W in around.items()
-    }
     biases = [name for name in own if name.endswith((".ln1.b", ".ln2.b", "ln_final.b"))]
-    for name, W in changed.items():
-        before = own.get(name)
-        if before is not None and torch.equal(W, before):
+    for name, W in around.items():
+        before = pool[name]
+        after = W - W.mean(-1, keepdim=True) if writes_to_stream(name) else W
+        if torch.equal(after, before.W):
             continue
-        of = (name,) if before is not None else ("embed.W_E",)
-        if not biased and not writes_to_stream(name):
+        of = before.source
+        if biased == {False} and not writes_to_stream(name):
             of += tuple(bias for bias in biases if _reads(name, bias))
-        pool[name] = _Given(W, of, CENTRED)
+        pool[name] = _Given(after, of, CENTRED)
     return pool
 
 
@@ -307,7 +326,8 @@ def _fitting(
     found, how = given.W, given.how
     if found.shape != W.shape and re.search(r"\.attn\._?[Wb]_[KV]$", name):
         times, rest = divmod(len(W), len(found))
-        if not rest and found.shape[1:] == W.shape[1:]:
+        same = source.cfg.n_heads == target.cfg.n_heads and found.shape[1:] == W.shape[1:]
+        if same and not rest:
             found, how = found.repeat_interleave(times, dim=0), REPEATED
     if name == "pos_embed.W_pos" and len(found) > len(W):
         found, how = found[: len(W)], how or POSITIONS
@@ -316,6 +336,8 @@ def _fitting(
     factor = _factor(name, there, source, target)
     if factor != 1:
         found, how = found * factor, FACTOR
+    if found.dtype != W.dtype:
+        how = how or f"{str(found.dtype).removeprefix('torch.')} as {str(W.dtype)[6:]}"
     return replace(given, W=found, how=how)
 
 

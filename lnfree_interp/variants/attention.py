@@ -1,22 +1,23 @@
 """Variants with another attention: linear, without a softmax."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lnfree_interp.errors import UnsupportedModelError
+from lnfree_interp.analysis.positions import whole_number
+from lnfree_interp.errors import DataError, UnsupportedModelError
 from lnfree_interp.models.inserting import set_linear_attention
 from lnfree_interp.models.linear_attention import linear_layers
-from lnfree_interp.models.running import require_tokens, run, watched
+from lnfree_interp.models.running import require_hooked, require_tokens, run, watched
 from lnfree_interp.variants.variant import Variant, made
 
 
 def to_linear_attention(
     model: HookedTransformer,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     *,
     feature_map: str = "elu",
     divide_by: str = "sum",
@@ -30,7 +31,7 @@ def to_linear_attention(
 
     Args:
         model: Stock, or with norm sites.
-        layers: The blocks, counted from 0; the others keep their softmax. Default: all.
+        layers: The blocks, counted from 0, or one; the others keep their softmax. Default: all.
         feature_map: phi: `"elu"`, elu(x) + 1; or `"softmax"`, the softmax over the entries of x and
             -x.
         divide_by: The divisor: `"sum"`, the sum of the weights before it, so that they add up to 1;
@@ -47,6 +48,7 @@ def to_linear_attention(
             cap; if no layer is given, one twice, or one that is linear already; if there are tokens
             and weights are divided by their sum, or a norm stands before W_O.
         NormSiteError: if there is no such block, feature map or divisor.
+        DataError: if a block is no whole number, or the model cannot read the tokens.
 
     Source:
         arXiv 2006.16236; hybrids of both kinds: arXiv 2404.02684; the softmax of x and -x: arXiv
@@ -57,12 +59,8 @@ def to_linear_attention(
         >>> hybrid.same_function, hybrid.steps
         (False, ('linear attention in blocks 0, 2: elu features, divided by their sum',))
     """
-    chosen = list(range(model.cfg.n_layers) if layers is None else layers)
-    if not chosen:
-        raise UnsupportedModelError("no layer was given: name at least one block, or leave it out")
-    if twice := [layer for layer in chosen if chosen.count(layer) > 1]:
-        raise UnsupportedModelError(f"block {twice[0]} was given more than once")
-
+    require_hooked(model)
+    chosen = [*range(model.cfg.n_layers)] if layers is None else _read_layers(layers)
     if tokens is not None and divide_by != "count":
         raise UnsupportedModelError(
             "tokens say how large weights are that are divided by the count: "
@@ -85,9 +83,22 @@ def to_linear_attention(
     return made("linear attention", model, change, same_function=False)
 
 
+def _read_layers(layers: Any) -> list[int]:
+    one = isinstance(layers, str) or not isinstance(layers, Iterable)
+    chosen = [whole_number(layer, "a block") for layer in ([layers] if one else layers)]
+    if not chosen:
+        raise UnsupportedModelError("no layer was given: name at least one block, or leave it out")
+    if twice := [layer for layer in chosen if chosen.count(layer) > 1]:
+        raise UnsupportedModelError(f"block {twice[0]} was given more than once")
+    return chosen
+
+
 def _scale_W_O(model: HookedTransformer, layers: list[int], tokens: Tensor) -> None:
     """Divide each head's W_O by the mean sum of its weights, block by block, as the text comes."""
     require_tokens(model, tokens)
+    if tokens.ndim != 2:
+        raise DataError(f"text is token ids, [sequence, pos], not {list(tokens.shape)}")
+    tokens = tokens.to(model.W_E.device)
     for layer in layers:
         attn = cast(Any, model.blocks[layer]).attn
         if attn.inner is not None:
@@ -98,6 +109,11 @@ def _scale_W_O(model: HookedTransformer, layers: list[int], tokens: Tensor) -> N
         name = f"blocks.{layer}.attn.hook_pattern"
         sums = [_sums(model, rows, layer, name) for rows in tokens.split(4)]
         mean = sum(sums[1:], sums[0]) / tokens.numel()
+        if not (mean.isfinite() & (mean > 0)).all():
+            raise UnsupportedModelError(
+                f"heads of block {layer} have weights that add up to {mean.tolist()}: W_O cannot "
+                "be divided by that"
+            )
         attn.W_O.div_(mean[:, None, None])
 
 
