@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from seeds import spread
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers.utils import logging
@@ -127,14 +128,8 @@ def finetuned(
         cells = []
         for values, floats in zip((ours, exact), first, strict=True):
             apart = [x - y for x, y in zip(values, floats, strict=True)]
-            cells += [spread(values), spread(apart, "+")]
+            cells += [spread(values, 4), spread(apart, 4, "+")]
         print(f"| {precision} | {' | '.join(cells)} |", flush=True)
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """The mean over seeds, and their standard deviation."""
-    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.4f}{more}"
 
 
 def seconds(work: Callable[[], object]) -> float:

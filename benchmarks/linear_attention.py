@@ -9,10 +9,8 @@ different starts, with equal tokens and text. Each start has its own best learni
 Finished runs are lines of `rows.jsonl` and are not repeated.
 """
 
-import json
 import math
 import platform
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 import tyro
+from seeds import Rows, spread
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers.utils import logging
@@ -74,15 +73,10 @@ def show(rows: list[dict[str, Any]], source: float) -> None:
             print(f"| {name} | {every[0]['lr']:g} | {' | '.join('-' for _ in points)} | |")
             continue
         losses = zip(*([loss for _, loss in row["curve"]] for row in of), strict=True)
-        cells = [_spread(values) for values in losses]
+        cells = [spread(values) for values in losses]
         at = ", ".join(str(row["released"]) for row in of if row["released"])
         print(f"| {name} | {of[0]['lr']:g} | {' | '.join(cells)} | {at and f'after step {at}'} |")
     print(f"\nThe source, whose softmax was trained on far more text, is at {source:.3f}.")
-
-
-def _spread(values: tuple[float, ...]) -> str:
-    more = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{more}"
 
 
 def main(
@@ -113,16 +107,16 @@ def main(
         warmup=max(steps // 20, 1),
     )  # fmt: skip
     made = starts(source, train)
-    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    done = Rows(rows)
 
     def run(name: str, lr: float, seed: int) -> dict[str, Any]:
         about = {"name": name, "lr": lr, "seed": seed, "steps": steps, "batch": batch}
-        for row in done:
-            if about.items() <= row.items():
-                return row
+        return done.get(about, lambda: anew(name, lr, seed))
+
+    def anew(name: str, lr: float, seed: int) -> dict[str, Any]:
         model, settings = made[name](seed)
         recipe = replace(base, lr=lr, seed=seed, **settings)
-        row: dict[str, Any] = about | {"validation": math.inf, "curve": [], "released": None}
+        row: dict[str, Any] = {"validation": math.inf, "curve": [], "released": None}
         try:
             found = lf.finetune(model, recipe, train, heldout=heldout, progress=False)
         except lf.errors.TrainingError as error:
@@ -135,9 +129,6 @@ def main(
                 if record.heldout is not None
             ]
             row["released"] = next((r.step for r in found.history if r.released), None)
-        done.append(row)
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
         print(f"{name}, rate {lr:g}, seed {seed}: {row['validation']:.3f}", flush=True)
         return row
 

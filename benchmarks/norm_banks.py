@@ -16,7 +16,6 @@ documents. Documents are shuffled; one in five is held out.
 import json
 import platform
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from seeds import spread
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from tyro.conf import Positional
@@ -105,12 +105,6 @@ def one_seed(
     rows["banks and unembedding, domain given"] = banks.evaluate(heldout)
     rows["banks and unembedding, by keys"] = banks.evaluate(heldout, selection="keys")
     return rows
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """The mean over seeds, and their standard deviation."""
-    more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{more}"
 
 
 def show(found: list[dict[str, lf.BankEvaluation]]) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import tyro
+from seeds import Rows, spread
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers.utils import logging
@@ -132,12 +133,6 @@ def show(rows: Sequence[dict[str, Any]], before: dict[str, float]) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def spread(values: Sequence[float]) -> str:
-    """The mean over seeds, and their standard deviation."""
-    more = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{more}"
-
-
 def main(
     text: Positional[Path],
     rows: Positional[Path],
@@ -165,15 +160,15 @@ def main(
     python = lf.pack(lf.stdlib_corpus("heldout"), model.tokenizer, LENGTH)[::9][:100]
     base = replace(lf.recipes.finetuning(steps=steps, batch=batch), precision="float32")
     made = choices(model, train)
-    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    done = Rows(rows)
 
     def run(name: str, lr: float, seed: int) -> dict[str, Any]:
         about = {"name": name, "lr": lr, "seed": seed, "steps": steps, "batch": batch}
-        for row in done:
-            if about.items() <= row.items():
-                return row
+        return done.get(about, lambda: anew(name, lr, seed))
+
+    def anew(name: str, lr: float, seed: int) -> dict[str, Any]:
         recipe = replace(base, lr=lr, seed=seed)
-        row: dict[str, Any] = about | dict.fromkeys(("validation", "english", "python"), math.inf)
+        row: dict[str, Any] = dict.fromkeys(("validation", "english", "python"), math.inf)
         try:
             if name == LORA:
                 after, found = with_lora(model, recipe, train)
@@ -184,9 +179,6 @@ def main(
             row |= found | {n: lf.evaluate_loss(after, x).mean for n, x in texts.items()}
         except lf.errors.TrainingError as error:
             row["diverged"] = str(error)
-        done.append(row)
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
         print(f"{name}, rate {lr:g}, seed {seed}: {row['english']:.3f}", flush=True)
         return row
 

@@ -33,8 +33,8 @@ class Change:
     """Where it is written."""
     held: tuple[str, ...] = ()
     """What the prediction holds: the divisor of attention weights, where it depends on tokens."""
-    layer: int = -1
-    """The block whose head does not see a token."""
+    layer: int | None = None
+    """The block of the head, where that does not see a token."""
 
 
 def level_of(label: str, component: Component | None) -> str:

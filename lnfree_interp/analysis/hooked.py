@@ -12,7 +12,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from lnfree_interp.analysis.stream import First, Read, Stream
 from lnfree_interp.analysis.sublayers import MLP, Attention
-from lnfree_interp.analysis.view import Divisor, View, noting
+from lnfree_interp.analysis.view import View, noting
 from lnfree_interp.errors import UnsupportedModelError
 from lnfree_interp.models.first_token import telling
 from lnfree_interp.models.folding import WITHIN, fold_weights
@@ -30,6 +30,7 @@ from lnfree_interp.models.sites import (
     norm_at,
     norm_path,
 )
+from lnfree_interp.models.weighing import Weighing, weighing_of
 
 
 class HookedView(View):
@@ -111,9 +112,9 @@ class HookedView(View):
         W_out, b_out = self._written(f"blocks.{layer}.mlp", "out", W_out, b_out)
         return MLP(W_in, gate, W_out, b_in, b_out, mlp.act_fn)
 
-    def divisor(self, layer: int) -> Divisor:
-        """As `View.divisor`."""
-        return getattr(self.model.blocks[layer].attn, "divide_by", "softmax")
+    def weighing(self, layer: int) -> Weighing:
+        """As `View.weighing`."""
+        return weighing_of(self.model.blocks[layer].attn)
 
     def rotations(self, layer: int, n_pos: int) -> Float[Tensor, "pos d_head d_head"]:
         """As `View.rotations`."""

@@ -86,11 +86,12 @@ class Intervention:
         return self._gone(self._changes)
 
     def _gone(self, changes: Sequence[Change]) -> Stream:
-        if self.with_ != "unseen":
+        if self.with_ != "unseen" or len(changes) == 1:
             return sum((change.gone for change in changes[1:]), changes[0].gone)
         # A head weighs what it still sees once, however many tokens it does not see.
         layers: dict[int, list[Change]] = {}
         for change in changes:
+            assert change.layer is not None
             layers.setdefault(change.layer, []).append(change)
         lost = [
             self._lost(layer, get_act_name("attn_out", layer), merged(some))
@@ -194,13 +195,13 @@ class Intervention:
 
     def _change(self, label: str) -> Change:
         component = Component.parse(label) if self.by is None else None
-        if component is not None and component.through and self.with_ != "unseen":
-            return self._path(component)
         if component is not None and component.through:
-            raise DataError(
-                f"{label} is a path, and with_='unseen' is about what a head sees: give labels "
-                "such as L2H5@3, or 'zero', 'mean' or another trace"
-            )
+            if self.with_ == "unseen":
+                raise DataError(
+                    f"{label} is a path, and with_='unseen' is about what a head sees: give labels "
+                    "such as L2H5@3, or 'zero', 'mean' or another trace"
+                )
+            return self._path(component)
         chosen = level(self.by or level_of(label, component))
         part, row, pos = find_part(chosen.parts(self.trace, self.trace.view.last), label)
         component = part.components[row]
@@ -279,7 +280,7 @@ class Intervention:
                 f"{label} is no token that a head sees, as with_='unseen' needs: give labels such "
                 "as L2H5@3, or 'zero', 'mean' or another trace"
             )
-        trace, divisor = self.trace, self.trace.view.divisor(layer)
+        trace, divisor = self.trace, self.trace.view.weighing(layer)
         scores, written = (get_act_name(name, layer) for name in ("attn_scores", "attn_out"))
         none = -torch.inf if divisor == "softmax" else 0.0
 

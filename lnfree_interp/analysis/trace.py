@@ -316,7 +316,7 @@ class Trace:
         """What value biases add to each head's z: the same at every token for a softmax, whose
         weights add up to one, [head, d_head]; else [batch, pos, head, d_head]."""
         b_V = self.view.value_bias(layer)
-        if self.view.divisor(layer) == "softmax":
+        if self.view.weighing(layer) == "softmax":
             return b_V
         weights = self.act("pattern", layer)
         weights = weights if at is None else at.of(weights, dim=2)

@@ -21,12 +21,10 @@ from lnfree_interp.analysis.stream import First, Place, Read, Stream
 from lnfree_interp.analysis.sublayers import MLP, Attention
 from lnfree_interp.errors import DataError, InexactError, UnsupportedModelError
 from lnfree_interp.models.running import Edit
+from lnfree_interp.models.weighing import Weighing
 
 Side = Literal["query", "key"]
 """Of an attention score."""
-Divisor = Literal["softmax", "sum", "count"]
-"""What attention weights are divided by: the sum of exponentials of scores; their own sum; or the
-number of tokens that a query sees, a constant."""
 Model = nn.Module
 """A `HookedTransformer`, or a `TransformerBridge` of TransformerLens 4."""
 LOGIT_CAP, SCORE_CAP = "the soft cap on the logits", "the soft cap on the scores"
@@ -156,8 +154,8 @@ class View(ABC):
         """Whether it is known how queries and keys come from the stream."""
         return True
 
-    def divisor(self, layer: int) -> Divisor:
-        """What a layer's attention weights are divided by."""
+    def weighing(self, layer: int) -> Weighing:
+        """How a layer weighs tokens."""
         return "softmax"
 
     def require_softmax(self, layer: int) -> None:
@@ -166,7 +164,7 @@ class View(ABC):
         Raises:
             UnsupportedModelError: if they are not.
         """
-        if self.divisor(layer) != "softmax":
+        if self.weighing(layer) != "softmax":
             raise UnsupportedModelError(
                 f"attention in block {layer} is linear: its weights are products of features of "
                 "queries and keys, not of queries and keys, so that no part of the stream has a "

@@ -86,7 +86,7 @@ def _certificates(one: Trace) -> Iterator[Certificate]:
         yield decompose_residual(one, before, by=by).certificate
     whole = Probe(view.W_E[answer], before, slice(None), bias=1.0, mean=True)
     yield attribute(one, whole, "neuron").certificate
-    if view.explains_scores and view.divisor(last) == "softmax":
+    if view.explains_scores and view.weighing(last) == "softmax":
         yield from _score_certificates(one, last)
     if view.has_mlps:
         for of in ("pre", "post"):
@@ -105,7 +105,7 @@ def _certificates(one: Trace) -> Iterator[Certificate]:
     yield logit_lens(one).certificate
     second = "0_mlp_out" if view.has_mlps else "embed"
     yield ablate(one, ["L0H0", second]).compare(difference).certificate
-    if view.divisor(last) == "count":
+    if view.weighing(last) == "count":
         hidden = ablate(one, [f"L{last}H0@0", f"L{last}H0@{one.n_pos - 1}"], "unseen")
         yield hidden.compare(difference).certificate
     yield direct_effect_additivity(view.model, one.tokens, ["L0H0"], [second]).certificate

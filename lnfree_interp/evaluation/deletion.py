@@ -155,7 +155,7 @@ def _draw_heads(view: View, seed: int) -> list[tuple[int, int]]:
     """As many heads from each layer but the first."""
     generator = torch.Generator().manual_seed(seed)
     behind = range(min(1, view.n_layers - 1), view.n_layers)
-    layers = [layer for layer in behind if view.divisor(layer) == "softmax"]
+    layers = [layer for layer in behind if view.weighing(layer) == "softmax"]
     n_heads = view.cfg.n_heads
     each = min(n_heads, -(-HEADS // max(len(layers), 1)))
     drawn = [

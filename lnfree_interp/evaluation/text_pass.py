@@ -24,6 +24,7 @@ from lnfree_interp.analysis.stream import Place
 from lnfree_interp.errors import DataError
 from lnfree_interp.models.loss import entropy_of, loss_of
 from lnfree_interp.models.running import Edit, logits_at, run_and_keep
+from lnfree_interp.models.weighing import weighing_of
 from lnfree_interp.numerics import wide
 
 SINK = 0.3
@@ -170,11 +171,11 @@ def _stream(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str,
 
     def sink(name: str) -> Edit:
         attn = model.get_submodule(name.rpartition(".")[0])
-        shares = getattr(attn, "divide_by", "softmax") != "count"
+        counted = weighing_of(attn) == "count"
 
         def look(x: Tensor) -> None:
             to_first = wide(x[..., 0])
-            if not shares:  # weights that do not add up to one
+            if counted:  # the weights do not add up to one
                 to_first = to_first / wide(x).sum(-1)
             both = torch.stack([to_first.mean(-1), (to_first > SINK).to(to_first).mean(-1)])
             found[name] = both.cpu()

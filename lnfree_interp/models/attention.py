@@ -38,15 +38,22 @@ class SiteAttention(AbstractAttention):
     chunk_scale: Scaler | None
 
     @classmethod
-    def from_stock(cls, stock: AbstractAttention) -> "SiteAttention":
-        """Take over the parameters and buffers of a stock attention, without a copy."""
-        fused = cls(stock.cfg, stock.attn_type, stock.layer_id)
-        for name, parameter in stock.named_parameters(recurse=False):
+    def taking_over(cls, given: AbstractAttention) -> "SiteAttention":
+        """One with the parameters and buffers of an attention, without a copy, and with its factors
+        and norm before W_O, if it has any."""
+        fused = cls(given.cfg, given.attn_type, given.layer_id)
+        for name, parameter in given.named_parameters(recurse=False):
             setattr(fused, name, parameter)
-        for name, buffer in stock.named_buffers(recurse=False):
+        for name, buffer in given.named_buffers(recurse=False):
             setattr(fused, name, buffer)
         for name in ("head_scale", "inner", "chunk_scale"):
-            fused.register_module(name, None)
+            fused.register_module(name, getattr(given, name, None))
+        return fused
+
+    @classmethod
+    def from_stock(cls, stock: AbstractAttention) -> "SiteAttention":
+        """Take over a stock attention, without a copy of its parameters."""
+        fused = cls.taking_over(stock)
         if stock.cfg.use_qk_norm:
             norms: Any = stock
             fused.q_norm = Norm.from_stock(norms.q_norm)

@@ -6,7 +6,7 @@ there are two ways to compute it: by the weights of all pairs of tokens, or toke
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from einops import einsum
@@ -19,9 +19,7 @@ from transformer_lens.components import Attention, GroupedQueryAttention
 from lnfree_interp.errors import NormSiteError, UnsupportedModelError
 from lnfree_interp.models.attention import FusedGroupedQueryAttention, SiteAttention
 from lnfree_interp.models.running import is_watched
-
-Divisor = Literal["sum", "count"]
-"""What weights are divided by: their sum, or how many tokens the query sees, a constant."""
+from lnfree_interp.models.weighing import Divisor
 
 CHUNK = 64
 """Tokens whose pairs are weighed at once while nobody reads the weights."""
@@ -90,13 +88,7 @@ class _Linear(SiteAttention):
     @classmethod
     def of(cls, attn: SiteAttention, feature_map: str, divide_by: Divisor) -> "_Linear":
         """Take over the parameters, norms and factors of an attention, without a copy."""
-        linear = cls(attn.cfg, attn.attn_type, attn.layer_id)
-        for name, parameter in attn.named_parameters(recurse=False):
-            setattr(linear, name, parameter)
-        for name, buffer in attn.named_buffers(recurse=False):
-            setattr(linear, name, buffer)
-        for name in ("head_scale", "inner", "chunk_scale"):
-            linear.register_module(name, getattr(attn, name))
+        linear = cast(_Linear, cls.taking_over(attn))
         if attn.cfg.use_qk_norm:
             linear.q_norm, linear.k_norm = attn.q_norm, attn.k_norm
         linear.feature_map, linear.divide_by = feature_map, divide_by

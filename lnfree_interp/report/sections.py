@@ -201,7 +201,7 @@ def explanation(one: Trace, question: Question) -> Section:
         affine_map(*ask), flow_graph(*ask, top_k=30),
     ]  # fmt: skip
     layer, head = _largest_head(by_source)
-    explained = one.view.explains_scores and one.view.divisor(layer) == "softmax"
+    explained = one.view.explains_scores and one.view.weighing(layer) == "softmax"
     if layer > 0 and explained:
         results.append(attribute_scores(one, layer, head))
     results.append(logit_lens(one))

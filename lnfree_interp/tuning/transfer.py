@@ -3,9 +3,9 @@
 import copy
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 import torch
@@ -74,7 +74,7 @@ class Transfer:
         Raises:
             DataError: if there is no such category.
         """
-        known = ("copied", "transformed", "initialised", "dropped")
+        known = get_args(Category)
         if category not in known:
             raise DataError(f"category={category!r} does not exist: give one of {', '.join(known)}")
         return tuple(one for one in self.tensors if one.category == category)
@@ -187,13 +187,15 @@ def transfer_weights(
                 f"leave: no parameter of the target is called {pattern!r}; some are "
                 f"{', '.join(list(places)[:4])}"
             )
+    heads_alike = source.cfg.n_heads == model.cfg.n_heads
+    factors = [_factors(source), _factors(model)]
     tensors = []
     with torch.no_grad():
         for name, W in places.items():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in leave):
                 found = "left as it was"
             else:
-                found = _fitting(name, W, pool, layers, source, model)
+                found = _fitting(name, W, pool, layers, heads_alike, factors)
             if isinstance(found, str):
                 tensors.append(TransferredTensor(name, "initialised", (), found, W.numel()))
                 continue
@@ -253,7 +255,7 @@ def _pool(source: HookedTransformer, target: HookedTransformer) -> dict[str, _Gi
     tied = isinstance(target.unembed, TiedUnembed)
     if "unembed.W_U" not in own:
         pool["unembed.W_U"] = _Given(W_U, ("embed.W_E",), TIED)
-        pool["unembed.b_U"] = _Given(torch.zeros_like(b_U), ("embed.W_E",), TIED)
+        pool["unembed.b_U"] = _Given(b_U, ("embed.W_E",), TIED)
     elif tied and torch.equal(W_U, source.W_E.T) and not b_U.any():
         of = ("embed.W_E", "unembed.W_U", "unembed.b_U")
         pool["embed.W_E"] = _Given(own["embed.W_E"], of)
@@ -310,14 +312,14 @@ def _fitting(
     W: Tensor,
     pool: Mapping[str, _Given],
     layers: Mapping[int, int],
-    source: HookedTransformer,
-    target: HookedTransformer,
+    heads_alike: bool,
+    factors: Sequence[Mapping[str, float]],
 ) -> _Given | str:
     """What of the source goes into a tensor of the target; or in words why nothing does."""
     there = _in_source(name, layers)
     if there is None:
         return "a layer that the source does not have"
-    given, how = pool.get(there), ""
+    given = pool.get(there)
     if given is None and name.rpartition(".")[2] in ("W_K", "W_V", "b_K", "b_V"):
         block, _, leaf = there.rpartition(".")
         given = pool.get(f"{block}._{leaf}")
@@ -326,18 +328,19 @@ def _fitting(
     found, how = given.W, given.how
     if found.shape != W.shape and re.search(r"\.attn\._?[Wb]_[KV]$", name):
         times, rest = divmod(len(W), len(found))
-        same = source.cfg.n_heads == target.cfg.n_heads and found.shape[1:] == W.shape[1:]
-        if same and not rest:
+        if heads_alike and found.shape[1:] == W.shape[1:] and not rest:
             found, how = found.repeat_interleave(times, dim=0), REPEATED
     if name == "pos_embed.W_pos" and len(found) > len(W):
         found, how = found[: len(W)], how or POSITIONS
     if found.shape != W.shape:
         return f"another shape: {list(found.shape)} in the source, {list(W.shape)} in the target"
-    factor = _factor(name, there, source, target)
-    if factor != 1:
-        found, how = found * factor, FACTOR
+    # By what a gain or bias is multiplied, so that its norm gives what the source's does.
+    path, _, leaf = name.rpartition(".")
+    if leaf in ("w", "b") and path in factors[1]:
+        ratio = factors[0].get(there.rpartition(".")[0], 1.0) / factors[1][path]
+        found, how = (found, how) if ratio == 1 else (found * ratio, FACTOR)
     if found.dtype != W.dtype:
-        how = how or f"{str(found.dtype).removeprefix('torch.')} as {str(W.dtype)[6:]}"
+        how = how or f"{found.dtype} as {W.dtype}".replace("torch.", "")
     return replace(given, W=found, how=how)
 
 
@@ -349,25 +352,18 @@ def _in_source(name: str, layers: Mapping[int, int]) -> str | None:
     return None if layer is None else f"blocks.{layer}{match[2]}"
 
 
-def _factor(name: str, there: str, source: HookedTransformer, target: HookedTransformer) -> float:
-    """What a gain or bias is multiplied by, so that its norm gives what the source's does."""
-    path, _, leaf = name.rpartition(".")
-    norms = [
-        {whole_norm(str(site)): norm_at(model, site).factor for site in list_norm_sites(model)}
-        for model in (source, target)
-    ]
-    if leaf not in ("w", "b") or path not in norms[1]:
-        return 1.0
-    return norms[0].get(there.rpartition(".")[0], 1.0) / norms[1][path]
+def _factors(model: HookedTransformer) -> dict[str, float]:
+    """The constant that each norm multiplies by, by the path of its module."""
+    return {whole_norm(str(s)): norm_at(model, s).factor for s in list_norm_sites(model)}
 
 
 def _dropped(
-    source: HookedTransformer, target: HookedTransformer, used: Iterable[str]
+    source: HookedTransformer, target: HookedTransformer, used: Collection[str]
 ) -> list[TransferredTensor]:
-    names, found = {*used}, []
+    found = []
     targets, own = _own(target), _own(source)
     for name, W in own.items():
-        if name in names:
+        if name in used:
             continue
         if name.startswith("unembed.") and isinstance(target.unembed, TiedUnembed):
             why = "the target's unembedding is its embedding"
